@@ -1,0 +1,33 @@
+# Two commands set everything up: `make demo` and `make test`. Both make .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/installed
+	$(RUN)/ood-heatmap demo runs/demo
+
+test: $(VENV)/tested lint types
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/tested
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+# mypy cannot follow the import hook of an editable install: check a plain copy of the package
+types: $(VENV)/tested
+	rm -rf build && $(RUN)/pip install --quiet --no-deps --target build/types .
+	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg -p ood_heatmap
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(RUN)/pip install --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf build runs/demo *.egg-info
