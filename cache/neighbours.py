@@ -1,0 +1,334 @@
+"""The FAISS index: rows sorted by predicted class, and the exact nearest neighbour among them.
+
+FAISS computes float32 distances by expanding the square, which loses the nearest row when a class
+is a tight cluster
+far from the origin. Here the class mean is subtracted first, and every answer is either proven by
+a bound on the
+rounding or found again in float64; ties go to the lowest row. So the answer does not depend on
+batch size, threads or
+device.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ood_heatmap.cache.files import replacing
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
+
+# after torch (the other way round crashes where both bring a CUDA runtime), and only here
+import faiss  # isort: skip
+
+Float32: TypeAlias = NDArray[np.float32]
+Float64: TypeAlias = NDArray[np.float64]
+Int64: TypeAlias = NDArray[np.int64]
+NUM_CANDIDATES = 8
+UNIT_ROUNDOFF = 2.0**-24  # of float32; FAISS never uses TF32 on its own
+PIECE_BYTES = 64 << 20
+
+
+def check_faiss() -> None:
+    """Refuse an environment with two FAISS packages: they overwrite each other without a word."""
+    names = {item.metadata["Name"] for item in importlib.metadata.distributions()}
+    found = sorted(name for name in names if name and name.lower().startswith("faiss-"))
+    if len(found) > 1:
+        raise OodHeatmapError(
+            f"this environment has {' and '.join(found)}, which overwrite each other. "
+            f"Run `pip uninstall -y {' '.join(found)}`, then `pip install {found[-1]}`."
+        )
+
+
+def backend(device: torch.device) -> str:
+    """Return in words what searches: FAISS's version, and on what."""
+    place = "CPU"
+    if device.type == "cuda":
+        if not hasattr(faiss, "StandardGpuResources"):
+            return f"faiss {faiss.__version__} on the CPU (this build has no GPU part)"
+        place = torch.cuda.get_device_name(device)
+    return f"faiss {faiss.__version__} on {place}"
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The answer for B queries.
+
+    Args:
+        row: ``(B,)`` int64, the data set row of the nearest ID image.
+        distance: ``(B,)`` float64, Euclidean.
+        same_class: ``(B,)`` bool, False where the query's class has no row and all were searched.
+        num_proven: Queries whose float32 answer was proven without another look.
+        num_scanned: Queries that needed a float64 scan of their whole class.
+    """
+
+    row: Int64
+    distance: Float64
+    same_class: NDArray[np.bool_]
+    num_proven: int = 0
+    num_scanned: int = 0
+
+
+def squared_distances(queries: NDArray[Any], rows: NDArray[Any]) -> Float64:
+    """Return float64 squared distances between the last axes, by plain differences.
+
+    The oracle's arithmetic.
+    """
+    difference = queries.astype(np.float64) - rows
+    squared: Float64 = np.einsum("...d,...d->...", difference, difference)
+    return squared
+
+
+def sorted_order(prediction: NDArray[np.integer[Any]], row: Int64) -> Int64:
+    """Return the order of rows by (predicted class, row)."""
+    return np.lexsort((row, prediction))
+
+
+def first_of_equals(features: Float32) -> NDArray[np.bool_]:
+    """Mark each row that has no byte-identical row before it.
+
+    Args:
+        features: ``(N, D)`` float32 without negative zeros.
+    """
+    words = np.ascontiguousarray(features).view(np.uint32)
+    multipliers = np.random.default_rng(0).integers(1, 2**63, words.shape[1], dtype=np.uint64)
+    hashes = np.empty(len(words), np.uint64)
+    step = max(1, PIECE_BYTES // (8 * words.shape[1]))
+    for start in range(0, len(words), step):  # the product wraps around: a hash, not a sum
+        hashes[start : start + step] = words[start : start + step].astype(np.uint64) @ multipliers
+    first = np.ones(len(words), dtype=bool)
+    order = np.argsort(hashes, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(hashes[order]) != 0])
+    for group in np.split(order, starts[1:]) if len(starts) < len(words) else ():
+        for position, row in enumerate(group[1:], start=1):
+            before = group[:position][first[group[:position]]]
+            first[row] = not (words[before] == words[row]).all(axis=1).any()
+    return first
+
+
+class Bank:
+    """All ID features by predicted class, to be searched.
+
+    Args:
+        features: ``(N, D)`` float32, sorted by (prediction, row).
+        prediction: ``(N,)`` predicted class of each, ascending.
+        row: ``(N,)`` data set row of each, ascending inside a class.
+        device: Where to search; on a GPU the bank is copied there once.
+    """
+
+    def __init__(
+        self,
+        features: Float32,
+        prediction: NDArray[np.integer[Any]],
+        row: Int64,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        self.features, self.row = features, row
+        self.device = device or torch.device("cpu")
+        self.classes, starts = np.unique(prediction, return_index=True)
+        self.slices = dict(
+            zip(
+                self.classes.tolist(),
+                map(slice, starts.tolist(), [*starts[1:].tolist(), len(features)]),
+                strict=True,
+            )
+        )
+        # positions inside each class that are searched: one of each group of identical rows, the
+        # lowest
+        self.kept = {
+            label: np.flatnonzero(first_of_equals(features[part]))
+            for label, part in self.slices.items()
+        }
+        self.means = {
+            label: features[part].mean(axis=0, dtype=np.float64)
+            for label, part in self.slices.items()
+        }
+        self.on_gpu: dict[int, torch.Tensor] = {}
+        if self.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
+            # FAISS then takes tensors, on torch's own stream
+            importlib.import_module("faiss.contrib.torch_utils")
+            self.resources = faiss.StandardGpuResources()
+            self.on_gpu = {
+                label: torch.from_numpy(self.centred(label)).to(self.device)
+                for label in self.slices
+            }
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def centred(self, label: int) -> Float32:
+        """Return the searched rows of a class less their mean, float32."""
+        rows = self.features[self.slices[label]]
+        kept = self.kept[label]
+        rows = rows if len(kept) == len(rows) else rows[kept]
+        centred: Float32 = (rows - self.means[label]).astype(np.float32)
+        return centred
+
+    def nearest(self, queries: Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
+        """Return the nearest row with the query's predicted class, or of all where that class is
+        empty.
+
+        Args:
+            queries: ``(B, D)`` float32, finite.
+            prediction: ``(B,)`` predicted class of each query.
+        """
+        row = np.full(len(queries), -1, np.int64)
+        squared = np.full(len(queries), np.inf)
+        same_class = np.isin(prediction, self.classes)
+        proven = scanned = 0
+        for label in self.slices:
+            mine = np.flatnonzero((prediction == label) | ~same_class)
+            if not len(mine):
+                continue
+            found, distance, num_proven, num_scanned = self.nearest_in(label, queries[mine])
+            # only a query without a class of its own meets more than one class here
+            closer = (distance < squared[mine]) | (
+                (distance == squared[mine]) & (found < row[mine])
+            )
+            row[mine[closer]], squared[mine[closer]] = found[closer], distance[closer]
+            proven, scanned = proven + num_proven, scanned + num_scanned
+        assert (row >= 0).all(), "every query has an answer"
+        return Nearest(row, np.sqrt(squared), same_class, proven, scanned)
+
+    def random(
+        self, queries: Float32, prediction: NDArray[np.integer[Any]], rows: Int64, seed: int
+    ) -> Nearest:
+        """Return a random row with the query's predicted class, or of all where that class is
+        empty.
+
+        The draw depends on the seed and the query's own row alone, not on the batch it comes in.
+        """
+        everything = slice(0, len(self))
+        position = np.empty(len(queries), np.int64)
+        for number, (label, row) in enumerate(zip(prediction.tolist(), rows.tolist(), strict=True)):
+            part = self.slices.get(label, everything)
+            position[number] = np.random.default_rng([seed, row]).integers(part.start, part.stop)
+        squared = squared_distances(queries, self.features[position])
+        return Nearest(self.row[position], np.sqrt(squared), np.isin(prediction, self.classes))
+
+    def nearest_in(self, label: int, queries: Float32) -> tuple[Int64, Float64, int, int]:
+        """Return (row, squared distance) of the nearest row of one class, and how many were
+        proven and scanned."""
+        kept, part = self.kept[label], self.slices[label]
+        rounded, candidates, bound = self.candidates(label, queries)
+        # far enough ahead of the second: no rounding can have swapped them
+        best = candidates[:, 0].copy()
+        clear = np.ones(len(queries), dtype=bool)
+        if candidates.shape[1] > 1:
+            clear = rounded[:, 1] - rounded[:, 0] > 2 * bound
+        scanned = 0
+        for start in pieces(np.flatnonzero(~clear), 16 * candidates.shape[1] * queries.shape[1]):
+            near = candidates[start]
+            exact = squared_distances(queries[start, None], self.features[part][kept[near]])
+            exact[near < 0] = np.inf
+            lowest = np.where(exact == exact.min(axis=1, keepdims=True), near, len(kept)).min(
+                axis=1
+            )
+            best[start] = lowest
+            # a row outside the candidates is at least (last candidate - bound) away
+            if near.shape[1] < len(kept):
+                open_still = start[~(exact.min(axis=1) < rounded[start, -1] - bound[start])]
+                for one in open_still:
+                    best[one] = self.scan(label, queries[one])
+                scanned += len(open_still)
+        position = part.start + kept[best]
+        assert ((position >= part.start) & (position < part.stop)).all(), "a hit of another class"
+        exact = np.empty(len(queries))
+        for piece in pieces(np.arange(len(queries)), 16 * queries.shape[1]):
+            exact[piece] = squared_distances(queries[piece], self.features[position[piece]])
+        return self.row[position], exact, int(clear.sum()), scanned
+
+    def candidates(self, label: int, queries: Float32) -> tuple[Float64, Int64, Float64]:
+        """Return float32 distances and positions of the nearest rows of a class, and the bound on
+        the rounding.
+
+        The bound: a float32 sum of D products is off by at most ``D u |q| |b|`` (u: unit
+        roundoff), in any order of
+        summing; three such sums, their difference, and the rounding of the centred values make
+        ``(D + 8) u (|q| + |b|)^2``.
+        """
+        centred_queries = (queries - self.means[label]).astype(np.float32)
+        if self.on_gpu:
+            bank: Any = self.on_gpu[label]
+            longest = float(torch.linalg.vector_norm(bank, dim=1).max())
+            count = min(NUM_CANDIDATES, len(bank))
+            asked = torch.from_numpy(centred_queries).to(self.device)
+            found = faiss.knn_gpu(self.resources, asked, bank, count)
+            rounded, positions = (item.cpu().numpy() for item in found)
+        else:
+            bank = self.centred(label)
+            longest = float(np.sqrt(np.einsum("nd,nd->n", bank, bank).max()))
+            count = min(NUM_CANDIDATES, len(bank))
+            rounded, positions = faiss.knn(centred_queries, bank, count)
+        norms = np.linalg.norm(centred_queries, axis=1).astype(np.float64) + longest
+        bound = 1.001 * (queries.shape[1] + 8) * UNIT_ROUNDOFF * norms**2
+        return rounded.astype(np.float64), positions, bound
+
+    def scan(self, label: int, query: Float32) -> int:
+        """Return the position among the searched rows of the nearest one, in float64, the lowest
+        of ties."""
+        rows, kept = self.features[self.slices[label]], self.kept[label]
+        distances = np.concatenate(
+            [squared_distances(query, rows[piece]) for piece in pieces(kept, 16 * rows.shape[1])]
+        )
+        return int(distances.argmin())
+
+
+def pieces(items: Int64, bytes_each: int) -> Sequence[Int64]:
+    """Split items so that the work on each piece stays small in memory."""
+    step = max(1, PIECE_BYTES // bytes_each)
+    return [items[start : start + step] for start in range(0, len(items), step)]
+
+
+def mean_distance_to_kth(queries: Float32, bank: Float32, k: int) -> Float32:
+    """Return each query's distance to its k-th nearest row of a bank, both of unit length.
+
+    Larger is more OOD.
+
+    Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022.
+    """
+    squared, _ = faiss.knn(queries, bank, min(k, len(bank)))
+    return np.sqrt(np.maximum(squared[:, -1], 0))
+
+
+def write_index(path: Path, features: Rows, order: Int64) -> None:
+    """Write the features in the given order as an ``IndexFlatL2``, whole or not at all."""
+    index = faiss.IndexFlatL2(features.shape[1])
+    for piece in pieces(order, 4 * features.shape[1]):
+        index.add(features.take(piece))
+    with replacing(path) as scratch:
+        faiss.write_index(index, str(scratch))
+
+
+def read_index(path: Path, num_rows: int, num_features: int) -> Float32:
+    """Return the features of an index as a read-only map.
+
+    Check its checksum first: FAISS trusts what it reads.
+
+    Raises:
+        DamagedCacheError: It is not an ``IndexFlatL2`` of this size.
+    """
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise DamagedCacheError(f"{path} cannot be read by FAISS. Delete it.") from error
+    if not isinstance(index, faiss.IndexFlatL2) or (index.ntotal, index.d) != (
+        num_rows,
+        num_features,
+    ):
+        raise DamagedCacheError(f"{path} is no flat index of {num_rows} rows. Delete it.")
+    features = faiss.rev_swig_ptr(index.get_xb(), num_rows * num_features)
+    array: Float32 = features.reshape(num_rows, num_features).view(MappedIndex)
+    array.index = index  # type: ignore[attr-defined]  # the map lives as long as the index
+    return array
+
+
+class MappedIndex(np.ndarray[Any, Any]):
+    """An array that keeps the FAISS index alive in whose memory it lies."""
