@@ -1,0 +1,508 @@
+"""The command `ood-heatmap`: each command parses, calls one function of the pipeline and prints.
+
+PyTorch takes seconds to load, so a stage is imported inside its command.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ood_heatmap import __version__
+from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from ood_heatmap.images import ImageSet
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+class Commands(click.Group):
+    """A group in which what a user can mend ends in one line.
+
+    No traceback, exit code 1, or 2 for usage.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise click.UsageError(str(error), ctx) from error
+        except OodHeatmapError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nstopped; start the same command again to go on", err=True)
+            sys.exit(130)
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Three numbers, one for each channel: 0.49,0.48,0.45."""
+
+    name = "R,G,B"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != 3:
+            self.fail(f"{value!r} is not three numbers such as 0.49,0.48,0.45", param, ctx)
+        return numbers
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return several options as one decorator."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+data_options = options(
+    click.option(
+        "--data-root",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("data"),
+        help="Where torchvision's sets lie.",
+    ),
+    click.option("--download", is_flag=True, help="Fetch a torchvision set that is not there."),
+)
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+embed_options = options(
+    device_option,
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=IndexConfig.batch_size,
+        help="Images the classifier takes at once.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        default=IndexConfig.workers,
+        help="Threads that decode images.",
+    ),
+    click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read."),
+)
+shard_option = click.option(
+    "--shard-mb",
+    type=click.IntRange(1),
+    default=IndexConfig.shard_mb,
+    help="Megabytes of a shard on disk, about.",
+)
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Discard what was made from something else."
+)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="ood-heatmap")
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+def main(verbose: bool) -> None:
+    """Heatmaps that show whether, and where, an image is not what a fixed classifier was trained
+    on.
+
+    The four stages, in order: index, targets, train, evaluate. Each goes on where it was when it is
+    started again.
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr
+    )
+    for noisy in ("matplotlib", "PIL", "h5py", "faiss", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@main.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--id", "source", required=True, help="ID training images: a folder, file or name/split."
+)
+@click.option(
+    "--classifier",
+    "spec",
+    required=True,
+    help="cifar-resnet18, cifar-resnet50-64px, wrn-40-2, torchvision/NAME, timm/NAME, "
+    "file.py:function or package.module:function.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Safetensors or a state dict; the network's own when not given.",
+)
+@click.option("--num-classes", type=click.IntRange(2), help="Classes of the classifier.")
+@click.option(
+    "--mean", type=Numbers(), help="Of each channel, in [0, 1]; the network's own or 0,0,0."
+)
+@click.option(
+    "--std", type=Numbers(), help="Of each channel, in [0, 1]; the network's own or 1,1,1."
+)
+@click.option("--size", type=click.IntRange(4), help="Pixels of the input; the network's own.")
+@click.option("--head", default="", help="Name of the last linear layer; found by itself.")
+@click.option(
+    "--feature-maps",
+    "num_maps",
+    type=click.IntRange(0, 3),
+    default=0,
+    help="Cache this many spatial feature maps as well.",
+)
+@click.option("--ignore-labels", is_flag=True, help="Take class folders for folders only.")
+@embed_options
+@shard_option
+@data_options
+@overwrite_option
+def index(
+    run: Path,
+    source: str,
+    spec: str,
+    weights: Path | None,
+    num_classes: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    size: int | None,
+    head: str,
+    num_maps: int,
+    ignore_labels: bool,
+    device: str,
+    batch_size: int,
+    workers: int,
+    skip_unreadable: bool,
+    shard_mb: int,
+    data_root: Path,
+    download: bool,
+    overwrite: bool,
+) -> None:
+    """Stage 1: embed the ID training set with the classifier and index it in RUN.
+
+    \b
+    Example:
+        ood-heatmap index runs/c10 --id cifar10/train --classifier cifar-resnet18 --weights c10.pt
+    """
+    from ood_heatmap.classifier import load_classifier
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline.index import build_index
+
+    place = choose_device(device)
+    classifier = load_classifier(
+        spec,
+        weights=weights,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        size=size,
+        head=head,
+        num_maps=num_maps,
+    ).to(place)
+    images = open_images(source, data_root=data_root, download=download)
+    click.echo(
+        f"classifier {spec}: {classifier.num_classes} classes, {classifier.num_features} features "
+        f"(input of {classifier.head}), {classifier.config.transform.size} px, mean "
+        f"{classifier.config.mean}, std {classifier.config.std}, on {place}"
+    )
+    manifest = build_index(
+        run,
+        images,
+        classifier,
+        IndexConfig(batch_size, workers, shard_mb, skip_unreadable, ignore_labels, overwrite),
+    )
+    results = manifest.results
+    counts = results["class_counts"]
+    accuracy = results["accuracy"]
+    click.echo(f"{results['num_images']} ID images, {results['backend']}")
+    click.echo(
+        f"accuracy {accuracy:.2%}" if accuracy is not None else "accuracy unknown: no labels"
+    )
+    click.echo(f"images predicted as each class: {min(counts)} to {max(counts)}")
+    empty = [str(label) for label, count in enumerate(counts) if count == 0]
+    if empty:
+        click.echo(f"no image is predicted as class {', '.join(empty)}")
+    click.echo(f"next: ood-heatmap targets {run} --ood SOURCE")
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option(
+    "--ood", "source", required=True, help="OOD training images: a folder, file or name/split."
+)
+@click.option("--limit", type=click.IntRange(1), help="Take this many, drawn at random.")
+@click.option("--seed", default=TargetsConfig.seed, help="Of that draw and of random pairing.")
+@click.option(
+    "--pairing",
+    type=click.Choice(["nearest", "random"]),
+    default=TargetsConfig.pairing,
+    help="Which ID image of the predicted class is the partner.",
+)
+@embed_options
+@shard_option
+@data_options
+@overwrite_option
+def targets(
+    run: Path,
+    source: str,
+    limit: int | None,
+    seed: int,
+    pairing: str,
+    device: str,
+    batch_size: int,
+    workers: int,
+    skip_unreadable: bool,
+    shard_mb: int,
+    data_root: Path,
+    download: bool,
+    overwrite: bool,
+) -> None:
+    """Stage 2: pair OOD images with their nearest ID images in RUN and store the target heatmaps.
+
+    \b
+    Example:
+        ood-heatmap targets runs/c10 --ood data/places365 --limit 10000
+    """
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline.targets import build_targets
+
+    images = open_images(source, data_root=data_root, download=download)
+    config = TargetsConfig(
+        limit, seed, pairing, batch_size, workers, shard_mb, skip_unreadable, overwrite
+    )
+    results = build_targets(run, images, choose_device(device), config).results
+    click.echo(
+        f"{results['num_images']} OOD images paired ({results['pairing']}), {results['backend']}; "
+        f"median distance {results['median_distance']:.3g}"
+    )
+    if results["num_without_class"]:
+        click.echo(f"{results['num_without_class']} had no ID image of their class: searched all")
+    click.echo(f"next: ood-heatmap train {run}")
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=TrainConfig.epochs, help="Passes over all images."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(2), default=TrainConfig.batch_size, help="Images a step."
+)
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=TrainConfig.lr, help="Learning rate."
+)
+@click.option("--seed", default=TrainConfig.seed, help="Of the first weights and of the order.")
+@click.option(
+    "--target",
+    type=click.Choice(["signed", "magnitude"]),
+    default=TrainConfig.target,
+    help="The difference, as in the paper, or its absolute value.",
+)
+@click.option(
+    "--width",
+    type=click.IntRange(0),
+    default=TrainConfig.width,
+    help="Channels of the decoder's first map; 0: from the features' width.",
+)
+@click.option(
+    "--feature-maps",
+    type=click.IntRange(0, 3),
+    default=TrainConfig.feature_maps,
+    help="How many of the classifier's feature maps to take as well.",
+)
+@click.option(
+    "--feed",
+    type=click.Choice(["auto", "resident", "streaming"]),
+    default=TrainConfig.feed,
+    help="Everything in the device's memory, or from mapped shards.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default=TrainConfig.precision,
+    help="auto: bfloat16 on a GPU.",
+)
+@device_option
+@overwrite_option
+def train(
+    run: Path,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    target: str,
+    width: int,
+    feature_maps: int,
+    feed: str,
+    precision: str,
+    device: str,
+    overwrite: bool,
+) -> None:
+    """Stage 3: train the decoder of RUN from cached arrays alone.
+
+    \b
+    Example:
+        ood-heatmap train runs/c10 --epochs 150
+    """
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.pipeline.train import train_decoder
+
+    config = TrainConfig(
+        epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, overwrite
+    )
+    results = train_decoder(run, choose_device(device), config).results
+    click.echo(
+        f"decoder of {results['num_parameters']:,} parameters, {results['decoder']['target']} "
+        f"target, "
+        f"trained on {results['num_id']} ID and {results['num_ood']} OOD images"
+    )
+    click.echo(f"next: ood-heatmap evaluate {run} --id SOURCE --ood NAME=SOURCE")
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option("--id", "source", required=True, help="ID test images: a folder, file or name/split.")
+@click.option(
+    "--ood",
+    "ood_sources",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]SOURCE",
+    help="An OOD test set; may be repeated.",
+)
+@click.option(
+    "--near", multiple=True, metavar="NAME", help="An OOD set that is near; may be repeated."
+)
+@embed_options
+@data_options
+@overwrite_option
+def evaluate(
+    run: Path,
+    source: str,
+    ood_sources: tuple[str, ...],
+    near: tuple[str, ...],
+    device: str,
+    batch_size: int,
+    workers: int,
+    skip_unreadable: bool,
+    data_root: Path,
+    download: bool,
+    overwrite: bool,
+) -> None:
+    """Stage 4: say how well RUN detects, beside baselines, in numbers and pictures.
+
+    \b
+    Example:
+        ood-heatmap evaluate runs/c10 --id cifar10/test --ood svhn/test --ood near=cifar100/test
+        --near near
+    """
+    import json
+
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline.evaluate import evaluate as run_stage
+    from ood_heatmap.pipeline.evaluate import format_table
+
+    id_images = open_images(source, data_root=data_root, download=download)
+    ood_sets: dict[str, ImageSet] = {}
+    for item in ood_sources:
+        name, place = named_source(item)
+        if name in ood_sets:
+            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
+        ood_sets[name] = open_images(place, data_root=data_root, download=download)
+    config = EvaluateConfig(
+        near=near,
+        batch_size=batch_size,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
+    )
+    run_stage(run, id_images, ood_sets, choose_device(device), config)
+    content = json.loads((run / "evaluation" / "metrics.json").read_text("utf-8"))
+    if content["id_accuracy"] is not None:
+        click.echo(f"accuracy on the ID test set {content['id_accuracy']:.2%}")
+    click.echo(format_table(content))
+    click.echo(f"pictures: {run / 'evaluation' / 'figures'}")
+    click.echo(f"next: ood-heatmap predict {run} IMAGE_OR_FOLDER --out DIR")
+
+
+def named_source(item: str) -> tuple[str, str]:
+    """Split ``NAME=SOURCE``; without a name the source's last part is it."""
+    name, equals, place = item.partition("=")
+    if equals and not Path(item).exists():
+        return name, place
+    path = Path(item)
+    return (path.stem if path.exists() else item.partition("/")[0]), item
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the results go.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, help="Images the classifier takes at once."
+)
+@device_option
+def predict(run: Path, images: tuple[Path, ...], out: Path, batch_size: int, device: str) -> None:
+    """Write heatmap overlays (PNG), raw heatmaps (.npy) and scores.csv of IMAGES: files or folders.
+
+    \b
+    Example:
+        ood-heatmap predict runs/c10 photo.jpg more-photos/ --out results
+    """
+    from ood_heatmap.detector import HeatmapDetector
+    from ood_heatmap.pipeline.predict import list_images
+    from ood_heatmap.pipeline.predict import predict as run_predict
+
+    list_images(images)  # say what is missing before the classifier is loaded
+    done, unreadable = run_predict(
+        HeatmapDetector.load(run, device), images, out, batch_size=batch_size
+    )
+    click.echo(f"{done} images, scores in {out / 'scores.csv'}")
+    if unreadable:
+        raise OodHeatmapError(f"{len(unreadable)} images could not be read, {unreadable[0]} first.")
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option("--samples", type=click.IntRange(0), default=200, help="Targets to pair again.")
+@click.option("--seed", default=0, help="Of the sample.")
+def verify(run: Path, samples: int, seed: int) -> None:
+    """Reread every checksum of RUN, and pair a sample of targets again by brute force in float64.
+
+    \b
+    Example:
+        ood-heatmap verify runs/c10
+    """
+    from ood_heatmap.pipeline.verify import verify as run_verify
+
+    for line in run_verify(run, num_samples=samples, seed=seed):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"))
+@device_option
+def demo(run: Path, device: str) -> None:
+    """Run all four stages in RUN on data that come with the dependencies: handwritten digits.
+
+    \b
+    Example:
+        ood-heatmap demo runs/demo
+    """
+    from ood_heatmap.demo import run_demo
+
+    run_demo(run, device)

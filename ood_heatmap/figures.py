@@ -1,0 +1,139 @@
+"""Pictures.
+
+Heatmaps over images on one colour scale, histograms, ROC curves, and a sheet of examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import roc_curve
+
+from ood_heatmap.cache.files import replacing
+
+COLORS = "inferno"
+Scores = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the sheet.
+
+    Args:
+        set_name: Where the image is from.
+        image: ``(3, H, W)`` uint8.
+        strength: ``(H, W)`` in [0, 1].
+        nearest: ``(3, H, W)`` uint8, its nearest ID image.
+        score: Larger is more OOD.
+        distance: Of the features, to the nearest ID image.
+        prediction: Name of the predicted class.
+    """
+
+    set_name: str
+    image: NDArray[np.uint8]
+    strength: NDArray[np.float32]
+    nearest: NDArray[np.uint8]
+    score: float
+    distance: float
+    prediction: str
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG whole; the same figure gives the same bytes."""
+    with replacing(path) as scratch:
+        figure.savefig(
+            scratch, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None}
+        )
+
+
+def histograms(id_scores: NDArray[np.float32], ood_scores: Scores) -> Figure:
+    """Return the distribution of the heatmap score for the ID set and each OOD set."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    everything = np.concatenate([id_scores, *ood_scores.values()])
+    bins = np.linspace(0, float(np.quantile(everything, 0.995)) or 1.0, 60).tolist()
+    axes.hist(np.clip(id_scores, 0, bins[-1]), bins, density=True, color="0.75", label="ID")
+    for name, scores in ood_scores.items():
+        axes.hist(
+            np.clip(scores, 0, bins[-1]),
+            bins,
+            density=True,
+            histtype="step",
+            linewidth=1.6,
+            label=name,
+        )
+    axes.set(xlabel="heatmap score (larger is more OOD)", ylabel="density")
+    axes.legend(frameon=False)
+    return figure
+
+
+def roc_curves(id_scores: Scores, ood_scores: Mapping[str, Scores]) -> Figure:
+    """Return a panel for each OOD set, a curve for each method; OOD is the positive class."""
+    figure = Figure(figsize=(3.6 * len(ood_scores), 3.8), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(ood_scores)))
+    for axes, (name, scores) in zip(panels, ood_scores.items(), strict=True):
+        for method, values in scores.items():
+            labels = np.r_[np.zeros(len(id_scores[method])), np.ones(len(values))]
+            fpr, tpr, _ = roc_curve(
+                labels, np.r_[id_scores[method], values], drop_intermediate=False
+            )
+            wide = 2.2 if method == "heatmap" else 1.0
+            axes.plot(fpr, tpr, label=method, linewidth=wide, zorder=3 if wide > 2 else 2)
+        axes.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
+        axes.set(title=name, xlabel="false positive rate", aspect="equal")
+    panels[0].set(ylabel="true positive rate (OOD found)")
+    panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def sheet(examples: Sequence[Example], color_max: float, columns: int = 2) -> Figure:
+    """Return image, heatmap and nearest ID image of each example, all heatmaps on one colour
+    scale."""
+    rows = -(-len(examples) // columns)
+    figure = Figure(figsize=(4.6 * columns, 1.45 * rows + 0.6), layout="constrained")
+    panels = np.atleast_2d(figure.subplots(rows, 3 * columns))
+    for axes in panels.flat:
+        axes.set_axis_off()
+    drawn: Any = None
+    for number, example in enumerate(examples):
+        # down the first column, then the next: a set stays together
+        place = panels[number % rows, 3 * (number // rows) : 3 * (number // rows) + 3]
+        place[0].imshow(example.image.transpose(1, 2, 0))
+        drawn = place[1].imshow(example.strength, cmap=COLORS, vmin=0, vmax=color_max)
+        place[2].imshow(example.nearest.transpose(1, 2, 0))
+        place[0].set_title(example.set_name, fontsize=8)
+        place[1].set_title(f"score {example.score:.3f}", fontsize=8)
+        place[2].set_title(f"nearest {example.prediction}, {example.distance:.1f}", fontsize=8)
+    figure.colorbar(drawn, ax=panels, shrink=0.4, label="heatmap", location="right")
+    return figure
+
+
+def overlay(
+    image: NDArray[np.uint8], strength: NDArray[np.float32], color_max: float, size: int = 224
+) -> Image.Image:
+    """Return an image with its heatmap laid over it.
+
+    Where the heatmap is 0 the image shows through.
+
+    Args:
+        image: ``(3, H, W)`` uint8.
+        strength: ``(H, W)`` in [0, 1].
+        color_max: Top of the colour scale, the same for every image of a decoder.
+        size: Pixels of the picture.
+    """
+    share = np.clip(strength / color_max, 0, 1)
+    colors = colormaps[COLORS](share)[..., :3] * 255
+    opacity = 0.75 * share[..., None]
+    mixed = (1 - opacity) * image.transpose(1, 2, 0) + opacity * colors
+    picture = Image.fromarray(mixed.round().astype(np.uint8))
+    return picture.resize((size, size), Image.Resampling.NEAREST)

@@ -1,0 +1,85 @@
+"""What a heatmap is: its target, the loss that teaches it, and the score that is read off it."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SCALE = 1 / 255  # a stored target is int16 steps of this
+
+
+def difference(nearest: NDArray[np.uint8], images: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Return the change that would turn each OOD image into its nearest ID image, in steps of
+    1/255.
+
+    Args:
+        nearest: ``(B, C, H, W)`` uint8, the nearest ID image of each row.
+        images: Same shape, the OOD images.
+
+    Returns:
+        ``(B, C, H, W)`` int16 in [-255, 255]; ``nearest - difference`` is ``images``, exactly.
+
+    Raises:
+        ValueError: The shapes or dtypes differ. Broadcasting would pair one ID image with every
+            row.
+
+    Source: Hornauer and Belagiannis, Heatmap-based Out-of-Distribution Detection, WACV 2023.
+    """
+    if nearest.shape != images.shape or not nearest.dtype == images.dtype == np.uint8:
+        raise ValueError(
+            f"both must be uint8 of one shape, got {nearest.dtype} {nearest.shape} and "
+            f"{images.dtype} {images.shape}"
+        )
+    return np.subtract(nearest, images, dtype=np.int16)
+
+
+def target_heatmap(stored: Tensor, *, signed: bool) -> Tensor:
+    """Return what the decoder should return.
+
+    Args:
+        stored: ``(B, C, H, W)`` int16 differences in steps of 1/255; 0 for ID images.
+        signed: The difference itself; otherwise its absolute value.
+
+    Returns:
+        ``(B, C, H, W)`` float32 in [-1, 1], or [0, 1] when not signed.
+    """
+    target = stored.to(torch.float32) * SCALE
+    return target if signed else target.abs()
+
+
+def weighted_squared_error(heatmap: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over the batch of ``sum(w (heatmap - target)^2)``, ``w = 1 + 5 |target|``.
+
+    Args:
+        heatmap: ``(B, C, H, W)`` from the decoder.
+        target: Same shape.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if heatmap.shape != target.shape:
+        raise ValueError(f"heatmap {tuple(heatmap.shape)} and target {tuple(target.shape)} differ")
+    weight = 1 + 5 * target.abs()
+    return (weight * (heatmap.float() - target).square()).sum() / len(target)
+
+
+def score(heatmap: Tensor) -> Tensor:
+    """Return the mean over pixels of the maximum over channels of ``|heatmap|``.
+
+    Larger is more OOD.
+
+    Args:
+        heatmap: ``(B, C, H, W)``.
+
+    Returns:
+        ``(B,)`` float32 in [0, 1].
+    """
+    return strength(heatmap).mean(dim=(1, 2))
+
+
+def strength(heatmap: Tensor) -> Tensor:
+    """Return how OOD each pixel is, ``(B, H, W)`` float32 in [0, 1].
+
+    The maximum over channels of ``|heatmap|``.
+    """
+    return heatmap.float().abs().amax(dim=1)

@@ -1,0 +1,189 @@
+"""The classifiers of the reference: CIFAR ResNet-18, ResNet-50 for 64 pixels, and WRN-40-2.
+
+Names and shapes of parameters are those of its released checkpoints, so that they load.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class ResidualBlock(nn.Module):
+    """Convolutions with batch norm beside a shortcut.
+
+    Args:
+        kernels: Size of each convolution; the first of size 3 has the stride.
+        channels: Channels before, between and after them.
+        stride: 1, or 2 to halve the map.
+    """
+
+    def __init__(self, kernels: Sequence[int], channels: Sequence[int], stride: int) -> None:
+        super().__init__()
+        self.depth = len(kernels)
+        for number, (kernel, (before, after)) in enumerate(
+            zip(kernels, pairwise(channels), strict=True), start=1
+        ):
+            step = stride if number == kernels.index(3) + 1 else 1
+            convolution = nn.Conv2d(before, after, kernel, step, kernel // 2, bias=False)
+            self.add_module(f"conv{number}", convolution)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(after))
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels[0] != channels[-1]:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels[0], channels[-1], 1, stride, bias=False),
+                nn.BatchNorm2d(channels[-1]),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, h, w)`` to the block's channels and stride."""
+        y = x
+        for number in range(1, self.depth + 1):
+            y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
+            if number < self.depth:
+                y = functional.relu(y)
+        return functional.relu(y + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A ResNet for small images.
+
+    Args:
+        depths: Blocks of each of the four stages.
+        bottleneck: Blocks of three convolutions and four times the channels, as in ResNet-50.
+        num_classes: L.
+        pooled: Halve the map once more before the first stage, for 64-pixel images.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016.
+    """
+
+    def __init__(
+        self, depths: Sequence[int], *, bottleneck: bool, num_classes: int, pooled: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.pool = nn.MaxPool2d(2) if pooled else nn.Identity()
+        kernels = (1, 3, 1) if bottleneck else (3, 3)
+        before = 64
+        for number, (depth, width) in enumerate(zip(depths, (64, 128, 256, 512), strict=True), 1):
+            after = 4 * width if bottleneck else width
+            blocks = []
+            for block in range(depth):
+                channels = [before, *[width] * (len(kernels) - 1), after]
+                stride = 2 if number > 1 and block == 0 else 1
+                blocks.append(ResidualBlock(kernels, channels, stride))
+                before = after
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(before, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(B, L)`` of normalised images ``(B, 3, H, W)``."""
+        x = self.pool(functional.relu(self.bn1(self.conv1(x))))
+        for number in range(1, 5):
+            x = self.get_submodule(f"layer{number}")(x)
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+class WideBlock(nn.Module):
+    """Norm, ReLU and convolution, twice, beside a shortcut; the second convolution has the stride."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(before)
+        self.conv1 = nn.Conv2d(before, after, 3, 1, 1)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, stride, 1)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, before, h, w)`` to ``(B, after, h / stride, w / stride)``."""
+        y = self.conv1(functional.relu(self.bn1(x)))
+        y = self.conv2(functional.relu(self.bn2(y)))
+        sum_: Tensor = y + self.shortcut(x)
+        return sum_
+
+
+class WideResNet(nn.Module):
+    """A wide ResNet for 32-pixel images.
+
+    Args:
+        depth: 6 n + 4 for n blocks a stage.
+        widen: Factor on the channels 16, 32 and 64.
+        num_classes: L.
+
+    Source: Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016.
+    """
+
+    def __init__(self, depth: int, widen: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1)
+        widths = (16, 16 * widen, 32 * widen, 64 * widen)
+        for number, (before, after) in enumerate(pairwise(widths), start=1):
+            first = WideBlock(before, after, 1 if number == 1 else 2)
+            rest = [WideBlock(after, after, 1) for _ in range((depth - 4) // 6 - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(first, *rest))
+        self.bn1 = nn.BatchNorm2d(widths[-1])
+        self.linear = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(B, L)`` of normalised images ``(B, 3, 32, 32)``."""
+        x = self.conv1(x)
+        for number in range(1, 4):
+            x = self.get_submodule(f"layer{number}")(x)
+        x = functional.relu(self.bn1(x))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+def cifar_resnet18(num_classes: int = 10) -> nn.Module:
+    """Return ResNet-18 for 32-pixel images: 512 features."""
+    return ResNet((2, 2, 2, 2), bottleneck=False, num_classes=num_classes)
+
+
+def cifar_resnet50_64px(num_classes: int = 200) -> nn.Module:
+    """Return ResNet-50 for 64-pixel images: 2048 features."""
+    return ResNet((3, 4, 6, 3), bottleneck=True, num_classes=num_classes, pooled=True)
+
+
+def wrn_40_2(num_classes: int = 10) -> nn.Module:
+    """Return WRN-40-2 for 32-pixel images: 128 features."""
+    return WideResNet(40, 2, num_classes)
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A network with what belongs to it; the reference normalises all of them alike."""
+
+    build: Callable[[int], nn.Module]
+    num_classes: int
+    size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+BUILT_IN = {
+    "cifar-resnet18": BuiltIn(cifar_resnet18, 10, 32),
+    "cifar-resnet50-64px": BuiltIn(cifar_resnet50_64px, 200, 64),
+    "wrn-40-2": BuiltIn(wrn_40_2, 10, 32),
+}
+
+
+def join_released(checkpoint: Mapping[str, object]) -> dict[str, Tensor] | None:
+    """Return one state dict of a released checkpoint, which keeps features and head apart.
+
+    Args:
+        checkpoint: With ``net_state_dict`` and ``cls_state_dict``, else None is returned.
+    """
+    parts = [checkpoint.get(key) for key in ("net_state_dict", "cls_state_dict")]
+    joined: dict[str, Tensor] = {}
+    for part in parts:
+        if not isinstance(part, Mapping):
+            return None
+        joined |= {str(name).removeprefix("module."): value for name, value in part.items()}
+    return joined

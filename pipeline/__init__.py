@@ -1,0 +1,1 @@
+"""The four stages: index, targets, train, evaluate. One module each."""

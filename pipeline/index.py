@@ -1,0 +1,295 @@
+"""Stage 1 of 4: embed the ID training set with the classifier, and index it by predicted class."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from ood_heatmap.cache.files import locked, make_directory, replacing, require_space
+from ood_heatmap.cache.manifest import (
+    Manifest,
+    Stage,
+    check_files,
+    differing_fields,
+    read_manifest,
+    short,
+)
+from ood_heatmap.cache.neighbours import (
+    Bank,
+    backend,
+    check_faiss,
+    read_index,
+    sorted_order,
+    write_index,
+)
+from ood_heatmap.cache.shards import Rows, open_rows
+from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.config import IndexConfig
+from ood_heatmap.pipeline.embed import (
+    Embedded,
+    Meter,
+    Writer,
+    content_of_stage,
+    embed,
+    split_rows,
+    unfinished,
+)
+from ood_heatmap.pipeline.log import log_event
+
+log = logging.getLogger(__name__)
+
+INDEX, WEIGHTS = "index.faiss", "classifier.safetensors"
+NOTES: dict[str, dict[str, str | float]] = {
+    "images": {"about": "ID images at the classifier's input size, RGB, [n, C, H, W]"},
+    "features": {"about": "input of the classifier's last linear layer, [n, D]"},
+    "prediction": {"about": "predicted class, [n]"},
+    "label": {"about": "class of the data set, -1 where unknown, [n]"},
+    "row": {"about": "row of the ID data set, [n]"},
+}
+
+
+def build_index(
+    run: Path, images: ImageSet, classifier: Classifier, config: IndexConfig
+) -> Manifest:
+    """Embed and index the ID training set.
+
+    Finished shards are kept, so a stopped run goes on where it was.
+
+    Args:
+        run: The run directory; made when it is not there.
+        images: The ID training set.
+        classifier: The fixed classifier, on the device that shall compute.
+        config: Settings of the stage.
+
+    Returns:
+        The manifest; ``results`` has the accuracy, the class counts and the range of the features.
+
+    Raises:
+        OodHeatmapError: See the design: stale or damaged caches, unreadable images, a full disk
+            and so on.
+    """
+    check_faiss()
+    check_classes(images, classifier, config)
+    make_directory(run)
+    inputs = {
+        "classifier": classifier.fingerprint(),
+        "images": images.describe(),
+        "options": {"shard_mb": config.shard_mb, "skip_unreadable": config.skip_unreadable},
+    }
+    stage = Stage(run, "index", inputs)
+    with locked(run):
+        finished = stage.begin(overwrite=config.overwrite)
+        shards = split_rows(
+            np.arange(len(images)), bytes_per_row(classifier), config.shard_mb, config.batch_size
+        )
+        todo = unfinished(stage, images, shards, "images")
+        if finished is not None and not todo:
+            log.info("%s is finished already", stage.directory)
+            return finished
+        require_space(run, sum(len(rows) for _, rows in todo) * bytes_per_row(classifier))
+        meter = Meter(sum(len(rows) for _, rows in todo), "index")
+        embedded = embed(
+            images,
+            [rows for _, rows in todo],
+            classifier,
+            meter,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            skip_unreadable=config.skip_unreadable,
+        )
+        with Writer() as writer:
+            for (path, _), shard in zip(todo, embedded, strict=True):
+                attributes = {"fingerprint": stage.settings_fingerprint, "content": shard.content}
+                writer.write(path, arrays_of(shard, images), attributes, notes_of(shard))
+        log_event(run, "index", **meter.close(), device=str(classifier.device))
+        return finish(stage, images, classifier)
+
+
+def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
+    """Refuse labels that cannot be the classifier's classes."""
+    if (
+        images.classes
+        and not config.ignore_labels
+        and len(images.classes) != classifier.num_classes
+    ):
+        raise OodHeatmapError(
+            f"{images.source} has {len(images.classes)} classes, the classifier "
+            f"{classifier.num_classes}. "
+            "Name the set it was trained on, or add --ignore-labels if the folders are no classes."
+        )
+
+
+def bytes_per_row(classifier: Classifier) -> int:
+    """Return the bytes of one ID image in a shard."""
+    maps = sum(math.prod(shape) * 2 for shape in classifier.map_shapes)
+    pixels = 3 * classifier.config.transform.size * classifier.config.transform.size
+    return pixels + 4 * classifier.num_features + maps + 16
+
+
+def map_arrays(shard: Embedded) -> dict[str, NDArray[Any]]:
+    """Return the feature maps under the names they have in every cache."""
+    return {f"feature_maps_{number}": item for number, item in enumerate(shard.maps, start=1)}
+
+
+def notes_of(shard: Embedded) -> dict[str, Mapping[str, str | float]]:
+    """Return what the datasets of a shard are, in words."""
+    maps: dict[str, Mapping[str, str | float]] = {
+        name: {"about": "feature map of the classifier, [n, c, h, w]"} for name in map_arrays(shard)
+    }
+    return {**NOTES, **maps}
+
+
+def arrays_of(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
+    """Return the datasets of one shard."""
+    return {
+        "images": shard.images,
+        "features": shard.features,
+        "prediction": shard.prediction,
+        "label": images.labels[shard.rows],
+        "row": shard.rows,
+        **map_arrays(shard),
+    }
+
+
+def finish(stage: Stage, images: ImageSet, classifier: Classifier) -> Manifest:
+    """Write what is derived from the shards, then the manifest."""
+    paths = sorted(stage.directory.glob("images-*.h5"))
+    columns = open_rows(paths)
+    order = sorted_order(columns["prediction"].read(), columns["row"].read())
+    write_index(stage.directory / INDEX, columns["features"], order)
+    with replacing(stage.directory / WEIGHTS) as scratch:
+        save_file(
+            {
+                name: value.cpu().contiguous().clone()
+                for name, value in classifier.network.state_dict().items()
+            },
+            scratch,
+        )
+    results = {
+        "source": images.source,
+        "classes": list(images.classes) if len(images.classes) == classifier.num_classes else [],
+        "classifier": classifier.config.to_json(),
+        "head": classifier.head,
+        "num_features": classifier.num_features,
+        "num_classes": classifier.num_classes,
+        "map_names": list(classifier.map_names),
+        "map_shapes": [list(shape) for shape in classifier.map_shapes],
+        "backend": backend(classifier.device),
+        **statistics(columns, classifier.num_classes),
+        "skipped": [images.names[row] for row in missing(columns["row"].read(), len(images))],
+    }
+    names = [*(path.name for path in paths), INDEX, WEIGHTS]
+    return stage.finish(content_of_stage(paths), results, names)
+
+
+def statistics(columns: Mapping[str, Rows], num_classes: int) -> dict[str, Any]:
+    """Return accuracy, class counts and the range of the features."""
+    prediction, label = columns["prediction"].read(), columns["label"].read()
+    known = (label >= 0) & (label < num_classes)
+    return {
+        "num_images": len(prediction),
+        "accuracy": float((prediction == label)[known].mean()) if known.all() else None,
+        "class_counts": np.bincount(prediction, minlength=num_classes).tolist(),
+        "feature_min": min(float(part.min()) for part in columns["features"]),
+        "feature_max": max(float(part.max()) for part in columns["features"]),
+    }
+
+
+def missing(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
+    """Return the rows of the set that were left out."""
+    return np.setdiff1d(np.arange(num_images), rows)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A finished index, opened for reading.
+
+    Args:
+        run: The run directory.
+        manifest: Of stage 1.
+        columns: ``images``, ``features``, ``prediction``, ``label``, ``row`` and feature maps, in
+            data set order.
+    """
+
+    run: Path
+    manifest: Manifest
+    columns: Mapping[str, Rows]
+
+    @property
+    def feature_range(self) -> tuple[float, float]:
+        """Minimum and maximum over all ID training features."""
+        return self.manifest.results["feature_min"], self.manifest.results["feature_max"]
+
+    def bank(self, device: torch.device) -> Bank:
+        """Return the features by predicted class, to be searched on a device."""
+        prediction, row = self.columns["prediction"].read(), self.columns["row"].read()
+        order = sorted_order(prediction, row)
+        path = self.run / "index" / INDEX
+        if not path.is_file():  # derived: lost is no harm
+            log.warning("%s is lost: made again from the shards", path)
+            write_index(path, self.columns["features"], order)
+        features = read_index(path, len(row), self.manifest.results["num_features"])
+        return Bank(features, prediction[order], row[order], device=device)
+
+    def classifier(self, device: torch.device, num_maps: int | None = None) -> Classifier:
+        """Return the classifier the index was made with, from the run's own copy of its weights.
+
+        Args:
+            device: Where it shall compute.
+            num_maps: How many feature maps it shall return; as many as the index holds when None.
+
+        Raises:
+            StaleCacheError: The user's own code makes another network by now; names what differs.
+        """
+        config = ClassifierConfig.from_json(self.manifest.results["classifier"])
+        classifier = restore_classifier(config, self.run / "index" / WEIGHTS)
+        for name, before, now in differing_fields(
+            self.manifest.inputs["classifier"], classifier.fingerprint()
+        ):
+            raise StaleCacheError(
+                f"{self.run / 'index'} was made with another classifier: {name} was "
+                f"{short(before)}, is "
+                f"now {short(now)}. Run `ood-heatmap index` again with --overwrite."
+            )
+        if num_maps is not None and num_maps != config.num_maps:
+            classifier = Classifier(classifier.network, replace(config, num_maps=num_maps))
+        return classifier.to(device)
+
+    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where data set rows lie in the columns.
+
+        They differ where unreadable images were left out.
+        """
+        return np.searchsorted(self.columns["row"].read(), rows)
+
+
+def open_index(run: Path) -> Index:
+    """Open a finished index, every file checked.
+
+    Raises:
+        OodHeatmapError: It is missing, unfinished or damaged.
+    """
+    manifest = read_manifest(run, "index")
+    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]  # derived: it can be made again
+    check_files(run, manifest, leave_out=lost)
+    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
+
+
+def open_classifier_of(run: Path) -> Index:
+    """Open a finished index for its classifier alone: its images and features are not read.
+
+    Raises:
+        OodHeatmapError: It is missing, unfinished, or the weights are damaged.
+    """
+    manifest = read_manifest(run, "index")
+    check_files(run, manifest, leave_out=[name for name in manifest.files if name != WEIGHTS])
+    return Index(run, manifest, {})

@@ -1,0 +1,113 @@
+"""Fixtures: a small classifier, small image sets, and runs made from them once."""
+
+import shutil
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent
+# test the installed package, whatever kind of install it is
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CHECKOUT]
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ood_heatmap.classifier import Classifier, load_classifier
+from ood_heatmap.images import open_images
+from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.evaluate import evaluate
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.targets import build_targets
+from ood_heatmap.pipeline.train import train_decoder
+
+SIZE, NUM_CLASSES = 16, 4
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    input_size = 16
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU())
+        self.linear = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.linear(self.layer2(self.layer1(images)).mean(dim=(2, 3)))
+
+
+def network(num_classes=4):
+    return Network(num_classes)
+"""
+
+
+def write_images(folder: Path, count: int, seed: int, *, size: int = SIZE) -> Path:
+    """Write random PNG images, smooth enough for the classifier to tell apart."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((size, size)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the sets ``id`` (by class), ``ood``, ``test``, ``far`` and a classifier."""
+    root = tmp_path_factory.mktemp("data")
+    for label in range(NUM_CLASSES):
+        write_images(root / "id" / f"class{label}", 20, seed=label)
+    write_images(root / "ood", 50, seed=10, size=20)
+    write_images(root / "test", 30, seed=11)
+    write_images(root / "far", 25, seed=12, size=24)
+    (root / "network.py").write_text(NETWORK)
+    torch.manual_seed(0)
+    scope: dict[str, object] = {}
+    exec(NETWORK, scope)
+    network = scope["network"]()  # type: ignore[operator]
+    with torch.no_grad():
+        network.linear.weight.mul_(20)  # so that several classes are predicted
+    save_file(network.state_dict(), root / "weights.safetensors")
+    return root
+
+
+@pytest.fixture(scope="session")
+def spec(data: Path) -> str:
+    """Return the SPEC of the test classifier."""
+    return f"{data / 'network.py'}:network"
+
+
+@pytest.fixture
+def classifier(data: Path, spec: str) -> Classifier:
+    """Return the test classifier with two feature maps."""
+    return load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
+
+
+@pytest.fixture(scope="session")
+def finished_run(data: Path, spec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run with all four stages. Copy it before changing it: see ``run``."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
+    device = torch.device("cpu")
+    build_index(run, open_images(str(data / "id")), classifier, IndexConfig(batch_size=16))
+    build_targets(run, open_images(str(data / "ood")), device, TargetsConfig(batch_size=16))
+    train_decoder(run, device, TrainConfig(epochs=2, batch_size=32, width=32))
+    evaluate(
+        run,
+        open_images(str(data / "test")),
+        {"far": open_images(str(data / "far")), "near": open_images(str(data / "ood"))},
+        device,
+        EvaluateConfig(near=("near",), batch_size=16, neighbours=5, examples=3),
+    )
+    return run
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))

@@ -1,0 +1,254 @@
+"""The classifier: features are the input of the last linear layer, and what does not fit is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ood_heatmap.classifier import (
+    Classifier,
+    ClassifierConfig,
+    check_finite,
+    load_classifier,
+    load_weights,
+    restore_classifier,
+)
+from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.images import Transform
+
+PLAIN = ClassifierConfig("test", None, Transform(16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def pixels(count: int = 5, size: int = 16) -> torch.Tensor:
+    return torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (count, 3, size, size)).astype(np.uint8)
+    )
+
+
+def test_features_logits_and_maps_are_the_networks_own(data, spec):
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    classifier = load_classifier(
+        spec, weights=data / "weights.safetensors", mean=mean, std=std, num_maps=2
+    )
+    network, images = classifier.network, pixels()
+    values = (images.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    with torch.no_grad():
+        first = network.layer1(torch.from_numpy(values).float())
+        second = network.layer2(first)
+        logits = network.linear(second.mean(dim=(2, 3)))
+    output = classifier(images)
+    torch.testing.assert_close(output.features, second.mean(dim=(2, 3)))
+    torch.testing.assert_close(output.logits, logits)
+    torch.testing.assert_close(output.maps[0], second)  # the deepest first
+    torch.testing.assert_close(output.maps[1], first)
+    assert classifier.head == "linear"
+    assert classifier.map_names == ("layer2", "layer1")
+    assert classifier.map_shapes == ((8, 4, 4), (6, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "maps", "num_features"),
+    [
+        ("resnet18", "fc", ("layer4", "layer3", "layer2"), 512),
+        ("mobilenet_v3_small", "classifier.3", (), 1024),
+        ("vgg11", "classifier.6", (), 4096),
+        ("vit_b_32", "heads.head", (), 768),
+    ],
+)
+def test_the_head_and_the_ends_of_stages_of_known_networks_are_found(
+    name, head, maps, num_features
+):
+    from torchvision import models
+
+    network = models.get_model(name, weights=None, num_classes=7)
+    size = 224 if name.startswith(("vit", "vgg")) else 64
+    config = ClassifierConfig(name, None, Transform(size), (0.0,) * 3, (1.0,) * 3, "", len(maps))
+    classifier = Classifier(network, config)
+    assert classifier.head == head
+    assert classifier.map_names == maps
+    assert (classifier.num_features, classifier.num_classes) == (num_features, 7)
+
+
+def test_a_network_without_a_linear_head_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        OodHeatmapError, match=r"no linear layer .* \(linear layers: none\).*--head"
+    ):
+        Classifier(network, PLAIN)
+
+
+def test_a_network_that_returns_no_logits_is_refused():
+    with pytest.raises(OodHeatmapError, match=r"returns shape \(2, 4, 16, 16\)"):
+        Classifier(nn.Conv2d(3, 4, 1), PLAIN)
+
+
+def test_a_wrong_head_lists_the_linear_layers(data, spec):
+    with pytest.raises(UsageError, match="--head fc is no linear layer; there are: linear"):
+        load_classifier(spec, weights=data / "weights.safetensors", head="fc")
+
+
+def test_too_many_feature_maps_are_refused(data, spec):
+    with pytest.raises(OodHeatmapError, match="feature maps of 2 sizes, --feature-maps asks for 3"):
+        load_classifier(spec, weights=data / "weights.safetensors", num_maps=3)
+
+
+def nestings(state):
+    prefixed = {f"module.{name}": value for name, value in state.items()}
+    return {
+        "plain": state,
+        "state_dict": {"epoch": 3, "state_dict": state},
+        "model": {"model": state},
+        "module": prefixed,
+        "both": {"state_dict": {"module." + name: value for name, value in prefixed.items()}},
+    }
+
+
+@pytest.mark.parametrize("nesting", ["plain", "state_dict", "model", "module", "both"])
+def test_weights_load_from_the_usual_nestings(data, tmp_path, nesting):
+    state = load_file(data / "weights.safetensors")
+    torch.save(nestings(state)[nesting], tmp_path / "w.pt")
+    found = load_weights(tmp_path / "w.pt")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_missing_unexpected_and_reshaped_keys_are_named(data, spec, tmp_path):
+    state = load_file(data / "weights.safetensors")
+    state["extra.weight"] = state.pop("layer1.0.bias")
+    state["linear.bias"] = torch.zeros(9)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(OodHeatmapError) as caught:
+        load_classifier(spec, weights=tmp_path / "w.safetensors")
+    for words in ("missing: layer1.0.bias", "unexpected: extra.weight", "linear.bias (9,) instead"):
+        assert words in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("never",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "text", "empty", "tensor", "no tensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_none_are_one_line(tmp_path, content, suffix, capsys):
+    path = tmp_path / f"w{suffix}"
+    if content == "pickle":
+        torch.save({"state_dict": Evil()}, path)
+    elif content in ("text", "empty"):
+        path.write_text("hello" if content == "text" else "")
+    else:
+        torch.save(torch.zeros(3) if content == "tensor" else {"epoch": 3}, path)
+    with pytest.raises(OodHeatmapError, match=r"w\.(pt|safetensors)"):
+        load_weights(path)
+    assert "never" not in capsys.readouterr().out
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(OodHeatmapError, match=r"no weights file .*w\.pt"):
+        load_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("resnet", "there is no classifier 'resnet': use cifar-resnet18"),
+        ("torchvision/resnet999", "torchvision has no such classifier"),
+        ("torchvision/resnet18:NONE", "torchvision has no such classifier"),
+        ("nowhere.py:network", r"there is no file .*/nowhere\.py"),
+        ("no_such_module:network", "no_such_module cannot be imported"),
+        ("json:nothing", "json has no function nothing"),
+        ("json:dumps", "returned|required|argument"),
+        ("cifar-resnet18", "comes without weights: add --weights"),
+    ],
+)
+def test_a_wrong_spec_is_one_line(spec, words):
+    with pytest.raises(UsageError, match=words):
+        load_classifier(spec)
+
+
+def test_a_wrong_number_of_classes_is_refused(tmp_path):
+    (tmp_path / "fixed.py").write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))\n"
+    )
+    with pytest.raises(UsageError, match="has 5 classes, not --num-classes 6"):
+        load_classifier(f"{tmp_path / 'fixed.py'}:network", size=8, num_classes=6)
+    with pytest.raises(UsageError, match="--size"):
+        load_classifier(f"{tmp_path / 'fixed.py'}:network")
+    classifier = load_classifier(f"{tmp_path / 'fixed.py'}:network", size=8, num_classes=5)
+    assert classifier.num_features == 3
+
+
+def test_an_input_size_the_network_cannot_take_is_one_line(data, spec):
+    with pytest.raises(UsageError, match="--mean and --std"):
+        load_classifier(spec, weights=data / "weights.safetensors", std=(1.0, 0.0, 1.0))
+
+
+def test_a_restored_classifier_says_the_same(data, spec, tmp_path, classifier):
+    state = {name: item.contiguous() for name, item in classifier.network.state_dict().items()}
+    save_file(state, tmp_path / "copy.safetensors")
+    config = ClassifierConfig.from_json(classifier.config.to_json())
+    again = restore_classifier(config, tmp_path / "copy.safetensors")
+    assert again.fingerprint() == classifier.fingerprint()
+    torch.testing.assert_close(again(pixels()).logits, classifier(pixels()).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("field", ["weights", "mean", "std", "transform", "num_maps"])
+def test_the_fingerprint_knows_all_that_matters(data, spec, tmp_path, field):
+    state = load_file(data / "weights.safetensors")
+    base = {"weights": data / "weights.safetensors"}
+    state["linear.bias"][0] += 1e-6
+    save_file(state, tmp_path / "w.safetensors")
+    changed = {
+        "weights": {"weights": tmp_path / "w.safetensors"},
+        "mean": {"mean": (0.0, 0.0, 0.1)},
+        "std": {"std": (1.0, 1.0, 1.1)},
+        "transform": {"size": 20},
+        "num_maps": {"num_maps": 1},
+    }[field]
+    before = load_classifier(spec, **base).fingerprint()
+    now = load_classifier(spec, **{**base, **changed}).fingerprint()
+    assert [name for name in before if before[name] != now[name]] == [field]
+
+
+def test_a_counter_of_training_steps_is_no_weight():
+    def network() -> nn.Module:
+        return nn.Sequential(
+            nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
+        )
+
+    torch.manual_seed(0)
+    one = Classifier(network(), PLAIN)
+    before = one.fingerprint()
+    one.network[0].num_batches_tracked += 5
+    assert one.fingerprint() == before
+
+
+def test_nan_features_name_the_image():
+    features = np.zeros((3, 2), np.float32)
+    features[1, 0] = np.nan
+    with pytest.raises(OodHeatmapError, match=r"NaN or infinite features for b\.png"):
+        check_finite(features, np.array([4, 7, 9]), {7: "b.png"})
+
+
+def test_a_file_keeps_working_from_another_directory(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    classifier = load_classifier("network.py:network", weights=Path("weights.safetensors"))
+    assert classifier.fingerprint()["spec"] == "network.py:network"
+    monkeypatch.chdir(tmp_path)
+    restore_classifier(classifier.config, data / "weights.safetensors")
+
+
+def test_the_code_of_the_users_file_is_part_of_the_fingerprint(data, spec, tmp_path):
+    copy = tmp_path / "network.py"
+    copy.write_text((data / "network.py").read_text())
+    weights = data / "weights.safetensors"
+    before = load_classifier(f"{copy}:network", weights=weights).fingerprint()
+    assert before == load_classifier(spec, weights=weights).fingerprint()
+    copy.write_text(copy.read_text().replace("mean(dim=(2, 3))", "amax(dim=(2, 3))"))
+    now = load_classifier(f"{copy}:network", weights=weights).fingerprint()
+    assert [name for name in before if before[name] != now[name]] == ["source"]

@@ -1,0 +1,87 @@
+"""The decoder's shape, its input, and what it returns."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ood_heatmap.decoder import Decoder, DecoderConfig
+
+
+@pytest.mark.parametrize(
+    ("num_features", "size", "widths"),
+    [  # the reference's own
+        (512, 32, (512, 256, 128, 64)),
+        (128, 32, (256, 128, 64, 32)),
+        (2048, 64, (2048, 1024, 512, 256, 128)),
+    ],
+)
+def test_widths_are_those_of_the_reference(num_features, size, widths):
+    config = DecoderConfig(num_features, 10, size)
+    assert config.widths == widths
+    assert config.first_size == 4
+
+
+@given(size=st.integers(4, 300))
+def test_any_size_is_reached_by_doubling(size):
+    config = DecoderConfig(8, 2, size)
+    reached = config.first_size * 2**config.num_doublings
+    assert 4 <= config.first_size <= 8
+    assert size <= reached < size + 2**config.num_doublings
+
+
+@pytest.mark.parametrize("size", [4, 5, 16, 28, 33])
+@pytest.mark.parametrize(("target", "low"), [("signed", -1), ("magnitude", 0)])
+def test_a_heatmap_has_the_images_shape_and_range(size, target, low):
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(8, 3, size, target, width=16)).eval()
+    torch.nn.init.normal_(decoder.last.weight, 0, 1e6)  # far into the ends of tanh and sigmoid
+    heatmap = decoder(torch.rand(5, 8), torch.tensor([0, 1, 2, 0, 1]))
+    assert heatmap.shape == (5, 3, size, size)
+    assert low <= heatmap.min() < low + 0.1
+    assert 0.9 < heatmap.max() <= 1
+
+
+def test_features_are_scaled_by_the_range_over_all_id_features():
+    torch.manual_seed(0)
+    plain = Decoder(DecoderConfig(4, 2, 8, width=16)).eval()
+    scaled = Decoder(DecoderConfig(4, 2, 8, width=16), (-2.0, 6.0)).eval()
+    state = {**plain.state_dict(), "feature_range": scaled.feature_range}
+    scaled.load_state_dict(state)
+    features, prediction = torch.rand(3, 4), torch.tensor([0, 1, 1])
+    torch.testing.assert_close(
+        plain(features, prediction), scaled(features * 8 - 2, prediction), rtol=0, atol=1e-6
+    )
+
+
+def test_the_predicted_class_is_part_of_the_input():
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(4, 3, 8, width=16)).eval()
+    features = torch.rand(1, 4).expand(3, 4)
+    heatmap = decoder(features, torch.arange(3))
+    first = decoder.first(torch.cat([features, torch.eye(3)], dim=1))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(heatmap[0], heatmap[1])
+
+
+def test_feature_maps_join_where_they_fit_and_say_where():
+    torch.manual_seed(0)
+    shapes = ((6, 4, 4), (5, 7, 7), (2, 16, 16))
+    decoder = Decoder(DecoderConfig(4, 2, 16, width=32, map_shapes=shapes)).eval()
+    assert decoder.joins == (0, 1, 2)
+    maps = [torch.zeros(2, *shape) for shape in shapes]
+    maps[2][1, :, 3, 5] = 10
+    heatmap = decoder(torch.rand(1, 4).expand(2, 4), torch.zeros(2, dtype=torch.int64), maps)
+    changed = (heatmap[0] - heatmap[1]).abs().sum(dim=0).nonzero().tolist()
+    assert changed == [[3, 5]]  # the last map is at full size: nothing after it spreads
+
+
+def test_one_image_is_decoded_as_it_is_in_a_batch():
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(4, 2, 8, width=16)).eval()
+    features, prediction = torch.rand(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    whole = decoder(features, prediction)
+    for i in range(6):
+        torch.testing.assert_close(
+            whole[i : i + 1], decoder(features[i : i + 1], prediction[i : i + 1])
+        )

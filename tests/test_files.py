@@ -1,0 +1,90 @@
+"""The lock of a run directory, and what a refused write says."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ood_heatmap.cache.files import locked, make_directory, require_space, sha256_of, write_json
+from ood_heatmap.errors import OodHeatmapError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ood_heatmap.cache.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(run) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HDF5_USE_FILE_LOCKING": "FALSE"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_by_name(tmp_path):
+    with holder(tmp_path) as process:
+        try:
+            with (
+                pytest.raises(OodHeatmapError, match=f"being written by process {process.pid} on"),
+                locked(tmp_path),
+            ):
+                pass
+        finally:
+            process.kill()
+
+
+def test_a_killed_writer_leaves_the_run_free(tmp_path):
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for _ in range(50):  # the kernel drops the lock with the process
+        try:
+            with locked(tmp_path):
+                return
+        except OodHeatmapError:
+            time.sleep(0.02)
+    pytest.fail("the lock outlived its process")
+
+
+def test_a_released_lock_leaves_an_empty_file(tmp_path):
+    with locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OodHeatmapError, match=r"cannot write .*file/run"):
+        make_directory(tmp_path / "file" / "run")
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path):
+    with pytest.raises(OodHeatmapError, match=r"needs 1,000,000,000,000 MB and the disk has"):
+        require_space(tmp_path, 10**18)
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
+
+
+def test_sha256_is_that_of_the_standard_example(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert (
+        sha256_of(tmp_path / "abc")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

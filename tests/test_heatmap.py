@@ -1,0 +1,64 @@
+"""Target, loss and score against their formulas, written out."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ood_heatmap.heatmap import difference, score, strength, target_heatmap, weighted_squared_error
+
+PAIRS = hnp.arrays(np.uint8, (2, 2, 3, 4, 4))
+
+
+@given(pair=PAIRS)
+def test_the_ood_image_comes_back_without_loss(pair):
+    nearest, image = pair
+    stored = difference(nearest, image)
+    assert stored.dtype == np.int16
+    np.testing.assert_array_equal(nearest - stored, image)
+    heatmap = target_heatmap(torch.from_numpy(stored), signed=True).numpy().astype(np.float64)
+    np.testing.assert_array_equal(np.rint(nearest - 255 * heatmap), image)
+    assert np.abs(heatmap).max() <= 1
+
+
+def test_a_target_points_from_the_ood_image_to_the_id_image():
+    white, black = np.full((1, 3, 2, 2), 255, np.uint8), np.zeros((1, 3, 2, 2), np.uint8)
+    stored = torch.from_numpy(difference(white, black))
+    assert target_heatmap(stored, signed=True).unique().tolist() == [1.0]
+    assert target_heatmap(-stored, signed=True).unique().tolist() == [-1.0]
+    assert target_heatmap(-stored, signed=False).unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((1, 3, 4, 4), np.uint8), np.zeros((2, 3, 4, 4), np.int16)]
+)
+def test_pairs_that_would_broadcast_are_refused(wrong):
+    with pytest.raises(ValueError, match="both must be uint8 of one shape"):
+        difference(wrong, np.zeros((2, 3, 4, 4), np.uint8))
+
+
+@given(seed=st.integers(0, 99), batch=st.integers(1, 4))
+def test_the_loss_is_the_sum_over_pixels_and_the_mean_over_images(seed, batch):
+    generator = np.random.default_rng(seed)
+    heatmap, target = generator.uniform(-1, 1, (2, batch, 3, 2, 2))
+    total = 0.0
+    for i in range(batch):
+        for found, wanted in zip(heatmap[i].flat, target[i].flat, strict=True):
+            total += (1 + 5 * abs(wanted)) * (found - wanted) ** 2
+    loss = weighted_squared_error(torch.tensor(heatmap).float(), torch.tensor(target).float())
+    np.testing.assert_allclose(loss.item(), total / batch, rtol=1e-5)
+
+
+def test_a_loss_of_two_shapes_is_refused():
+    with pytest.raises(ValueError, match="differ"):
+        weighted_squared_error(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+
+
+def test_the_score_is_the_mean_over_pixels_of_the_strongest_channel():
+    heatmap = torch.zeros(2, 3, 2, 2)
+    heatmap[0, :, 0, 0] = torch.tensor([0.1, -0.8, 0.3])
+    heatmap[0, 2, 1, 1] = 0.4
+    np.testing.assert_allclose(score(heatmap).numpy(), [(0.8 + 0.4) / 4, 0])
+    np.testing.assert_allclose(strength(heatmap)[0].numpy(), [[0.8, 0], [0, 0.4]])

@@ -1,0 +1,179 @@
+"""Stage 1: what is in the index, and what it refuses."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ood_heatmap.classifier import load_classifier
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.images import open_images
+from ood_heatmap.pipeline.config import IndexConfig
+from ood_heatmap.pipeline.index import build_index, open_index
+
+CONFIG = IndexConfig(batch_size=16)
+
+
+def test_the_shards_hold_what_the_classifier_says_of_each_image(data, classifier, finished_run):
+    images = open_images(str(data / "id"))
+    pixels = np.stack([np.asarray(images.read(row)[0]).transpose(2, 0, 1) for row in range(80)])
+    output = classifier(torch.from_numpy(pixels))
+    columns = open_index(finished_run).columns
+    np.testing.assert_array_equal(columns["images"].read(), pixels)
+    np.testing.assert_allclose(columns["features"].read(), output.features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(columns["prediction"].read(), output.logits.argmax(dim=1))
+    np.testing.assert_array_equal(columns["label"].read(), np.repeat(np.arange(4), 20))
+    np.testing.assert_array_equal(columns["row"].read(), np.arange(80))
+    for number, item in enumerate(output.maps, start=1):
+        found = columns[f"feature_maps_{number}"].read()
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, item, rtol=2e-3, atol=1e-4)
+
+
+def test_the_manifest_reports_accuracy_counts_and_range(data, finished_run):
+    index = open_index(finished_run)
+    results, columns = index.manifest.results, index.columns
+    prediction, label = columns["prediction"].read(), columns["label"].read()
+    assert results["accuracy"] == (prediction == label).mean()
+    assert results["class_counts"] == [int((prediction == c).sum()) for c in range(4)]
+    assert results["feature_min"] == columns["features"].read().min()
+    assert results["feature_max"] == columns["features"].read().max()
+    assert results["classes"] == [f"class{c}" for c in range(4)]
+    assert "faiss" in results["backend"]
+
+
+def test_anyone_can_read_a_shard_with_h5py(finished_run):
+    with h5py.File(finished_run / "index" / "images-00000.h5") as file:
+        assert file["images"].shape == (80, 3, 16, 16)
+        assert "RGB" in file["images"].attrs["about"]
+        assert all("about" in file[name].attrs for name in file)
+
+
+def test_small_shards_hold_the_same_rows(data, classifier, finished_run, tmp_path, monkeypatch):
+    from ood_heatmap.pipeline import index as module
+
+    monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
+    build_index(tmp_path / "run", open_images(str(data / "id")), classifier, IndexConfig(16, 2, 1))
+    small, large = open_index(tmp_path / "run"), open_index(finished_run)
+    assert len(list((tmp_path / "run" / "index").glob("*.h5"))) == 3
+    for name, rows in large.columns.items():
+        np.testing.assert_array_equal(small.columns[name].read(), rows.read())
+    assert (tmp_path / "run" / "index" / "index.faiss").read_bytes() == (
+        finished_run / "index" / "index.faiss"
+    ).read_bytes()
+
+
+def test_started_again_it_is_finished(data, classifier, run):
+    before = {path: path.read_bytes() for path in (run / "index").iterdir()}
+    build_index(run, open_images(str(data / "id")), classifier, CONFIG)
+    assert before == {path: path.read_bytes() for path in (run / "index").iterdir()}
+
+
+def test_other_weights_are_refused_by_name(data, spec, run):
+    other = load_classifier(
+        spec, weights=data / "weights.safetensors", mean=(0.5, 0.5, 0.5), num_maps=2
+    )
+    with pytest.raises(StaleCacheError, match=r"another classifier\.mean"):
+        build_index(run, open_images(str(data / "id")), other, CONFIG)
+
+
+def test_an_image_changed_behind_the_listings_back_is_noticed(data, classifier, run, tmp_path):
+    folder = shutil.copytree(data / "id", tmp_path / "id")
+    build_index(run, open_images(str(folder)), classifier, CONFIG)  # the same images elsewhere
+    path = folder / "class1" / "003.png"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1  # same name, same size
+    path.write_bytes(bytes(content))
+    with pytest.raises(StaleCacheError, match=r"images\.content differs"):
+        build_index(run, open_images(str(folder)), classifier, CONFIG)
+
+
+def test_a_lost_faiss_file_is_made_again(run):
+    path = run / "index" / "index.faiss"
+    before = path.read_bytes()
+    path.unlink()
+    open_index(run).bank(torch.device("cpu"))
+    assert path.read_bytes() == before
+
+
+def test_a_changed_byte_in_a_shard_is_refused(run):
+    path = run / "index" / "images-00000.h5"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DamagedCacheError, match=r"images-00000\.h5 has changed since"):
+        open_index(run)
+
+
+def test_a_damaged_file_is_made_again_as_the_message_says(data, classifier, run):
+    before = {path.name: path.read_bytes() for path in (run / "index").iterdir()}
+    (run / "index" / "images-00000.h5").unlink()
+    (run / "index" / "manifest.json").unlink()
+    build_index(run, open_images(str(data / "id")), classifier, CONFIG)
+    assert before == {path.name: path.read_bytes() for path in (run / "index").iterdir()}
+
+
+def test_classes_that_do_not_match_are_refused(data, classifier, tmp_path):
+    shutil.copytree(data / "id", tmp_path / "id")
+    shutil.rmtree(tmp_path / "id" / "class3")
+    images = open_images(str(tmp_path / "id"))
+    with pytest.raises(OodHeatmapError, match="has 3 classes, the classifier 4.*--ignore-labels"):
+        build_index(tmp_path / "run", images, classifier, CONFIG)
+    manifest = build_index(
+        tmp_path / "run", images, classifier, IndexConfig(batch_size=16, ignore_labels=True)
+    )
+    assert manifest.results["classes"] == []
+
+
+def test_features_that_are_not_finite_name_the_image(data, classifier, tmp_path):
+    with torch.no_grad():
+        classifier.network.layer1[0].bias.fill_(float("nan"))
+    with pytest.raises(OodHeatmapError, match=r"NaN or infinite features for class0/000\.png"):
+        build_index(tmp_path / "run", open_images(str(data / "id")), classifier, CONFIG)
+
+
+def test_an_unreadable_image_stops_the_stage_and_can_be_skipped(data, classifier, tmp_path):
+    folder = shutil.copytree(data / "id", tmp_path / "id")
+    (folder / "class2" / "005.png").write_bytes(b"broken")
+    images = open_images(str(folder))
+    with pytest.raises(OodHeatmapError, match=r"class2/005\.png is not a readable image"):
+        build_index(tmp_path / "run", images, classifier, CONFIG)
+    assert not (tmp_path / "run" / "index" / "manifest.json").exists()
+    manifest = build_index(
+        tmp_path / "other", images, classifier, IndexConfig(batch_size=16, skip_unreadable=True)
+    )
+    assert manifest.results["skipped"] == ["class2/005.png"]
+    index = open_index(tmp_path / "other")
+    assert 45 not in index.columns["row"].read()
+    place = index.positions(np.array([46]))
+    wanted = np.asarray(Image.open(folder / "class2" / "006.png")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(index.columns["images"].take(place)[0], wanted)
+
+
+def test_a_device_out_of_memory_gets_smaller_batches(
+    data, classifier, tmp_path, monkeypatch, caplog
+):
+    forward, sizes = classifier.network.forward, []
+
+    def limited(images):
+        sizes.append(len(images))
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", limited)
+    build_index(tmp_path / "run", open_images(str(data / "id")), classifier, CONFIG)
+    assert {16, 8, 4} <= set(sizes)
+    assert "going on with batches of 4" in caplog.text
+    assert len(open_index(tmp_path / "run").columns["row"]) == 80
+
+
+def test_the_log_says_how_fast_it_was(finished_run):
+    lines = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["stage"] == "index"
+    assert lines[0]["images"] == 80
+    assert lines[0]["images_per_second"] > 0

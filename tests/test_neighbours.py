@@ -1,0 +1,195 @@
+"""Nearest neighbours: the truth is a loop over all rows in float64."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ood_heatmap.cache import neighbours
+from ood_heatmap.cache.neighbours import Bank, first_of_equals, sorted_order
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
+
+
+def bank_of(features, prediction) -> Bank:
+    order = sorted_order(prediction, np.arange(len(features)))
+    return Bank(features[order], prediction[order], order)
+
+
+def brute_force(query, query_class, bank, bank_class) -> np.ndarray:
+    """Return the lowest row at the smallest float64 distance, query by query."""
+    found = []
+    for one, label in zip(query, query_class, strict=True):
+        rows = np.flatnonzero(bank_class == label)
+        rows = rows if len(rows) else np.arange(len(bank))
+        distance = ((one.astype(np.float64) - bank[rows].astype(np.float64)) ** 2).sum(axis=1)
+        found.append(rows[distance == distance.min()].min())
+    return np.array(found)
+
+
+def clusters(spread: float, *, num_rows: int = 3000, num_queries: int = 300, width: int = 64):
+    """Return rows and queries in tight clusters of norm 7, with duplicates, a lone and an empty class."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(7, width))
+    centres *= 7 / np.linalg.norm(centres, axis=1, keepdims=True)
+    bank_class = generator.integers(5, size=num_rows)
+    bank_class[17] = 5  # a class with one member; class 6 has none
+    bank = (centres[bank_class] + spread * generator.normal(size=(num_rows, width))).astype("f4")
+    bank[100:140], bank_class[100:140] = bank[99], bank_class[99]
+    query_class = generator.integers(7, size=num_queries)
+    query = centres[query_class] + spread * generator.normal(size=(num_queries, width))
+    query = query.astype("f4")
+    query[0], query_class[0] = bank[120], bank_class[120]
+    return query, query_class, bank, bank_class
+
+
+# distances d^2/|z|^2 of about 1e-1, 1e-3, 1e-5 and 1e-7
+@pytest.mark.parametrize("spread", [0.2, 2e-2, 2e-3, 2e-4])
+def test_nearest_equals_brute_force_on_tight_clusters(spread):
+    query, query_class, bank, bank_class = clusters(spread)
+    found = bank_of(bank, bank_class).nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
+    assert found.row[0] == 99  # the lowest of 41 identical rows
+    np.testing.assert_array_equal(found.same_class, query_class != 6)
+    assert (found.row[query_class == 5] == 17).all()
+
+
+def test_two_tight_clusters_in_one_class_need_and_get_a_float64_scan():
+    generator = np.random.default_rng(0)
+    centres = np.stack([np.full(32, 10.0), np.full(32, -10.0)])
+    side = generator.integers(2, size=400)
+    bank = (centres[side] + 1e-4 * generator.normal(size=(400, 32))).astype("f4")
+    query = (centres[side[:50]] + 1e-4 * generator.normal(size=(50, 32))).astype("f4")
+    one_class = np.zeros(400, int)
+    found = bank_of(bank, one_class).nearest(query, one_class[:50])
+    np.testing.assert_array_equal(found.row, brute_force(query, one_class[:50], bank, one_class))
+    assert found.num_scanned > 0
+
+
+@pytest.mark.parametrize("spread", [0.2, 2e-4])
+@pytest.mark.parametrize("batch_size", [1, 7, 250])
+def test_the_answer_does_not_depend_on_the_batch(spread, batch_size):
+    query, query_class, bank, bank_class = clusters(spread)
+    searched = bank_of(bank, bank_class)
+    whole = searched.nearest(query, query_class)
+    starts = range(0, len(query), batch_size)
+    parts = [
+        searched.nearest(query[i : i + batch_size], query_class[i : i + batch_size]) for i in starts
+    ]
+    np.testing.assert_array_equal(whole.row, np.concatenate([part.row for part in parts]))
+    np.testing.assert_array_equal(whole.distance, np.concatenate([part.distance for part in parts]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_rows=st.integers(1, 40), num_queries=st.integers(1, 10))
+def test_ties_go_to_the_lowest_row(data, num_rows, num_queries):
+    coordinates = st.lists(st.integers(-2, 2), min_size=2, max_size=2)
+
+    def draw(count: int, what) -> np.ndarray:
+        return np.array(data.draw(st.lists(what, min_size=count, max_size=count)))
+
+    bank = draw(num_rows, coordinates).astype("f4")
+    query = draw(num_queries, coordinates).astype("f4")
+    bank_class, query_class = (
+        draw(num_rows, st.integers(0, 2)),
+        draw(num_queries, st.integers(0, 3)),
+    )
+    found = bank_of(bank, bank_class).nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
+
+
+def test_distance_is_euclidean_in_float64():
+    bank, query = np.float32([[3, 4], [30, 40]]), np.float32([[0, 0]])
+    found = bank_of(bank, np.zeros(2, int)).nearest(query, np.zeros(1, int))
+    assert found.distance.tolist() == [5.0]
+    assert found.distance.dtype == np.float64
+
+
+def test_a_hit_of_another_class_never_comes_through(monkeypatch):
+    query, query_class, bank, bank_class = clusters(0.2)
+    searched = bank_of(bank, bank_class)
+    wrong = np.full((len(query), 8), 10**6)
+    monkeypatch.setattr(
+        neighbours.faiss, "knn", lambda q, b, k: (np.zeros((len(q), k)), wrong[: len(q), :k])
+    )
+    with pytest.raises((AssertionError, IndexError)):
+        searched.nearest(query, query_class)
+
+
+def test_random_pairs_are_of_the_class_and_do_not_depend_on_the_batch():
+    query, query_class, bank, bank_class = clusters(0.2)
+    searched, rows = bank_of(bank, bank_class), np.arange(300)
+    whole = searched.random(query, query_class, rows, seed=3)
+    own = query_class != 6
+    np.testing.assert_array_equal(bank_class[whole.row[own]], query_class[own])
+    part = searched.random(query[40:50], query_class[40:50], rows[40:50], seed=3)
+    np.testing.assert_array_equal(part.row, whole.row[40:50])
+    assert (searched.random(query, query_class, rows, seed=4).row != whole.row).any()
+
+
+def test_first_of_equals_keeps_the_first_also_where_hashes_collide(monkeypatch):
+    features = np.float32([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [1, 2]])
+    np.testing.assert_array_equal(
+        first_of_equals(features), [True, True, False, True, False, False]
+    )
+    zeros = lambda *_, **__: np.zeros(2, np.uint64)  # noqa: E731  every hash is 0 then
+    monkeypatch.setattr(np.random, "default_rng", lambda _: type("G", (), {"integers": zeros})())
+    np.testing.assert_array_equal(
+        first_of_equals(features), [True, True, False, True, False, False]
+    )
+
+
+def test_the_index_file_holds_the_rows_in_order_and_damage_is_refused(tmp_path):
+    import faiss
+
+    features = np.random.default_rng(0).normal(size=(10, 3)).astype("f4")
+    order = np.random.default_rng(1).permutation(10)
+    path = tmp_path / "index.faiss"
+    neighbours.write_index(path, Rows([features[:4], features[4:]]), order)
+    np.testing.assert_array_equal(neighbours.read_index(path, 10, 3), features[order])
+    assert isinstance(faiss.read_index(str(path)), faiss.IndexFlatL2)
+    with pytest.raises(DamagedCacheError, match="no flat index of 11 rows"):
+        neighbours.read_index(path, 11, 3)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DamagedCacheError, match="cannot be read by FAISS"):
+        neighbours.read_index(path, 10, 3)
+
+
+def test_distance_to_the_kth_neighbour():
+    bank = np.float32([[1, 0], [0, 1], [-1, 0]])
+    found = neighbours.mean_distance_to_kth(np.float32([[1, 0]]), bank, 2)
+    np.testing.assert_allclose(found, [np.sqrt(2)], rtol=1e-6)
+
+
+def test_two_faiss_packages_are_refused_with_the_way_out(monkeypatch):
+    class Distribution:
+        def __init__(self, name: str) -> None:
+            self.metadata = {"Name": name}
+
+    both = [Distribution("faiss-cpu"), Distribution("numpy"), Distribution("faiss-gpu")]
+    monkeypatch.setattr(neighbours.importlib.metadata, "distributions", lambda: both)
+    with pytest.raises(OodHeatmapError, match="pip uninstall -y faiss-cpu faiss-gpu"):
+        neighbours.check_faiss()
+
+
+def test_torch_is_imported_before_faiss():
+    code = (
+        "import sys, ood_heatmap.cache.neighbours; names = list(sys.modules);"
+        "assert names.index('torch') < names.index('faiss')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("spread", [0.2, 2e-4])
+def test_the_gpu_answers_as_brute_force_does(spread):
+    query, query_class, bank, bank_class = clusters(spread)
+    order = sorted_order(bank_class, np.arange(len(bank)))
+    searched = Bank(bank[order], bank_class[order], order, device=torch.device("cuda"))
+    found = searched.nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
