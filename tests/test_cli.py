@@ -1,0 +1,205 @@
+"""The command line: every command as typed; what is wrong ends in one line and an exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ood_heatmap import __version__
+from ood_heatmap.cli import main, named_source
+from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
+
+
+def run_command(*arguments: object):
+    return CliRunner().invoke(main, [str(item) for item in arguments])
+
+
+def index_arguments(data, spec, run):
+    weights = ["--weights", data / "weights.safetensors"]
+    return ["index", run, "--id", data / "id", "--classifier", spec, *weights]
+
+
+def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
+    run = tmp_path / "run"
+    commands = [
+        index_arguments(data, spec, run),
+        ["targets", run, "--ood", data / "ood", "--limit", 40],
+        ["train", run, "--epochs", 1, "--batch-size", 32, "--width", 16],
+        [
+            "evaluate",
+            run,
+            "--id",
+            data / "test",
+            "--ood",
+            data / "far",
+            "--ood",
+            f"n={data / 'ood'}",
+        ]
+        + ["--near", "n"],
+        ["predict", run, data / "far", "--out", tmp_path / "out"],
+        ["verify", run],
+    ]
+    outputs = []
+    for command in commands:
+        result = run_command(*command, *([] if command[0] == "verify" else ["--device", "cpu"]))
+        assert result.exit_code == 0, result.output
+        outputs.append(result.output)
+    assert "accuracy" in outputs[0]
+    assert "next: ood-heatmap targets" in outputs[0]
+    assert "40 OOD images paired (nearest), faiss" in outputs[1]
+    assert "mean near" in outputs[3]
+    assert "25 images, scores in" in outputs[4]
+    assert "40 of 40 paired again" in outputs[5]
+    for command in commands[:4]:  # each started again: nothing to do, same output
+        assert run_command(*command, "--device", "cpu").exit_code == 0
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_every_command_has_an_example_and_every_option_help(command):
+    assert f"ood-heatmap {command.name} " in command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("index", IndexConfig()),
+        ("targets", TargetsConfig()),
+        ("train", TrainConfig()),
+        ("evaluate", EvaluateConfig()),
+    ],
+)
+def test_defaults_are_those_of_the_settings(command, config):
+    for parameter in main.commands[command].params:
+        if parameter.name in config.__dict__ and parameter.name != "near":
+            assert parameter.default in (getattr(config, parameter.name), None, False) or (
+                parameter.default is click.core.UNSET
+            )
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = (
+        "import sys; from ood_heatmap.cli import main\n"
+        "main(['--help'], standalone_mode=False); main(['train', '--help'], standalone_mode=False)\n"
+        "assert not {'torch', 'numpy', 'faiss', 'h5py', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_version_is_the_packages():
+    assert run_command("--version").output == f"ood-heatmap, version {__version__}\n"
+
+
+def test_it_runs_as_a_module_from_anywhere(tmp_path):
+    command = [sys.executable, "-m", "ood_heatmap", "--version"]
+    output = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert __version__ in output
+
+
+def bad_calls(data: Path, spec: str, run: Path, folder: Path):
+    """Return (arguments, exit code, words of the one line) of what a user can get wrong."""
+    index = index_arguments(data, spec, folder / "new")
+    broken, empty = folder / "broken", folder / "empty"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"broken")
+    (folder / "file").write_text("")
+    return {
+        "an empty folder": (["targets", run, "--ood", empty], 1, "holds no images"),
+        "an unknown set": (["targets", run, "--ood", "nowhere"], 2, "no folder, file or set"),
+        "too few images": (
+            ["targets", run, "--ood", data / "ood", "--limit", 99],
+            1,
+            "--limit asks",
+        ),
+        "a missing run": (["train", folder / "nowhere"], 2, "does not exist"),
+        "no index": (["train", empty], 1, "no index stage: run `ood-heatmap index"),
+        "a stale cache": (["train", run, "--epochs", 3], 1, "another options.epochs"),
+        "no GPU": (["train", run, "--device", "cuda:7"], 2, "this machine has"),
+        "no such device": (["train", run, "--device", "tpu"], 2, "no device 'tpu'"),
+        "a wrong class count": ([*index, "--num-classes", 5], 1, "does not fit the classifier"),
+        "a wrong spec": (
+            ["index", run, "--id", data / "id", "--classifier", "x"],
+            2,
+            "no classifier",
+        ),
+        "a wrong mean": ([*index, "--mean", "1,2"], 2, "is not three numbers"),
+        "a zero std": ([*index, "--std", "0,1,1"], 2, "std above 0"),
+        "a run below a file": (
+            [*index[:1], folder / "file" / "run", *index[2:]],
+            1,
+            "cannot write",
+        ),
+        "a missing image": (["predict", run, "no.png", "--out", folder], 1, "no image or folder"),
+        "two sets of one name": (
+            ["evaluate", run, "--id", data / "test", "--ood", data / "far", "--ood", data / "far"],
+            2,
+            "two OOD sets are called 'far'",
+        ),
+        "an unknown near set": (
+            ["evaluate", run, "--id", data / "test", "--ood", data / "far", "--near", "x"],
+            2,
+            "--near x is none",
+        ),
+        # last: --overwrite has discarded what was there
+        "a truncated image": (
+            ["targets", run, "--ood", broken, "--overwrite"],
+            1,
+            "a.png is not a",
+        ),
+    }
+
+
+def test_what_is_wrong_ends_in_one_line_and_leaves_the_run_as_it_was(data, spec, run, tmp_path):
+    def tree():
+        return {
+            path: path.read_bytes()
+            for path in run.rglob("*")
+            if path.is_file() and path.name != "unfinished.json"
+        }
+
+    for name, (arguments, code, words) in bad_calls(data, spec, run, tmp_path).items():
+        before = tree()
+        result = run_command(*arguments)
+        assert result.exit_code == code, (name, result.output, result.exception)
+        lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1, (name, result.output)
+        assert words in lines[0], name
+        assert "Traceback" not in result.output, name
+        if "--overwrite" not in arguments:
+            assert tree() == before, name
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_run_is_one_line(run):
+    run.chmod(0o500)
+    result = run_command("train", run, "--overwrite")
+    run.chmod(0o700)
+    assert result.exit_code == 1
+    assert "cannot write" in result.output
+
+
+def test_a_second_writer_is_one_line(run):
+    from ood_heatmap.cache.files import locked
+
+    with locked(run):
+        result = run_command("train", run)
+    assert result.exit_code == 1
+    assert "is being written by process" in result.output
+
+
+def test_names_of_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert named_source("photos") == ("photos", "photos")
+    assert named_source("x=photos") == ("x", "photos")
+    assert named_source("svhn/test") == ("svhn", "svhn/test")
+    assert named_source("x=svhn/test") == ("x", "svhn/test")

@@ -1,0 +1,170 @@
+"""Stage 2: each OOD image with its own nearest ID image, exactly, and what the stage refuses."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+from ood_heatmap.images import from_array, open_images
+from ood_heatmap.pipeline import targets as module
+from ood_heatmap.pipeline.config import TargetsConfig
+from ood_heatmap.pipeline.index import open_index
+from ood_heatmap.pipeline.targets import build_targets, open_targets
+
+CPU = torch.device("cpu")
+
+
+def columns_of(run):
+    index = open_index(run)
+    return index, open_targets(run, index).columns
+
+
+def ood_pixels(data, rows, transform) -> np.ndarray:
+    images = open_images(str(data / "ood"))
+    return np.stack([transform(images.read(int(row))[0]) for row in rows])
+
+
+def test_every_ood_image_is_paired_with_its_own_nearest_id_image(data, classifier, finished_run):
+    index, columns = columns_of(finished_run)
+    output = classifier(torch.from_numpy(ood_pixels(data, range(50), classifier.config.transform)))
+    np.testing.assert_allclose(columns["features"].read(), output.features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(columns["prediction"].read(), output.logits.argmax(dim=1))
+    bank = index.columns["features"].read().astype(np.float64)
+    id_class = index.columns["prediction"].read()
+    stored = zip(
+        columns["features"].read(),
+        columns["prediction"].read(),
+        columns["nearest"].read(),
+        strict=True,
+    )
+    for number, (features, prediction, nearest) in enumerate(stored):
+        distance = np.sqrt(((bank - features) ** 2).sum(axis=1))
+        distance[id_class != prediction] = np.inf
+        assert nearest == distance.argmin()
+        np.testing.assert_allclose(columns["distance"].read()[number], distance.min(), rtol=1e-6)
+
+
+def test_the_ood_images_come_back_exactly_from_the_shards_alone(data, classifier, finished_run):
+    with (
+        h5py.File(finished_run / "targets" / "targets-00000.h5") as targets,
+        h5py.File(finished_run / "index" / "images-00000.h5") as index,
+    ):
+        scale = targets["heatmap"].attrs["scale"]
+        heatmap = targets["heatmap"][...] * scale
+        nearest = index["images"][...][targets["nearest"][...]]
+        found = np.rint(nearest - 255 * heatmap).astype(np.uint8)
+        rows = targets["row"][...]
+    np.testing.assert_array_equal(found, ood_pixels(data, rows, classifier.config.transform))
+
+
+def test_a_limit_draws_the_same_rows_every_time(data, run, tmp_path):
+    images = open_images(str(data / "ood"))
+    draws = [module.chosen_rows(images, TargetsConfig(limit=20, seed=seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert (draws[0] != draws[2]).any()
+    assert len(np.unique(draws[0])) == 20
+    assert (np.diff(draws[0]) > 0).all()
+    build_targets(run, images, CPU, TargetsConfig(limit=20, batch_size=16, overwrite=True))
+    np.testing.assert_array_equal(columns_of(run)[1]["row"].read(), draws[0])
+
+
+def test_fewer_images_than_asked_for_is_one_line(data, run):
+    with pytest.raises(OodHeatmapError, match="has 50 images, --limit asks for 51"):
+        build_targets(run, open_images(str(data / "ood")), CPU, TargetsConfig(limit=51))
+
+
+def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monkeypatch):
+    index = open_index(run)
+    lost = int(np.bincount(open_targets(run, index).columns["prediction"].read()).argmax())
+    bank_of = module.Index.bank
+
+    def without_the_class(self, device):
+        bank = bank_of(self, device)
+        for table in (bank.slices, bank.kept, bank.means):
+            table.pop(lost, None)
+        bank.classes = np.array([label for label in bank.classes if label != lost])
+        return bank
+
+    monkeypatch.setattr(module.Index, "bank", without_the_class)
+    config = TargetsConfig(batch_size=8, overwrite=True, seed=1)
+    manifest = build_targets(run, open_images(str(data / "ood")), CPU, config)
+    columns = columns_of(run)[1]
+    mine = columns["prediction"].read() == lost
+    assert manifest.results["num_without_class"] == mine.sum() > 0
+    np.testing.assert_array_equal(columns["same_class"].read() == 0, mine)
+    others = index.columns["prediction"].read() != lost
+    features = index.columns["features"].read().astype(np.float64)
+    for query, nearest in zip(
+        columns["features"].read()[mine], columns["nearest"].read()[mine], strict=True
+    ):
+        distance = np.where(others, ((features - query) ** 2).sum(axis=1), np.inf)
+        assert nearest == distance.argmin()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_pairs_do_not_depend_on_the_batch_size(data, run, batch_size):
+    before = {name: rows.read() for name, rows in columns_of(run)[1].items()}
+    config = TargetsConfig(batch_size=batch_size, overwrite=True, seed=9)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    after = columns_of(run)[1]
+    for name in ("nearest", "heatmap", "prediction", "same_class"):
+        np.testing.assert_array_equal(after[name].read(), before[name])
+    np.testing.assert_allclose(after["distance"].read(), before["distance"], rtol=1e-4)
+
+
+def test_random_pairing_keeps_the_class(data, run):
+    config = TargetsConfig(pairing="random", batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    index, columns = columns_of(run)
+    partner = index.columns["prediction"].take(columns["nearest"].read())
+    np.testing.assert_array_equal(partner, columns["prediction"].read())
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (TargetsConfig(seed=1), "options.seed"),
+        (TargetsConfig(limit=10), "options.limit"),
+        (TargetsConfig(pairing="random"), "options.pairing"),
+        (TargetsConfig(shard_mb=1), "options.shard_mb"),
+    ],
+)
+def test_other_options_are_refused_by_name(data, run, config, field):
+    with pytest.raises(StaleCacheError, match=f"another {field}"):
+        build_targets(run, open_images(str(data / "ood")), CPU, config)
+
+
+def test_other_images_are_refused_by_name(data, run):
+    with pytest.raises(StaleCacheError, match=r"another images\.num_images \(50, now 25\)"):
+        build_targets(run, open_images(str(data / "far")), CPU, TargetsConfig())
+
+
+def test_an_index_made_anew_makes_the_targets_stale(run, tmp_path, data, classifier):
+    from ood_heatmap.pipeline.config import IndexConfig
+    from ood_heatmap.pipeline.index import build_index
+
+    config = IndexConfig(batch_size=16, shard_mb=1, overwrite=True)
+    build_index(run, open_images(str(data / "id")), classifier, config)
+    with pytest.raises(StaleCacheError, match="made from another index"):
+        columns_of(run)
+
+
+def test_without_an_index_the_first_command_is_named(data, tmp_path):
+    with pytest.raises(OodHeatmapError, match="no index stage: run `ood-heatmap index"):
+        build_targets(tmp_path, open_images(str(data / "ood")), CPU, TargetsConfig())
+
+
+def test_no_more_than_a_shard_is_searched_at_once(run, monkeypatch):
+    monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
+    sizes, pair = [], module.pair
+
+    def counting(shard, bank, config):
+        sizes.append(len(shard.rows))
+        return pair(shard, bank, config)
+
+    monkeypatch.setattr(module, "pair", counting)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3)).astype(np.uint8)
+    config = TargetsConfig(batch_size=16, shard_mb=1, overwrite=True)
+    build_targets(run, from_array(pixels), CPU, config)
+    assert sizes == [32] * 9 + [12]

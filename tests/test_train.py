@@ -1,0 +1,195 @@
+"""Stage 3: the decoder learns what it should, the same every time, also when it is stopped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from ood_heatmap.cache.manifest import Manifest, read_manifest
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.pipeline import train as module
+from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.index import open_index
+from ood_heatmap.pipeline.train import open_decoder, train_decoder
+
+CPU = torch.device("cpu")
+SMALL = {"epochs": 4, "batch_size": 32, "width": 32, "overwrite": True}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "CEILING_SECONDS", 0.0)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+
+
+def weights(run) -> bytes:
+    return (run / "decoder" / "decoder.safetensors").read_bytes()
+
+
+def history(run) -> list[float]:
+    lines = (run / "decoder" / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("target", ["magnitude", "signed"])
+def test_the_loss_falls_and_ood_images_score_higher(run, target):
+    train_decoder(run, CPU, TrainConfig(**{**SMALL, "epochs": 60, "lr": 2e-3}, target=target))
+    losses = history(run)
+    assert losses[-1] < 0.85 * losses[0]
+    index = open_index(run)
+    decoder = open_decoder(run, index.manifest, CPU).decoder
+    from ood_heatmap.heatmap import score
+    from ood_heatmap.pipeline.targets import open_targets
+
+    scores = []
+    for columns in (index.columns, open_targets(run, index).columns):
+        features = torch.from_numpy(columns["features"].read())
+        prediction = torch.from_numpy(columns["prediction"].read())
+        with torch.no_grad():
+            scores.append(score(decoder(features, prediction)).mean().item())
+    assert scores[1] > scores[0]
+
+
+def test_an_epoch_is_the_plain_loop_over_cached_arrays(run):
+    """The truth: the same steps written out with plain indexing and torch's own Adam."""
+    from ood_heatmap.decoder import Decoder
+    from ood_heatmap.pipeline.feed import epoch_order
+    from ood_heatmap.pipeline.targets import open_targets
+
+    config = TrainConfig(**{**SMALL, "epochs": 1})
+    train_decoder(run, CPU, config)
+    index = open_index(run)
+    targets = open_targets(run, index).columns
+    features, prediction = (
+        np.concatenate([index.columns[name].read(), targets[name].read()])
+        for name in ("features", "prediction")
+    )
+    heatmaps = np.concatenate([np.zeros((80, 3, 16, 16)), targets["heatmap"].read()])
+    torch.manual_seed(0)
+    decoder = Decoder(module.decoder_config(index, config), index.feature_range)
+    optimizer = torch.optim.Adam(decoder.parameters(), 2e-4, betas=(0.5, 0.999))
+    losses = []
+    for rows in np.split(epoch_order(130, 0, 0)[:128], 4):
+        target = torch.from_numpy(np.abs(heatmaps[rows] / 255)).float()
+        found = decoder(torch.from_numpy(features[rows]), torch.from_numpy(prediction[rows]))
+        loss = ((1 + 5 * target) * (found - target) ** 2).sum() / 32
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(history(run), [np.mean(losses)], rtol=1e-3)
+    trained = open_decoder(run, index.manifest, CPU).decoder.state_dict()
+    for name, value in decoder.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_twice_the_same_gives_the_same_bytes(run):
+    train_decoder(run, CPU, TrainConfig(**SMALL, seed=5))
+    first = weights(run)
+    train_decoder(run, CPU, TrainConfig(**SMALL, seed=6))
+    assert weights(run) != first
+    train_decoder(run, CPU, TrainConfig(**SMALL, seed=5))
+    assert weights(run) == first
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_stopped_training_goes_on_to_the_same_bytes(run, monkeypatch, stop_after):
+    config = TrainConfig(**SMALL)
+    train_decoder(run, CPU, config)
+    unbroken = {path.name: path.read_bytes() for path in (run / "decoder").iterdir()}
+    train_decoder(run, CPU, TrainConfig(**SMALL, seed=1))
+    checkpoint, count = module.checkpoint, [0]
+
+    def stop(*arguments):
+        checkpoint(*arguments)
+        count[0] += 1
+        if count[0] == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder(run, CPU, config)
+    assert len(history(run)) == stop_after
+    monkeypatch.setattr(module, "checkpoint", checkpoint)
+    train_decoder(run, CPU, config)
+    assert {path.name: path.read_bytes() for path in (run / "decoder").iterdir()} == unbroken
+
+
+def test_streaming_and_resident_feeds_train_the_same_decoder(run):
+    train_decoder(run, CPU, TrainConfig(**SMALL, feed="resident"))
+    resident = weights(run)
+    (run / "decoder" / "manifest.json").unlink()
+    train_decoder(run, CPU, TrainConfig(**SMALL, feed="streaming"))
+    assert weights(run) == resident
+
+
+def test_feature_maps_are_taken_when_asked_for(run):
+    manifest = train_decoder(run, CPU, TrainConfig(**SMALL, feature_maps=2))
+    assert manifest.results["decoder"]["map_shapes"] == ((8, 4, 4), (6, 8, 8))
+    decoder = open_decoder(run, read_manifest(run, "index"), CPU).decoder
+    assert len(decoder.maps) == 2
+
+
+def test_feature_maps_that_were_not_cached_are_one_line(run):
+    with pytest.raises(OodHeatmapError, match="cached 2 feature maps, --feature-maps asks for 3"):
+        train_decoder(run, CPU, TrainConfig(**SMALL, feature_maps=3))
+
+
+def test_bfloat16_trains_near_float32(run):
+    train_decoder(run, CPU, TrainConfig(**SMALL))
+    single = history(run)
+    train_decoder(run, CPU, TrainConfig(**SMALL, precision="bfloat16"))
+    np.testing.assert_allclose(history(run), single, rtol=0.05)
+    with safe_open(run / "decoder" / "decoder.safetensors", "pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert dtypes == {torch.float32, torch.int64}  # master weights, and batch norm's counter
+
+
+def test_a_larger_batch_than_there_are_images_is_all_images(run):
+    train_decoder(run, CPU, TrainConfig(**{**SMALL, "batch_size": 10_000}))
+    assert len(history(run)) == 4
+
+
+@pytest.mark.parametrize("option", ["epochs", "batch_size", "lr", "seed", "target", "width"])
+def test_other_settings_are_refused_by_name(run, option):
+    other = {"epochs": 9, "batch_size": 9, "lr": 1e-3, "seed": 9, "target": "signed", "width": 64}
+    settings = {**TrainConfig(epochs=2, batch_size=32, width=32).__dict__, option: other[option]}
+    with pytest.raises(StaleCacheError, match=f"another options.{option} "):
+        train_decoder(run, CPU, TrainConfig(**settings))
+
+
+def test_a_loss_that_is_no_number_stops_and_says_what_to_do(run):
+    with pytest.raises(OodHeatmapError, match="no longer finite .* lower --lr"):
+        train_decoder(run, CPU, TrainConfig(**{**SMALL, "lr": 1e38}))
+
+
+def test_a_damaged_checkpoint_is_one_line(run, monkeypatch):
+    config = TrainConfig(**SMALL, seed=3)
+    monkeypatch.setattr(module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder(run, CPU, config)
+    path = run / "decoder" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DamagedCacheError, match=r"last\.ckpt cannot be taken up"):
+        train_decoder(run, CPU, config)
+
+
+def test_the_output_says_how_near_the_ceiling_it_came(run, caplog):
+    caplog.set_level("INFO")
+    train_decoder(run, CPU, TrainConfig(**SMALL))
+    assert "% of the ceiling" in caplog.text
+    assert "resident feed" in caplog.text
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["stage"] == "train"
+    assert last["share_of_ceiling"] == pytest.approx(
+        last["images_per_second"] / last["ceiling"], rel=0.01
+    )
+
+
+def test_a_decoder_of_another_index_is_refused(run):
+    index = read_manifest(run, "index")
+    other = Manifest("index", {"other": 1}, index.content, index.results, index.files)
+    with pytest.raises(StaleCacheError, match="made from another index"):
+        open_decoder(run, other, CPU)
