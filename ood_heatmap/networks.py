@@ -89,7 +89,7 @@ class ResNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Norm, ReLU and convolution, twice, beside a shortcut; the second convolution has the stride."""
+    """Norm, ReLU and convolution, twice, beside a shortcut; the second convolution strides."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from ood_heatmap.detector import HeatmapDetector, detector_of
 from ood_heatmap.errors import UsageError
 from ood_heatmap.figures import Example
 from ood_heatmap.images import ImageSet
-from ood_heatmap.metrics import detection_metrics
+from ood_heatmap.metrics import METRICS, detection_metrics
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
 from ood_heatmap.pipeline.index import Index, open_index
@@ -33,7 +33,7 @@ from ood_heatmap.pipeline.train import open_decoder
 log = logging.getLogger(__name__)
 
 ID = "id"
-METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_pos", "fpr95_ood_pos")
+
 PIECE = 4096  # images whose heatmaps are in memory at once
 Scores = dict[str, NDArray[Any]]
 

@@ -58,7 +58,7 @@ def write_images(folder: Path, count: int, seed: int, *, size: int = SIZE) -> Pa
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the sets ``id`` (by class), ``ood``, ``test``, ``far`` and a classifier."""
+    """Return a folder with sets ``id`` (by class), ``ood``, ``test``, ``far``, and a classifier."""
     root = tmp_path_factory.mktemp("data")
     for label in range(NUM_CLASSES):
         write_images(root / "id" / f"class{label}", 20, seed=label)

@@ -1,4 +1,4 @@
-"""The classifier: features are the input of the last linear layer, and what does not fit is named."""
+"""The classifier: features are what enters the last linear layer; what does not fit is named."""
 
 from pathlib import Path
 

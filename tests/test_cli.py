@@ -25,21 +25,12 @@ def index_arguments(data, spec, run):
 
 def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
     run = tmp_path / "run"
+    sets = ["--ood", data / "far", "--ood", f"n={data / 'ood'}"]
     commands = [
         index_arguments(data, spec, run),
         ["targets", run, "--ood", data / "ood", "--limit", 40],
         ["train", run, "--epochs", 1, "--batch-size", 32, "--width", 16],
-        [
-            "evaluate",
-            run,
-            "--id",
-            data / "test",
-            "--ood",
-            data / "far",
-            "--ood",
-            f"n={data / 'ood'}",
-        ]
-        + ["--near", "n"],
+        ["evaluate", run, "--id", data / "test", *sets, "--near", "n"],
         ["predict", run, data / "far", "--out", tmp_path / "out"],
         ["verify", run],
     ]
@@ -86,7 +77,7 @@ def test_defaults_are_those_of_the_settings(command, config):
 def test_help_does_not_wait_for_pytorch():
     code = (
         "import sys; from ood_heatmap.cli import main\n"
-        "main(['--help'], standalone_mode=False); main(['train', '--help'], standalone_mode=False)\n"
+        "for words in (['--help'], ['train', '--help']): main(words, standalone_mode=False)\n"
         "assert not {'torch', 'numpy', 'faiss', 'h5py', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

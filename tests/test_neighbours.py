@@ -32,7 +32,7 @@ def brute_force(query, query_class, bank, bank_class) -> np.ndarray:
 
 
 def clusters(spread: float, *, num_rows: int = 3000, num_queries: int = 300, width: int = 64):
-    """Return rows and queries in tight clusters of norm 7, with duplicates, a lone and an empty class."""
+    """Return rows and queries in tight clusters, with duplicates, a lone and an empty class."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(7, width))
     centres *= 7 / np.linalg.norm(centres, axis=1, keepdims=True)

@@ -161,7 +161,7 @@ def test_other_settings_are_refused_by_name(run, option):
 
 
 def test_a_loss_that_is_no_number_stops_and_says_what_to_do(run):
-    with pytest.raises(OodHeatmapError, match="no longer finite .* lower --lr"):
+    with pytest.raises(OodHeatmapError, match=r"no longer finite .* lower --lr"):
         train_decoder(run, CPU, TrainConfig(**{**SMALL, "lr": 1e38}))
 
 
