@@ -1,0 +1,84 @@
+"""Peak host memory of stage 2 with 1 and 10 times as many OOD images.
+
+Started as a program, it runs stage 2 once and prints its peak: ``memory.py RUN FOLDER SHARD_MB
+DEVICE``.
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import data
+import numpy as np
+from harness import Row, Setting
+
+from ood_heatmap.devices import choose_device
+from ood_heatmap.images import from_array, open_images
+from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.targets import build_targets
+
+BAR = 1.10
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare the peak of two processes, again and again."""
+    run = setting.scratch / "memory-run"
+    classifier = data.make_classifier(data.SMALL, setting.scratch)
+    build_index(run, from_array(data.random_images(1_000, seed=1)), classifier, IndexConfig())
+    few = setting.pick(quick=512, cpu=5_120)
+    shard_mb = setting.pick(quick=1, cpu=8)
+    folders = [
+        data.write_pngs(setting.scratch / f"ood{many}", many, seed=2, distinct=512)
+        for many in (few, 10 * few)
+    ]
+    ratios, growths, bases = [], [], []
+    for _ in range(setting.windows):
+        (_, small), (base, large) = (
+            peak_of(run, folder, shard_mb, setting.device.type) for folder in folders
+        )
+        ratios.append(large / small)
+        growths.append((large - small) / 1e6)
+        bases.append(base / 1e6)
+    note = (
+        f"{few:,} and {10 * few:,} PNG files, small classifier, shards of {shard_mb} MB; "
+        f"{np.median(growths):+.0f} MB, where a process holds {np.median(bases):.0f} MB before "
+        f"the stage"
+    )
+    yield Row("targets: peak memory with 10 times the images", ratios, BAR, note, True)
+
+
+def peak_of(run: Path, folder: Path, shard_mb: int, device: str) -> tuple[int, int]:
+    """Return the bytes a process held before stage 2, and at its peak."""
+    shutil.rmtree(run / "targets", ignore_errors=True)
+    command = [sys.executable, __file__, str(run), str(folder), str(shard_mb), device]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    before, peak = json.loads(output.splitlines()[-1])
+    return before, peak
+
+
+def peak() -> int:
+    """Return the most bytes this process has held in memory so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux hands ru_maxrss of the parent on to a child
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(run: str, folder: str, shard_mb: str, device: str) -> None:
+    """Run stage 2 and print the peak before and after it."""
+    chosen = choose_device(device)
+    images = open_images(folder)
+    before = peak()
+    build_targets(Path(run), images, chosen, TargetsConfig(shard_mb=int(shard_mb)))
+    print(json.dumps([before, peak()]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

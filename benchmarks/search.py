@@ -1,0 +1,102 @@
+"""The nearest ID image of the same predicted class, against the released code's way."""
+
+from collections.abc import Iterator
+from itertools import cycle
+
+import numpy as np
+import torch
+from harness import Row, Setting, cpu_note, figure, interleaved, quotients
+from numpy.typing import NDArray
+from sklearn.metrics.pairwise import euclidean_distances
+
+from ood_heatmap.cache.neighbours import Bank, sorted_order
+
+BAR = 20
+WIDTH, LATENT = 512, 32
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare at 10, 100 and 1000 classes; on a GPU as well where there is one."""
+    devices = dict.fromkeys((torch.device("cpu"), setting.device))
+    for num_classes in (10, 100, 1000):
+        for device in devices:
+            yield search(setting, num_classes, device)
+
+
+def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
+    """Compare at one number of classes."""
+    num_bank, num_queries = (
+        setting.pick(quick=10_000, cpu=50_000),
+        setting.pick(quick=2_000, cpu=10_000),
+    )
+    num_sample = setting.pick(quick=40, cpu=200)
+    features, label = clusters(num_classes, num_bank + num_queries)
+    bank_label, row = label[:num_bank], np.arange(num_bank)
+    order = sorted_order(bank_label, row)
+    queries, query_label = features[num_bank:], label[num_bank:]
+    parts = (features[:num_bank][order], bank_label[order], row[order])
+    bank = Bank(*parts, device=device)
+    found = bank.nearest(queries, query_label)
+    starts = cycle(range(0, num_queries - num_sample + 1, num_sample))
+
+    def ours() -> int:
+        bank.nearest(queries, query_label)
+        return num_queries
+
+    def reference() -> int:
+        start = next(starts)
+        sample = slice(start, start + num_sample)
+        ids = reference_nearest(queries[sample], query_label[sample], by_class)
+        np.testing.assert_array_equal(ids, found.row[sample])
+        return num_sample
+
+    def build() -> int:
+        Bank(*parts, device=device)
+        return 1
+
+    by_class = {
+        each: (features[:num_bank][bank_label == each], row[bank_label == each])
+        for each in np.unique(bank_label).tolist()
+    }
+    times = interleaved(
+        {"ours": ours, "reference": reference, "build": build}, setting.windows, device
+    )
+    once = float(np.median(times["build"].wall))
+    whole = np.array(times["ours"].wall) * num_queries
+    with_build = np.array(times["reference"].wall) * num_queries / (whole + once)
+    note = (
+        f"{num_bank:,} x {WIDTH} bank, {num_queries:,} queries, reference timed on {num_sample} a "
+        f"window, their ids equal; {found.num_proven / num_queries:.1%} proven in float32, "
+        f"{found.num_scanned} scanned; {cpu_note(times['reference'], times['ours'])}; with "
+        f"building the bank once {figure(float(np.median(with_build)))} "
+        f"(building takes {figure(once / float(np.median(whole)))} of the search)"
+    )
+    name = f"search, {num_classes} classes, on {device.type}: reference / ours"
+    return Row(name, quotients(times["reference"].wall, times["ours"].wall), BAR, note)
+
+
+def clusters(num_classes: int, count: int) -> tuple[Float32, Int64]:
+    """Return features like those behind a ReLU, in clusters of few dimensions, and their class."""
+    generator = np.random.default_rng(num_classes)
+    centres = generator.normal(0, 1, (num_classes, WIDTH)).astype(np.float32)
+    mix = generator.normal(0, LATENT**-0.5, (LATENT, WIDTH)).astype(np.float32)
+    label = generator.integers(num_classes, size=count)
+    latent = generator.normal(0, 1, (count, LATENT)).astype(np.float32)
+    return np.maximum(centres[label] + latent @ mix, 0), label
+
+
+def reference_nearest(
+    queries: Float32, label: Int64, by_class: dict[int, tuple[Float32, Int64]]
+) -> list[int]:
+    """Return each query's nearest row: a distance call and a full argsort for every query.
+
+    Its structure is that of the released code, but the rows of each class are looked up for free.
+    """
+    nearest = []
+    for query, each in zip(queries, label.tolist(), strict=True):
+        features, row = by_class[each]
+        distance = euclidean_distances(query[None], features)[0]
+        nearest.append(int(row[np.argsort(distance)[0]]))
+    return nearest

@@ -1,0 +1,152 @@
+"""Stages 1 and 2 as a whole, against what no pipeline can be faster than: the classifier alone."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import data
+import numpy as np
+import torch
+from harness import Row, Setting, interleaved, quotients
+
+from ood_heatmap.cache.neighbours import Bank, Nearest
+from ood_heatmap.classifier import Classifier
+from ood_heatmap.images import ImageSet, batches, from_array, open_images
+from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
+from ood_heatmap.pipeline.index import Index, build_index, open_index
+from ood_heatmap.pipeline.targets import build_targets
+
+BATCH = IndexConfig.batch_size
+BAR_ARRAYS, BAR_FILES, BAR_SEARCH = 0.85, 0.95, 0.05
+NUM_OOD_OF_PAPER = 10_000
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Compare decoded arrays, then PNG files; then the share of the search in stage 2."""
+    kind = data.SMALL if setting.quick else data.RESNET18
+    classifier = data.make_classifier(kind, setting.scratch).to(setting.device)
+    num_images = setting.pick(quick=2 * BATCH, cpu=4 * BATCH, gpu=192 * BATCH)
+    about = f"{kind} with random weights, {num_images:,} images of 32 px, {setting.device.type}"
+    arrays = [from_array(data.random_images(num_images, seed)) for seed in (1, 2)]
+    yield from compare(setting, "arrays", Stages(setting, classifier, *arrays), about)
+    folders = [data.write_pngs(setting.scratch / f"png{seed}", num_images, seed) for seed in (1, 2)]
+    files = [open_images(str(folder)) for folder in folders]
+    yield from compare(setting, "PNG files", Stages(setting, classifier, *files), about)
+    yield search_share(setting, Stages(setting, classifier, *arrays), about)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What is timed, each a function that returns how many images it did."""
+
+    setting: Setting
+    classifier: Classifier
+    id_images: ImageSet
+    ood_images: ImageSet
+
+    @property
+    def run(self) -> Path:
+        """The run that stage 2 works in."""
+        return self.setting.scratch / "run"
+
+    def forward(self) -> int:
+        """Run the classifier on one batch that is on its device."""
+        batch = torch.from_numpy(data.random_images(BATCH, seed=0)).to(self.classifier.device)
+        for _ in range(len(self.ood_images) // BATCH):
+            self.classifier(batch).logits.cpu()
+        return len(self.ood_images) // BATCH * BATCH
+
+    def decode(self) -> int:
+        """Decode all images, with nothing beside it."""
+        pieces = np.array_split(np.arange(len(self.ood_images)), len(self.ood_images) // BATCH)
+        transform = self.classifier.config.transform
+        for _ in batches(self.ood_images, pieces, transform, workers=IndexConfig.workers):
+            pass
+        return len(self.ood_images)
+
+    def index(self) -> int:
+        """Run stage 1 from nothing; its run is what stage 2 works in."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        build_index(self.run, self.id_images, self.classifier, IndexConfig())
+        return len(self.id_images)
+
+    def targets(self) -> int:
+        """Run stage 2 from nothing."""
+        shutil.rmtree(self.run / "targets", ignore_errors=True)
+        build_targets(self.run, self.ood_images, self.setting.device, TargetsConfig())
+        return len(self.ood_images)
+
+
+def compare(setting: Setting, kind: str, stages: Stages, about: str) -> Iterator[Row]:
+    """Compare both stages with the slower of decoding and classifier (arrays: the classifier)."""
+    variants: dict[str, Callable[[], int]] = {"forward": stages.forward, "decode": stages.decode}
+    variants |= {"index": stages.index, "targets": stages.targets}
+    times = interleaved(variants, setting.windows, setting.device)
+    forward, decode = (np.array(times[name].wall) for name in ("forward", "decode"))
+    share = f"decoding takes {np.median(decode / forward):.2g} of the classifier's time"
+    from_files = kind != "arrays"
+    floor = np.maximum(forward, decode).tolist() if from_files else forward.tolist()
+    against = "the slower of decoding and classifier" if from_files else "the classifier alone"
+    for name in ("index", "targets"):
+        ratios = quotients(floor, times[name].wall)
+        bar = BAR_FILES if from_files else BAR_ARRAYS
+        yield Row(
+            f"{name} from {kind}: share of the speed of {against}", ratios, bar, f"{about}; {share}"
+        )
+
+
+class Stopwatch:
+    """A search that counts its seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.nearest = Bank.nearest
+
+    def __call__(self, bank: Bank, *arguments: object) -> Nearest:
+        start = time.perf_counter()
+        try:
+            return self.nearest(bank, *arguments)  # type: ignore[arg-type]
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def search_share(setting: Setting, stages: Stages, about: str) -> Row:
+    """Measure how much of stage 2 is the search, with a bank of the size of CIFAR-10."""
+    stages.index()
+    num_bank = setting.pick(quick=5_000, cpu=50_000)
+    start = time.perf_counter()
+    bank = large_bank(open_index(stages.run), num_bank, setting.device)
+    built = time.perf_counter() - start
+    shares, whole = [], []
+    for _ in range(setting.windows):
+        watch = Stopwatch()
+        timed = lambda bank, *arguments, watch=watch: watch(bank, *arguments)  # noqa: E731
+        with (
+            patch.object(Index, "bank", lambda index, device: bank),
+            patch.object(Bank, "nearest", timed),
+        ):
+            start = time.perf_counter()
+            stages.targets()
+            seconds = time.perf_counter() - start
+        factor = NUM_OOD_OF_PAPER / len(stages.ood_images)
+        shares.append(watch.seconds / seconds)
+        whole.append((watch.seconds * factor + built) / (seconds * factor + built))
+    note = (
+        f"{about}; bank of {num_bank:,} rows (the index's own, repeated with noise), built before; "
+        f"with building it, and {NUM_OOD_OF_PAPER:,} OOD images: {np.median(whole):.3g}"
+    )
+    return Row("targets: share of the search in the wall time", shares, BAR_SEARCH, note, True)
+
+
+def large_bank(index: Index, num_bank: int, device: torch.device) -> Bank:
+    """Return a bank of ``num_bank`` rows whose row numbers are those of a smaller index."""
+    features, prediction = (index.columns[name].read() for name in ("features", "prediction"))
+    generator = np.random.default_rng(0)
+    chosen = np.sort(generator.integers(0, len(features), num_bank))
+    order = chosen[np.argsort(prediction[chosen], kind="stable")]
+    noise = generator.normal(0, 0.1 * features.std(), (num_bank, features.shape[1]))
+    row = index.columns["row"].read()[order]
+    return Bank(features[order] + noise.astype(np.float32), prediction[order], row, device=device)
