@@ -1,0 +1,76 @@
+"""One process or many: what the stages need to share the work under torchrun.
+
+    torchrun --no-python --nproc-per-node 2 ood-heatmap index ...
+
+Without torchrun every function here does what one process needs: nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+Value = TypeVar("Value")
+TIMEOUT = timedelta(hours=12)  # rank 0 hashes and writes while the others wait
+
+
+def rank() -> int:
+    """Return the number of this process, 0 for the first or the only one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return how many processes share the work."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Tell whether this process speaks and writes for all."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes that torchrun started, if it did.
+
+    Args:
+        device: Of this process; NCCL between GPUs, gloo between CPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    # objects go through gloo in either case, so that no GPU memory is taken for them
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine: the GPU it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    gather(None)
+
+
+def gather(value: Value) -> list[Value]:
+    """Return the value of every process, in the order of ranks, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Value) -> Value:
+    """Return rank 0's value in every process."""
+    return gather(value)[0]

@@ -1,0 +1,58 @@
+"""Decisions: p-values by their definition, and false alarms as promised."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from ood_heatmap.calibration import Calibration
+from ood_heatmap.errors import DamagedCacheError
+
+tied = st.lists(st.integers(0, 6), min_size=1, max_size=40).map(
+    lambda values: np.array(values, dtype=np.float32)
+)
+
+
+@given(tied, tied, st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5]))
+@settings(max_examples=200, deadline=None)
+def test_p_values_are_their_definition_and_agree_with_the_threshold(held_out, scores, level):
+    calibration = Calibration.fit(held_out, held_out)
+    wanted = [(1 + np.sum(held_out >= score)) / (len(held_out) + 1) for score in scores]
+    found = calibration.p_value(scores)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(found <= level + 1e-12, scores > calibration.threshold(level))
+
+
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
+def test_false_alarms_on_fresh_id_data_stay_within_the_binomial_interval(level):
+    generator = np.random.default_rng(0)
+    flagged = total = 0
+    for _ in range(200):  # the promise is about both draws, of held-out and of fresh images
+        calibration = Calibration.fit(*generator.gamma(2, 1, (2, 500)))
+        flagged += int((generator.gamma(2, 1, 50) > calibration.threshold(level)).sum())
+        total += 50
+    interval = binomtest(flagged, total).proportion_ci(0.999)
+    assert interval.low <= level <= interval.high
+
+
+def test_pixels_are_flagged_in_few_id_images():
+    peaks = np.random.default_rng(0).random(999).astype(np.float32)
+    threshold = Calibration.fit(peaks, peaks).pixel_threshold(0.1)
+    assert (peaks > threshold).sum() == 99
+
+
+def test_too_few_images_for_a_level_flag_nothing():
+    assert Calibration.fit(np.arange(10), np.arange(10)).threshold(0.05) == math.inf
+
+
+def test_it_comes_back_from_disk_and_a_damaged_one_is_one_line(tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calibration = Calibration.fit(np.array([3, 1, 2]), np.array([0.3, 0.1, 0.2]))
+    calibration.save(path)
+    np.testing.assert_array_equal(Calibration.load(path).scores, [1, 2, 3])
+    path.write_bytes(b"damaged")
+    with pytest.raises(DamagedCacheError, match="is no calibration"):
+        Calibration.load(path)
