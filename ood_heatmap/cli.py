@@ -241,9 +241,16 @@ def index(
 @click.option("--seed", default=TargetsConfig.seed, help="Of that draw and of random pairing.")
 @click.option(
     "--pairing",
-    type=click.Choice(["nearest", "random"]),
+    type=click.Choice(["nearest", "random", "any", "scrambled"]),
     default=TargetsConfig.pairing,
-    help="Which ID image of the predicted class is the partner.",
+    help="The partner: the nearest ID image of the predicted class, a random one, the nearest of "
+    "any class, or confused as in the released code.",
+)
+@click.option(
+    "--patched",
+    type=click.FloatRange(0),
+    default=TargetsConfig.patched,
+    help="ID images with a patch of an OOD image to make as well, for each OOD image.",
 )
 @embed_options
 @shard_option
@@ -255,6 +262,7 @@ def targets(
     limit: int | None,
     seed: int,
     pairing: str,
+    patched: float,
     device: str,
     batch_size: int,
     workers: int,
@@ -276,7 +284,7 @@ def targets(
 
     images = open_images(source, data_root=data_root, download=download)
     config = TargetsConfig(
-        limit, seed, pairing, batch_size, workers, shard_mb, skip_unreadable, overwrite
+        limit, seed, pairing, patched, batch_size, workers, shard_mb, skip_unreadable, overwrite
     )
     results = build_targets(run, images, choose_device(device), config).results
     click.echo(
@@ -285,6 +293,8 @@ def targets(
     )
     if results["num_without_class"]:
         click.echo(f"{results['num_without_class']} had no ID image of their class: searched all")
+    if results["num_patched"]:
+        click.echo(f"{results['num_patched']} ID images with a patch of an OOD image")
     click.echo(f"next: ood-heatmap train {run}")
 
 

@@ -20,7 +20,7 @@ from ood_heatmap.cache.manifest import Stage, fingerprint_of
 from ood_heatmap.cache.shards import map_shard, read_attributes, write_shard
 from ood_heatmap.classifier import Classifier, Output, check_finite
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
-from ood_heatmap.images import Batch, ImageSet, batches
+from ood_heatmap.images import Batch, ImageSet, Transform, batches
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -150,6 +150,7 @@ def embed(
     batch_size: int,
     workers: int,
     skip_unreadable: bool,
+    transform: Transform | None = None,
 ) -> Iterator[Embedded]:
     """Yield the images of each shard with their embedding.
 
@@ -163,6 +164,7 @@ def embed(
         batch_size: Images the classifier takes at once.
         workers: Threads that decode.
         skip_unreadable: Leave unreadable images out.
+        transform: The classifier's when None.
 
     Raises:
         OodHeatmapError: An image is unreadable, features are not finite, or no image of a shard is
@@ -175,7 +177,7 @@ def embed(
     decoded = batches(
         images,
         [piece for pieces in split for piece in pieces],
-        classifier.config.transform,
+        transform or classifier.config.transform,
         workers=workers,
         skip_unreadable=skip_unreadable,
     )
