@@ -18,7 +18,13 @@ FORMAT = 1
 FINISHED, UNFINISHED = "manifest.json", "unfinished.json"
 CHECKPOINT = "last.ckpt"  # of a stage that has one; both are only there while a stage is unfinished
 # a stage is named as its directory; this is what one types to make it
-COMMANDS = {"index": "index", "targets": "targets", "decoder": "train", "evaluation": "evaluate"}
+COMMANDS = {
+    "index": "index",
+    "targets": "targets",
+    "decoder": "train",
+    "evaluation": "evaluate",
+    "localization": "localize",
+}
 
 
 def fingerprint_of(content: object) -> str:

@@ -13,7 +13,13 @@ import click
 
 from ood_heatmap import __version__
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.config import (
+    EvaluateConfig,
+    IndexConfig,
+    LocalizeConfig,
+    TargetsConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from ood_heatmap.images import ImageSet
@@ -422,12 +428,7 @@ def evaluate(
     from ood_heatmap.pipeline.evaluate import format_table
 
     id_images = open_images(source, data_root=data_root, download=download)
-    ood_sets: dict[str, ImageSet] = {}
-    for item in ood_sources:
-        name, place = named_source(item)
-        if name in ood_sets:
-            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
-        ood_sets[name] = open_images(place, data_root=data_root, download=download)
+    ood_sets = open_sets(ood_sources, data_root, download)
     config = EvaluateConfig(
         near=near,
         batch_size=batch_size,
@@ -444,6 +445,19 @@ def evaluate(
     click.echo(f"next: ood-heatmap predict {run} IMAGE_OR_FOLDER --out DIR")
 
 
+def open_sets(sources: tuple[str, ...], data_root: Path, download: bool) -> "dict[str, ImageSet]":
+    """Return the OOD sets that a user names, by name."""
+    from ood_heatmap.images import open_images
+
+    sets: dict[str, ImageSet] = {}
+    for item in sources:
+        name, place = named_source(item)
+        if name in sets:
+            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
+        sets[name] = open_images(place, data_root=data_root, download=download)
+    return sets
+
+
 def named_source(item: str) -> tuple[str, str]:
     """Split ``NAME=SOURCE``; without a name the source's last part is it."""
     name, equals, place = item.partition("=")
@@ -451,6 +465,63 @@ def named_source(item: str) -> tuple[str, str]:
         return name, place
     path = Path(item)
     return (path.stem if path.exists() else item.partition("/")[0]), item
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option("--id", "source", required=True, help="ID test images: a folder, file or name/split.")
+@click.option(
+    "--ood",
+    "ood_sources",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]SOURCE",
+    help="An OOD test set; may be repeated.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    default=LocalizeConfig.count,
+    help="Images of each set; each with patches of every size, hard and blended.",
+)
+@click.option("--seed", default=LocalizeConfig.seed, help="Of images, places and sanity checks.")
+@embed_options
+@data_options
+@overwrite_option
+def localize(
+    run: Path,
+    source: str,
+    ood_sources: tuple[str, ...],
+    count: int,
+    seed: int,
+    device: str,
+    batch_size: int,
+    workers: int,
+    skip_unreadable: bool,
+    data_root: Path,
+    download: bool,
+    overwrite: bool,
+) -> None:
+    """Say how well the heatmaps of RUN show where, on patches of OOD images pasted into ID images.
+
+    \b
+    Example:
+        ood-heatmap localize runs/c10 --id cifar10/test --ood svhn/test
+    """
+    import json
+
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline.localize import format_table
+    from ood_heatmap.pipeline.localize import localize as run_stage
+
+    id_images = open_images(source, data_root=data_root, download=download)
+    ood_sets = open_sets(ood_sources, data_root, download)
+    config = LocalizeConfig(count, seed, batch_size, workers, skip_unreadable, overwrite)
+    run_stage(run, id_images, ood_sets, choose_device(device), config)
+    folder = run / "localization"
+    click.echo(format_table(json.loads((folder / "localization.json").read_text("utf-8"))))
+    click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
 
 
 @main.command()

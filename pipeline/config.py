@@ -108,3 +108,24 @@ class EvaluateConfig:
     examples: int = 8
     skip_unreadable: bool = False
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class LocalizeConfig:
+    """Settings of the measurement of where.
+
+    Args:
+        count: ID images, and images of each OOD set; each pair for every size and kind of edges.
+        seed: Of images, places, ID locations and shuffled weights.
+        batch_size: Images the classifier takes at once.
+        workers: Threads that decode images.
+        skip_unreadable: Leave out images that cannot be read instead of stopping.
+        overwrite: Discard a measurement of something else.
+    """
+
+    count: int = 100
+    seed: int = 0
+    batch_size: int = 256
+    workers: int = 2
+    skip_unreadable: bool = False
+    overwrite: bool = False

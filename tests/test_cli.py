@@ -11,7 +11,13 @@ from click.testing import CliRunner
 
 from ood_heatmap import __version__
 from ood_heatmap.cli import main, named_source
-from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.config import (
+    EvaluateConfig,
+    IndexConfig,
+    LocalizeConfig,
+    TargetsConfig,
+    TrainConfig,
+)
 
 
 def run_command(*arguments: object):
@@ -33,6 +39,7 @@ def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
         ["evaluate", run, "--id", data / "test", *sets, "--near", "n"],
         ["predict", run, data / "far", "--out", tmp_path / "out"],
         ["verify", run],
+        ["localize", run, "--id", data / "test", *sets, "--count", 4],
     ]
     outputs = []
     for command in commands:
@@ -45,6 +52,7 @@ def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
     assert "mean near" in outputs[3]
     assert "25 images, scores in" in outputs[4]
     assert "40 of 40 paired again" in outputs[5]
+    assert "shuffled weights" in outputs[6]
     for command in commands[:4]:  # each started again: nothing to do, same output
         assert run_command(*command, "--device", "cpu").exit_code == 0
 
@@ -64,6 +72,7 @@ def test_every_command_has_an_example_and_every_option_help(command):
         ("targets", TargetsConfig()),
         ("train", TrainConfig()),
         ("evaluate", EvaluateConfig()),
+        ("localize", LocalizeConfig()),
     ],
 )
 def test_defaults_are_those_of_the_settings(command, config):

@@ -1,5 +1,7 @@
 """Pixel metrics against known values and against counting by hand, threshold by threshold."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def by_hand(strength, masks, limit=0.3):
         overlap = np.mean([found[i][masks[i]].mean() for i in range(len(masks))])
         points.append((found[~masks].mean(), overlap))
     area = 0.0
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in pairwise(points):
         if right > left and left < limit:
             end = min(right, limit)
             at_end = low + (high - low) * (end - left) / (right - left)

@@ -25,6 +25,7 @@ def test_a_whole_run_is_said_to_be_whole(run):
         "targets",
         "decoder",
         "evaluation",
+        "localization",
     ]
     assert "50 of 50 paired again, all equal" in lines[2]
 
@@ -107,4 +108,8 @@ def test_other_pairings_are_checked_too(run, data, pairing):
 def test_stages_that_are_not_made_yet_are_said(run):
     shutil.rmtree(run / "decoder")
     shutil.rmtree(run / "evaluation")
-    assert verify(run, num_samples=5)[-2:] == ["decoder: not made yet", "evaluation: not made yet"]
+    assert verify(run, num_samples=5)[-3:] == [
+        "decoder: not made yet",
+        "evaluation: not made yet",
+        "localization: not made yet",
+    ]

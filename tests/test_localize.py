@@ -1,0 +1,240 @@
+"""Localisation: the table equals one recomputed from the run's own parts, controls and all."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
+from ood_heatmap.images import open_images
+from ood_heatmap.localization import localization_metrics
+from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
+from ood_heatmap.pipeline import localize as module
+from ood_heatmap.pipeline.config import LocalizeConfig, TrainConfig
+from ood_heatmap.pipeline.index import open_index
+from ood_heatmap.pipeline.localize import format_table, localize
+from ood_heatmap.pipeline.train import open_decoder, train_decoder
+from ood_heatmap.pipeline.verify import verify
+
+CPU = torch.device("cpu")
+CONFIG = LocalizeConfig(count=12, batch_size=16)
+METHODS = [
+    "heatmap",
+    "centre prior",
+    "nearest difference",
+    "feature distance",
+    "shuffled weights",
+    "swapped class",
+]
+
+
+def measure(run, data, config=CONFIG):
+    sets = {name: open_images(str(data / name)) for name in ("far", "ood")}
+    return localize(run, open_images(str(data / "test")), sets, CPU, config)
+
+
+@pytest.fixture(scope="module")
+def measured(finished_run, data, tmp_path_factory):
+    """Return a run in which localize has run, its decoder with a feature map."""
+    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("localize") / "run")
+    train_decoder(
+        run,
+        CPU,
+        TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=1, overwrite=True),
+    )
+    shutil.rmtree(run / "evaluation")
+    measure(run, data)
+    return run
+
+
+def table(run):
+    content = json.loads((run / "localization" / "localization.json").read_text())
+    keys = ("method", "set", "side", "edges")
+    return content, {tuple(row[key] for key in keys): row for row in content["table"]}
+
+
+def judge_of(run):
+    index = open_index(run)
+    decoder = open_decoder(run, index.manifest, CPU).decoder
+    return index, module.make_judge(index, decoder, CPU, CONFIG)
+
+
+def patched(data, run, set_name, side, edges):
+    """Return the images and masks of a cell."""
+    transform = open_index(run).classifier(CPU).config.transform
+    id_pixels, ood_pixels = (
+        module.read_sample(open_images(str(data / name)), transform, CONFIG).pixels
+        for name in ("test", set_name)
+    )
+    patches = [draw_patch(16, 0, row, (side,), (edges,)) for row in range(12)]
+    return paste_all(id_pixels, ood_pixels, patches)
+
+
+def test_every_method_set_size_and_kind_is_there_with_its_means(measured):
+    content, rows = table(measured)
+    wanted = {
+        (method, name, side, edges)
+        for method in METHODS
+        for name in ("far", "ood", "mean")
+        for side in (*SIDES, "mean")
+        for edges in (*EDGES, "mean")
+    }
+    assert set(rows) == wanted
+    for metric in ("pixel_auroc", "aupro", "pointing"):
+        cells = [
+            rows["heatmap", name, side, edges][metric]
+            for name in ("far", "ood")
+            for side in SIDES
+            for edges in EDGES
+        ]
+        assert rows["heatmap", "mean", "mean", "mean"][metric] == pytest.approx(np.mean(cells))
+        hard = np.mean([rows["heatmap", "far", side, "hard"][metric] for side in SIDES])
+        assert rows["heatmap", "far", "mean", "hard"][metric] == pytest.approx(hard)
+    assert content["sets"]["far"]["num_images"] == 12
+
+
+def test_the_heatmaps_figures_are_those_of_the_detector(measured, data):
+    images, masks = patched(data, measured, "far", 0.5, "hard")
+    strengths = HeatmapDetector.load(measured, "cpu")(images).strength
+    wanted = localization_metrics(strengths, masks)
+    found = table(measured)[1]["heatmap", "far", 0.5, "hard"]
+    assert found["pixel_auroc"] == pytest.approx(wanted.pixel_auroc, abs=1e-5)
+    assert found["aupro"] == pytest.approx(wanted.aupro, abs=1e-5)
+
+
+def test_the_nearest_difference_is_to_the_nearest_id_image_of_the_predicted_class(measured, data):
+    index, judge = judge_of(measured)
+    images, _ = patched(data, measured, "ood", 0.25, "blended")
+    output = judge.classifier(torch.from_numpy(images))
+    prediction = output.logits.argmax(dim=1).numpy()
+    bank = index.columns["features"].read().astype(np.float64)
+    distance = ((output.features.numpy()[:, None] - bank) ** 2).sum(axis=2)
+    distance[prediction[:, None] != index.columns["prediction"].read()] = np.inf
+    nearest = index.columns["images"].take(distance.argmin(axis=1)).astype(int)
+    wanted = np.abs(nearest - images).max(axis=1)
+    np.testing.assert_array_equal(judge(images)["nearest difference"], wanted)
+
+
+def test_the_feature_distance_is_brute_force_to_the_id_places(measured, data):
+    index, judge = judge_of(measured)
+    images, _ = patched(data, measured, "ood", 0.25, "hard")
+    maps = judge.classifier(torch.from_numpy(index.columns["images"].read())).maps[0]
+    # so few images that every place is taken
+    places = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).numpy()
+    assert judge.locations.shape == places.shape
+    asked = judge.classifier(torch.from_numpy(images)).maps[0].permute(0, 2, 3, 1).numpy()
+    distance = np.sqrt(((asked[..., None, :] - places) ** 2).sum(axis=-1).min(axis=-1))
+    wanted = interpolate(torch.from_numpy(distance)[:, None], (16, 16), mode="bilinear")[:, 0]
+    np.testing.assert_allclose(judge(images)["feature distance"], wanted, atol=5e-3)
+
+
+def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
+    index, judge = judge_of(measured)
+    images, _ = patched(data, measured, "ood", 0.25, "hard")
+    output = judge.classifier(torch.from_numpy(images))
+    swapped = (output.logits.argmax(dim=1) + 1) % 4
+    maps = [output.maps[0].half().float()]
+    with torch.no_grad():
+        wanted = judge.decoder(output.features, swapped, maps).abs().amax(dim=1)
+    strengths = judge(images)
+    np.testing.assert_allclose(strengths["swapped class"], wanted, atol=1e-5)
+    own, shuffled = index.classifier(CPU).network, judge.shuffled.network
+    for before, after in zip(own.parameters(), shuffled.parameters(), strict=True):
+        assert torch.equal(before.flatten().sort()[0], after.flatten().sort()[0])
+    assert any(
+        not torch.equal(*pair) for pair in zip(own.parameters(), shuffled.parameters(), strict=True)
+    )
+    assert not np.allclose(strengths["shuffled weights"], strengths["heatmap"])
+
+
+def test_the_centre_prior_looks_at_no_image(measured, data):
+    prior = module.centre_prior(5)
+    assert np.unravel_index(prior.argmax(), prior.shape) == (2, 2)
+    np.testing.assert_allclose(prior, prior[::-1].T)
+    rows = table(measured)[1]
+    first, second = (rows["centre prior", name, 0.5, "hard"] for name in ("far", "ood"))
+    assert first["pixel_auroc"] == second["pixel_auroc"]
+
+
+def test_a_sanity_check_that_lowers_nothing_is_said(measured, caplog):
+    rows = [
+        module.Row(method, "mean", "mean", "mean", {"pixel_auroc": value})
+        for method, value in [("heatmap", 0.8), ("shuffled weights", 0.6), ("swapped class", 0.9)]
+    ]
+    lowered = module.sanity(rows)["lowered_pixel_auroc"]
+    assert lowered == pytest.approx({"shuffled weights": 0.2, "swapped class": -0.1})
+    assert [record.getMessage()[:13] for record in caplog.records] == ["swapped class"]
+
+
+def test_made_again_it_is_the_same_byte_for_byte_and_verified(measured, data, tmp_path):
+    def tree(run):
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (run / "localization").rglob("*")
+            if path.is_file()
+        }
+
+    run = shutil.copytree(measured, tmp_path / "run")
+    assert "localization: 2 files as they were written" in verify(run)
+    (run / "localization" / "localization.json").unlink()
+    with pytest.raises(OodHeatmapError, match=r"localization\.json is missing"):
+        verify(run)
+    shutil.rmtree(run / "localization")
+    measure(run, data)
+    assert tree(run) == tree(measured)
+    before = (run / "localization" / "manifest.json").stat().st_mtime_ns
+    measure(run, data)  # finished: nothing is written
+    assert (run / "localization" / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(StaleCacheError, match=r"another options\.seed"):
+        measure(run, data, LocalizeConfig(count=12, seed=1))
+
+
+def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch):
+    measure(run, data, LocalizeConfig(count=2, batch_size=16))
+    assert set(row["method"] for row in table(run)[0]["table"]) == set(METHODS)
+
+    def none(network: nn.Module, probe: torch.Tensor, count: int):
+        raise OodHeatmapError("no spatial feature maps")
+
+    index = open_index(run)
+    content = index.manifest.results["classifier"]
+    monkeypatch.setitem(content, "num_maps", 0)
+    monkeypatch.setitem(index.manifest.inputs["classifier"], "num_maps", 0)
+    monkeypatch.setattr("ood_heatmap.classifier.find_maps", none)
+    decoder = open_decoder(run, index.manifest, CPU).decoder
+    judge = module.make_judge(index, decoder, CPU, CONFIG)
+    strengths = judge(np.zeros((2, 3, 16, 16), np.uint8))
+    assert list(strengths) == [method for method in METHODS if method != "feature distance"]
+
+
+@pytest.mark.parametrize("name", ["id", "mean"])
+def test_names_with_a_meaning_of_their_own_are_refused(run, data, name):
+    images = open_images(str(data / "far"))
+    with pytest.raises(UsageError, match=f"cannot be called '{name}'"):
+        localize(run, images, {name: images}, CPU, CONFIG)
+
+
+def test_a_set_with_nothing_readable_is_one_line(run, data, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"broken")
+    broken = open_images(str(tmp_path / "broken"))
+    config = LocalizeConfig(count=3, skip_unreadable=True)
+    with pytest.raises(OodHeatmapError, match=r"none of 1 images of .* is readable"):
+        localize(run, broken, {"far": open_images(str(data / "far"))}, CPU, config)
+
+
+def test_the_table_has_a_line_for_each_method_and_set(measured):
+    content, rows = table(measured)
+    lines = format_table(content).splitlines()
+    assert len(lines) == 1 + len(METHODS) * 3
+    assert lines[0].split()[:3] == ["method", "set", "AUROC"]
+    mean = next(line for line in lines if line.startswith("heatmap") and " mean " in line)
+    figures = rows["heatmap", "mean", "mean", "mean"]
+    wanted = [f"{100 * figures[key]:.1f}".rjust(4) for key in ("pixel_auroc", "aupro", "pointing")]
+    assert mean.split()[-3:] == [text.strip() for text in wanted]
