@@ -552,12 +552,15 @@ def export(run: Path, kind: str, out: Path, false_alarm: float | None) -> None:
     from ood_heatmap.pipeline.export import export as run_export
 
     detector = HeatmapDetector.load(run, "cpu", false_alarm)
-    difference = run_export(detector, out, kind, read_manifest(run, "decoder").fingerprint)
+    differences = run_export(detector, out, kind, read_manifest(run, "decoder").fingerprint)
     click.echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB")
-    if difference is None:
+    if differences is None:
         click.echo("not compared with the detector: pip install onnxruntime, and export again")
     else:
-        click.echo(f"differs from the detector by at most {difference:.1e}")
+        click.echo(
+            f"differs from the detector by at most {differences.score:.1e} in scores and "
+            f"{differences.heatmap:.1e} in heatmaps"
+        )
 
 
 @main.command()
