@@ -17,6 +17,7 @@ from ood_heatmap.pipeline.config import (
     EvaluateConfig,
     IndexConfig,
     LocalizeConfig,
+    PredictConfig,
     TargetsConfig,
     TrainConfig,
 )
@@ -111,6 +112,11 @@ shard_option = click.option(
 )
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Discard what was made from something else."
+)
+false_alarm_option = click.option(
+    "--false-alarm",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of ID images that may be called OOD; the evaluation's own when not given.",
 )
 
 
@@ -534,27 +540,103 @@ def localize(
     help="Where the results go.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=64, help="Images the classifier takes at once."
+    "--format",
+    "table",
+    type=click.Choice(["csv", "jsonl"]),
+    default=PredictConfig.format,
+    help="Of the table: scores.csv, or scores.jsonl, a JSON object a line.",
+)
+@click.option("--no-pictures", is_flag=True, help="Write the table alone.")
+@false_alarm_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=PredictConfig.batch_size,
+    help="Images the classifier takes at once.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=PredictConfig.workers,
+    help="Threads that decode images, and as many that draw and write.",
 )
 @device_option
-def predict(run: Path, images: tuple[Path, ...], out: Path, batch_size: int, device: str) -> None:
-    """Write heatmap overlays (PNG), raw heatmaps (.npy) and scores.csv of IMAGES: files or folders.
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    out: Path,
+    table: str,
+    no_pictures: bool,
+    false_alarm: float | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> None:
+    """Score IMAGES, say which are OOD, and show where: files, folders, or - for a list of them.
+
+    Writes scores.csv with a line for each image, an overlay (PNG) and the raw heatmap (.npy).
+    p_value and is_ood are empty until the run has been evaluated. What cannot be read is named and
+    skipped, and the exit code is then 1.
 
     \b
-    Example:
+    Examples:
         ood-heatmap predict runs/c10 photo.jpg more-photos/ --out results
+        find photos -name '*.jpg' | ood-heatmap predict runs/c10 - --out results --format jsonl
     """
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.pipeline.predict import list_images
     from ood_heatmap.pipeline.predict import predict as run_predict
 
-    list_images(images)  # say what is missing before the classifier is loaded
+    paths = list_images(images, out)  # say what is missing before the classifier is loaded
+    config = PredictConfig(batch_size, workers, table, not no_pictures)
     done, unreadable = run_predict(
-        HeatmapDetector.load(run, device), images, out, batch_size=batch_size
+        HeatmapDetector.load(run, device, false_alarm), paths, out, config
     )
-    click.echo(f"{done} images, scores in {out / 'scores.csv'}")
+    click.echo(f"{done} images, scores in {out / f'scores.{table}'}")
     if unreadable:
         raise OodHeatmapError(f"{len(unreadable)} images could not be read, {unreadable[0]} first.")
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["onnx", "torch"]),
+    required=True,
+    help="ONNX, or a program of torch.export.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The one file, such as detector.onnx or detector.pt2.",
+)
+@false_alarm_option
+def export(run: Path, kind: str, out: Path, false_alarm: float | None) -> None:
+    """Write the detector of RUN as one file that needs no ood_heatmap to run.
+
+    Images go in as uint8 (B, 3, H, W) at the classifier's input size; score, heatmap, prediction
+    and p_value come out. The file is run and compared with the detector before it is put in place.
+
+    \b
+    Example:
+        ood-heatmap export runs/c10 --format onnx --out c10.onnx
+    """
+    from ood_heatmap.cache.manifest import read_manifest
+    from ood_heatmap.detector import HeatmapDetector
+    from ood_heatmap.pipeline.export import export as run_export
+
+    detector = HeatmapDetector.load(run, "cpu", false_alarm)
+    differences = run_export(detector, out, kind, read_manifest(run, "decoder").fingerprint)
+    click.echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB")
+    if differences is None:
+        click.echo("not compared with the detector: pip install onnxruntime, and export again")
+    else:
+        click.echo(
+            f"differs from the detector by at most {differences.score:.1e} in scores and "
+            f"{differences.heatmap:.1e} in heatmaps"
+        )
 
 
 @main.command()

@@ -1,5 +1,7 @@
-"""What a user holds after training: images in; score, heatmap and predicted class out."""
+"""What a user holds after training: images in; score, decision, heatmap and predicted class out."""
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +12,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ood_heatmap.cache.manifest import FINISHED, check_files, read_manifest, require_from
+from ood_heatmap.calibration import FALSE_ALARM, Calibration
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.devices import choose_device
-from ood_heatmap.errors import UsageError
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.heatmap import score, strength
 from ood_heatmap.images import Transform
 from ood_heatmap.pipeline.index import Index, open_classifier_of
 from ood_heatmap.pipeline.train import open_decoder
 
+log = logging.getLogger(__name__)
+CALIBRATION = "calibration.safetensors"  # in the evaluation stage
 Images = Image.Image | Sequence[Image.Image] | NDArray[np.uint8] | Tensor
 
 
@@ -31,11 +37,17 @@ class Result:
         heatmap: ``(B, C, H, W)`` float32, as the decoder returns it: [-1, 1] signed, [0, 1]
             magnitude.
         prediction: ``(B,)`` int64 predicted class.
+        p_value: ``(B,)`` float64 in (0, 1], the share of held-out ID images that score as high; NaN
+            when the detector is not calibrated.
+        is_ood: ``(B,)`` bool, the decision at the detector's false-alarm level; None when it is not
+            calibrated.
     """
 
     score: NDArray[np.float32]
     heatmap: NDArray[np.float32]
     prediction: NDArray[np.int64]
+    p_value: NDArray[np.float64]
+    is_ood: NDArray[np.bool_] | None
 
     @property
     def strength(self) -> NDArray[np.float32]:
@@ -54,6 +66,11 @@ class HeatmapDetector:
         decoder: On the same device, in eval mode.
         classes: Class names, empty when unknown.
         color_max: Top of the colour scale on which all heatmaps of this decoder are drawn.
+        calibration: What held-out ID images look like to it; without it there are no decisions.
+        false_alarm: The share of ID images that may be called OOD.
+
+    Raises:
+        UsageError: ``false_alarm`` is not between 0 and 1.
     """
 
     def __init__(
@@ -63,23 +80,72 @@ class HeatmapDetector:
         *,
         classes: Sequence[str] = (),
         color_max: float = 1.0,
+        calibration: Calibration | None = None,
+        false_alarm: float = FALSE_ALARM,
     ) -> None:
+        if not 0 < false_alarm < 1:
+            raise UsageError(f"the false-alarm level is between 0 and 1, got {false_alarm}.")
         self.classifier, self.decoder = classifier, decoder
         self.classes, self.color_max = tuple(classes), color_max
+        self.calibration, self.false_alarm = calibration, false_alarm
 
     @staticmethod
-    def load(run: str | Path, device: str = "auto") -> "HeatmapDetector":
-        """Return the detector of a run directory.
+    def load(
+        run: str | Path, device: str = "auto", false_alarm: float | None = None
+    ) -> "HeatmapDetector":
+        """Return the detector of a run directory, calibrated when the run has been evaluated.
 
         A run names the user's own model code by its path, and that code is run: load only runs you
         trust.
 
+        Args:
+            run: The run directory.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            false_alarm: The share of ID images that may be called OOD; as evaluated when None.
+
         Raises:
-            OodHeatmapError: A stage is missing, unfinished, damaged or stale.
+            OodHeatmapError: A stage is missing, unfinished, damaged or stale; or a level is asked
+                for and the run is not calibrated.
         """
         run = Path(run)
-        index = open_classifier_of(run)
-        return detector_of(run, index, choose_device(device))
+        detector = detector_of(run, open_classifier_of(run), choose_device(device))
+        found = calibration_of(run)
+        if found is not None:
+            return detector.calibrated(found[0], found[1] if false_alarm is None else false_alarm)
+        if false_alarm is not None:
+            raise OodHeatmapError(
+                f"{run} is not calibrated, so it knows no false-alarm level: run "
+                f"`ood-heatmap evaluate {run} ...` first."
+            )
+        return detector
+
+    def at(self, false_alarm: float) -> "HeatmapDetector":
+        """Return the same detector deciding at another level; nothing is fitted or loaded again."""
+        return self.calibrated(self.calibration, false_alarm)
+
+    def calibrated(self, calibration: Calibration | None, false_alarm: float) -> "HeatmapDetector":
+        """Return the same detector with another calibration."""
+        return HeatmapDetector(
+            self.classifier,
+            self.decoder,
+            classes=self.classes,
+            color_max=self.color_max,
+            calibration=calibration,
+            false_alarm=false_alarm,
+        )
+
+    @property
+    def threshold(self) -> float:
+        """The score above which an image is called OOD; NaN when not calibrated."""
+        return self.calibration.threshold(self.false_alarm) if self.calibration else math.nan
+
+    @property
+    def pixel_threshold(self) -> float:
+        """The strength above which a pixel is called OOD; NaN when not calibrated.
+
+        At most a share ``false_alarm`` of ID images have any such pixel.
+        """
+        return self.calibration.pixel_threshold(self.false_alarm) if self.calibration else math.nan
 
     def __call__(self, images: Images) -> Result:
         """Detect on images of any size.
@@ -104,12 +170,31 @@ class HeatmapDetector:
 
     @torch.inference_mode()
     def decode(self, output: Output) -> Result:
-        """Return the heatmaps of what the classifier says."""
+        """Return the heatmaps of what the classifier says, and what they say."""
         prediction = output.logits.argmax(dim=1)
-        # through float16, as the decoder has seen feature maps in training
-        maps = [item.half().float() for item in output.maps]
-        heatmap = self.decoder(output.features, prediction, maps).float()
-        return Result(score(heatmap).cpu().numpy(), heatmap.cpu().numpy(), prediction.cpu().numpy())
+        heatmap = heatmap_of(self.decoder, output, prediction)
+        scores = score(heatmap).cpu().numpy()
+        return Result(
+            scores,
+            heatmap.cpu().numpy(),
+            prediction.cpu().numpy(),
+            self.p_value(scores),
+            scores > self.threshold if self.calibration else None,
+        )
+
+    def p_value(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the p-value of each score, ``(B,)``; NaN when not calibrated."""
+        if self.calibration is None:
+            return np.full(len(scores), np.nan)
+        return self.calibration.p_value(scores)
+
+
+def heatmap_of(decoder: Decoder, output: Output, prediction: Tensor) -> Tensor:
+    """Return the heatmap ``(B, C, H, W)`` float32 of what the classifier says."""
+    # through float16, as the decoder has seen feature maps in training
+    maps = [item.half().float() for item in output.maps]
+    heatmap: Tensor = decoder(output.features, prediction, maps).float()
+    return heatmap
 
 
 def detector_of(run: Path, index: Index, device: torch.device) -> HeatmapDetector:
@@ -122,6 +207,29 @@ def detector_of(run: Path, index: Index, device: torch.device) -> HeatmapDetecto
         classes=index.manifest.results["classes"],
         color_max=trained.manifest.results["color_max"],
     )
+
+
+def calibration_of(run: Path) -> tuple[Calibration, float] | None:
+    """Return what the run's evaluation found out about ID images, and its false-alarm level.
+
+    None when the decoder, as it is now, has not been evaluated.
+
+    Raises:
+        DamagedCacheError: The evaluation's manifest or the calibration is damaged.
+    """
+    if not (run / "evaluation" / FINISHED).is_file():
+        return None
+    manifest = read_manifest(run, "evaluation")
+    if CALIBRATION not in manifest.files:  # an evaluation from before there were decisions
+        return None
+    try:
+        require_from(manifest, read_manifest(run, "decoder"), run)
+    except StaleCacheError as error:
+        log.warning("not calibrated: %s", error)
+        return None
+    check_files(run, manifest, leave_out=[name for name in manifest.files if name != CALIBRATION])
+    calibration = Calibration.load(run / "evaluation" / CALIBRATION)
+    return calibration, manifest.results["false_alarm"]
 
 
 def to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ Heatmaps over images on one colour scale, histograms, ROC curves, and a sheet of
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
 from ood_heatmap.cache.files import replacing
@@ -129,11 +130,59 @@ def overlay(
         image: ``(3, H, W)`` uint8.
         strength: ``(H, W)`` in [0, 1].
         color_max: Top of the colour scale, the same for every image of a decoder.
-        size: Pixels of the picture.
+        size: The picture has at least this many pixels a side, a whole number for each of the
+            image's.
     """
-    share = np.clip(strength / color_max, 0, 1)
+    picture = Image.fromarray(mixed(image.transpose(1, 2, 0), np.clip(strength / color_max, 0, 1)))
+    factor = max(1, -(-size // picture.width))
+    return picture.resize(
+        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
+    )
+
+
+def mixed(image: NDArray[np.uint8], share: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Lay colours over ``(H, W, 3)`` uint8, the denser the larger ``(H, W)`` shares in [0, 1]."""
     colors = colormaps[COLORS](share)[..., :3] * 255
     opacity = 0.75 * share[..., None]
-    mixed = (1 - opacity) * image.transpose(1, 2, 0) + opacity * colors
-    picture = Image.fromarray(mixed.round().astype(np.uint8))
-    return picture.resize((size, size), Image.Resampling.NEAREST)
+    picture: NDArray[np.uint8] = ((1 - opacity) * image + opacity * colors).round().astype(np.uint8)
+    return picture
+
+
+def with_legend(picture: Image.Image, lines: Sequence[str], color_max: float) -> Image.Image:
+    """Return an overlay with lines of text and its colour scale below it.
+
+    The colour bar lies over grey as the heatmap lies over the image, so it shows the same colours.
+    """
+    em = max(12, picture.width // 18)
+    font, margin = legend_font(em), em // 2
+    inner = picture.width - 2 * margin
+    canvas = Image.new("RGB", (picture.width, picture.height + (len(lines) + 3) * em * 4 // 3))
+    canvas.paste("white", (0, picture.height, *canvas.size))
+    canvas.paste(picture)
+    draw = ImageDraw.Draw(canvas)
+    top = picture.height + margin
+    for line in lines:
+        draw.text((margin, top), shortened(line, font, inner), "black", font)
+        top += em * 4 // 3
+    grey, ramp = np.full((em, inner, 3), 160, np.uint8), np.linspace(0, 1, inner)
+    canvas.paste(Image.fromarray(mixed(grey, np.tile(ramp, (em, 1)))), (margin, top + em // 4))
+    top += em * 3 // 2
+    draw.text((margin, top), "0", "black", font)
+    draw.text((canvas.width // 2, top), "heatmap", "black", font, anchor="ma")
+    draw.text((canvas.width - margin, top), f"{color_max:.3g}", "black", font, anchor="ra")
+    return canvas
+
+
+@cache
+def legend_font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font that comes with matplotlib: it has the letters of many alphabets."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return a text that is at most ``width`` pixels wide."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError)
 UNREADABLE += (Image.DecompressionBombError, Image.DecompressionBombWarning)  # type: ignore[assignment]
 UInt8: TypeAlias = NDArray[np.uint8]
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 class UnreadableImageError(OodHeatmapError):
@@ -430,11 +432,18 @@ def batches(
     Raises:
         UnreadableImageError: Names the image.
     """
-    waiting: deque[Future[Batch]] = deque()
+    return ahead(
+        lambda piece: decode(images, piece, transform, skip_unreadable), pieces, workers=workers
+    )
+
+
+def ahead(work: Callable[[Item], Done], items: Iterable[Item], *, workers: int) -> Iterator[Done]:
+    """Work on items in threads, ahead of the reader, in order; ``workers`` results wait at most."""
+    waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for piece in pieces:
-                waiting.append(pool.submit(decode, images, piece, transform, skip_unreadable))
+            for item in items:
+                waiting.append(pool.submit(work, item))
                 if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:

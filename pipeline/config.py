@@ -88,6 +88,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig:
+    """Settings of ``predict``.
+
+    Args:
+        batch_size: Images the classifier takes at once.
+        workers: Threads that decode images, and as many that draw and write.
+        format: Of the table of scores, ``csv`` or ``jsonl``.
+        pictures: Write an overlay and the raw heatmap of each image as well.
+    """
+
+    batch_size: int = 64
+    workers: int = 2
+    format: str = "csv"
+    pictures: bool = True
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of stage 4.
 

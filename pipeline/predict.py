@@ -1,37 +1,68 @@
-"""Heatmaps of a user's own images: overlays, raw arrays and a table of scores."""
+"""Scores, decisions and heatmaps of a user's own images: a table, overlays and raw arrays.
+
+Images stream: threads decode ahead of the device, threads draw and write behind it, and no more
+than a few batches are in memory.
+"""
 
 import csv
+import json
 import logging
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
 
 from ood_heatmap.cache.files import make_directory, replacing
-from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.classifier import Output, check_finite
+from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.figures import overlay
-from ood_heatmap.images import EXTENSIONS, UnreadableImageError, is_image, read_file
-from ood_heatmap.pipeline.embed import Meter
+from ood_heatmap.figures import overlay, with_legend
+from ood_heatmap.images import (
+    EXTENSIONS,
+    Batch,
+    Transform,
+    UnreadableImageError,
+    ahead,
+    as_pixels,
+    is_image,
+    read_file,
+)
+from ood_heatmap.pipeline.config import PredictConfig
+from ood_heatmap.pipeline.embed import Meter, classify
 
 log = logging.getLogger(__name__)
 
+STANDARD_INPUT = Path("-")
+COLUMNS = ("image", "score", "p_value", "is_ood", "prediction", "overlay", "heatmap")
+Record = dict[str, str | float | bool | None]
 
-def list_images(places: Sequence[Path]) -> list[Path]:
+
+def list_images(places: Sequence[Path], out: Path) -> list[Path]:
     """Return the image files named, and those inside the folders named.
+
+    Args:
+        places: Files and folders; ``-`` stands for those that standard input lists, one a line.
+        out: Where results go. What an earlier call has written there is no image to predict, if it
+            lies inside a folder named.
 
     Raises:
         OodHeatmapError: A place is missing, or a folder has no images.
     """
     found: list[Path] = []
     for place in places:
-        if place.is_dir():
-            inside = sorted(path for path in place.rglob("*") if path.is_file() and is_image(path))
-            if not inside:
-                raise OodHeatmapError(
-                    f"{place} holds no images (looked for {', '.join(sorted(EXTENSIONS))})."
-                )
-            found += inside
+        if place == STANDARD_INPUT:
+            found += listed(out)
+        elif place.is_dir():
+            found += images_in(place, out)
         elif place.is_file():
             found.append(place)
         else:
@@ -39,76 +70,214 @@ def list_images(places: Sequence[Path]) -> list[Path]:
     return found
 
 
+def images_in(folder: Path, out: Path) -> list[Path]:
+    """Return the image files anywhere below a folder."""
+    whole, whole_out = folder.resolve(), out.resolve()
+    own = folder / whole_out.relative_to(whole) if whole in whole_out.parents else None
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and is_image(path) and own not in path.parents
+    )
+    if not found:
+        raise OodHeatmapError(
+            f"{folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))})."
+        )
+    return found
+
+
+def listed(out: Path) -> Iterator[Path]:
+    """Yield the paths on standard input; one that is missing is found out when it is read."""
+    lines = [line.rstrip("\r") for line in os.fsdecode(sys.stdin.buffer.read()).split("\n")]
+    if not any(lines):
+        raise OodHeatmapError("standard input lists no images: write one path a line.")
+    for path in map(Path, filter(None, lines)):
+        if path.is_dir():
+            yield from images_in(path, out)
+        else:
+            yield path
+
+
 def predict(
-    detector: HeatmapDetector, places: Sequence[Path], out: Path, *, batch_size: int = 64
+    detector: HeatmapDetector, paths: Sequence[Path], out: Path, config: PredictConfig
 ) -> tuple[int, list[Path]]:
-    """Write an overlay (PNG) and the raw heatmap (``.npy``) of each image, and ``scores.csv``.
+    """Write ``scores.csv`` or ``scores.jsonl``, and the overlay and raw heatmap of each image.
+
+    Every file is whole or absent; the table, which comes last, too.
 
     Args:
         detector: A trained detector.
-        places: Image files and folders.
+        paths: Image files.
         out: Made when it is not there.
-        batch_size: Images the classifier takes at once.
+        config: Settings.
 
     Returns:
         How many images were done, and the files that could not be read; those have no line in the
         table.
     """
-    paths = list_images(places)
     names = names_for(paths)
     make_directory(out)
-    unreadable: list[Path] = []
     meter = Meter(len(paths), "predict")
-    with replacing(out / "scores.csv") as scratch, scratch.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "score", "prediction", "overlay", "heatmap"])
-        for start in range(0, len(paths), batch_size):
-            part = paths[start : start + batch_size]
-            lines, bad = predict_batch(detector, part, names[start : start + batch_size], out)
-            table.writerows(lines)
-            unreadable += bad
-            meter.advance(len(part))
+    transform = detector.classifier.config.transform
+    pieces = (
+        np.arange(start, min(start + config.batch_size, len(paths)))
+        for start in range(0, len(paths), config.batch_size)
+    )
+    batches = ahead(lambda rows: read_batch(paths, rows, transform), pieces, workers=config.workers)
+    results = (detect(detector, paths, batch, config.batch_size) for batch in batches)
+    table = out / f"scores.{config.format}"
+    with replacing(table) as scratch, open_table(scratch) as file:
+        write = writer_of(file, config.format)
+        for found, records in ahead(
+            lambda found: (found, write_batch(detector, found, paths, names, out, config)),
+            results,
+            workers=config.workers,
+        ):
+            for record in records:
+                write(record)
+            meter.add(found.batch, len(found.batch.rows) + len(found.batch.skipped))
     meter.close()
+    unreadable = [Path(name) for name in meter.skipped]
     return len(paths) - len(unreadable), unreadable
 
 
-def predict_batch(
-    detector: HeatmapDetector, paths: Sequence[Path], names: Sequence[str], out: Path
-) -> tuple[list[list[str]], list[Path]]:
-    """Write the pictures of one batch; return its lines of the table and the unreadable files."""
-    pixels, kept, unreadable = [], [], []
-    for path, name in zip(paths, names, strict=True):
+def read_batch(paths: Sequence[Path], rows: NDArray[np.int64], transform: Transform) -> Batch:
+    """Read and transform some of the images; say which cannot be read, and why."""
+    pixels, kept, skipped, modes = [], [], [], Counter[str]()
+    for row in rows:
         try:
-            image = read_file(path)[0]
-            pixels.append(detector.classifier.config.transform(image))
-            kept.append((path, name))
-        except (UnreadableImageError, ValueError) as error:
-            log.warning("%s", error)
-            unreadable.append(path)
-    if not kept:
-        return [], unreadable
-    result = detector.detect(np.stack(pixels))[0]
-    strength = result.strength
-    lines = []
-    for i, (path, name) in enumerate(kept):
-        picture = overlay(pixels[i], strength[i], detector.color_max)
-        with replacing(out / f"{name}.png") as scratch:
-            picture.save(scratch, "png")
-        with replacing(out / f"{name}.npy") as scratch, scratch.open("wb") as file:
-            np.save(file, result.heatmap[i])
-        label = int(result.prediction[i])
-        prediction = detector.classes[label] if detector.classes else str(label)
-        score = f"{result.score[i]:.6f}"
-        lines.append([str(path), score, prediction, f"{name}.png", f"{name}.npy"])
-    return lines, unreadable
+            image, _ = read_file(paths[row])
+            pixels.append(as_pixels(image, transform, str(paths[row])))
+        except UnreadableImageError as error:
+            log.warning("skipped %s: %s", paths[row], reason_of(error))
+            skipped.append(str(paths[row]))
+            continue
+        if image.mode != "RGB":
+            modes[image.mode] += 1
+        kept.append(row)
+    empty = np.empty((0, 3, transform.size, transform.size), np.uint8)
+    stacked = np.stack(pixels) if pixels else empty
+    return Batch(np.array(kept, np.int64), stacked, b"", modes, tuple(skipped))
+
+
+def reason_of(error: UnreadableImageError) -> str:
+    """Return why an image cannot be read, in a few words."""
+    cause = error.__cause__
+    if isinstance(cause, UnidentifiedImageError):  # its own text has a memory address in it
+        return "it is no image"
+    return (isinstance(cause, OSError) and cause.strerror) or str(cause)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Decoded images, and what the detector says of them; None when none could be read."""
+
+    batch: Batch
+    result: Result | None
+
+
+def detect(detector: HeatmapDetector, paths: Sequence[Path], batch: Batch, size: int) -> Found:
+    """Run the detector on a batch, in smaller ones when the device's memory is too small."""
+    if not len(batch.rows):
+        return Found(batch, None)
+    output = classify(detector.classifier, batch.pixels, size)
+    names = [str(paths[row]) for row in batch.rows]
+    check_finite(output.features.numpy(), np.arange(len(names)), names)
+    return Found(batch, detector.decode(on_device(output, detector.classifier.device)))
+
+
+def on_device(output: Output, device: torch.device) -> Output:
+    """Return what the classifier said, on a device."""
+    maps = tuple(item.to(device) for item in output.maps)
+    return Output(output.features.to(device), output.logits.to(device), maps)
+
+
+def write_batch(
+    detector: HeatmapDetector,
+    found: Found,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    out: Path,
+    config: PredictConfig,
+) -> list[Record]:
+    """Write the pictures of one batch, and return its lines of the table."""
+    if found.result is None:
+        return []
+    records = []
+    for i, row in enumerate(found.batch.rows):
+        record = record_of(detector, found.result, i, paths[row])
+        if config.pictures:
+            record |= {"overlay": f"{names[row]}.png", "heatmap": f"{names[row]}.npy"}
+            write_pictures(detector, found, i, record, out)
+        records.append(record)
+    return records
+
+
+def record_of(detector: HeatmapDetector, result: Result, i: int, path: Path) -> Record:
+    """Return an image's line of the table."""
+    label, p_value = int(result.prediction[i]), float(result.p_value[i])
+    return {
+        "image": str(path),
+        "score": round(float(result.score[i]), 6),
+        "p_value": None if math.isnan(p_value) else round(p_value, 6),
+        "is_ood": None if result.is_ood is None else bool(result.is_ood[i]),
+        "prediction": detector.classes[label] if detector.classes else str(label),
+        "overlay": None,
+        "heatmap": None,
+    }
+
+
+def write_pictures(
+    detector: HeatmapDetector, found: Found, i: int, record: Record, out: Path
+) -> None:
+    """Write an image's overlay with its legend, and its raw heatmap."""
+    assert found.result is not None
+    heatmap = found.result.heatmap[i]
+    picture = overlay(found.batch.pixels[i], np.abs(heatmap).max(axis=0), detector.color_max)
+    picture = with_legend(picture, legend(record), detector.color_max)
+    with replacing(out / str(record["overlay"])) as scratch:
+        picture.save(scratch, "png", compress_level=1)
+    with replacing(out / str(record["heatmap"])) as scratch, scratch.open("wb") as file:
+        np.save(file, heatmap)
+
+
+def legend(record: Record) -> list[str]:
+    """Return the lines of text under an overlay."""
+    numbers = f"score {record['score']:.4f}"
+    if record["p_value"] is not None:
+        numbers += f"   p {record['p_value']:.3g}   {'OOD' if record['is_ood'] else 'ID'}"
+    return [str(record["prediction"]), numbers]
+
+
+def open_table(path: Path) -> TextIO:
+    """Open a table; file names that are no UTF-8 are written as they are."""
+    return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def writer_of(file: TextIO, kind: str) -> Callable[[Record], object]:
+    """Return what writes a line of a table, ``csv`` or ``jsonl``."""
+    if kind == "jsonl":
+        return lambda record: file.write(json.dumps(record) + "\n")
+    table = csv.DictWriter(file, COLUMNS)
+    table.writeheader()
+    return lambda record: table.writerow({key: cell(value) for key, value in record.items()})
+
+
+def cell(value: str | float | bool | None) -> str | float | None:
+    """Return a value as CSV has it: ``true``, ``false``, and nothing for None."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def names_for(paths: Sequence[Path]) -> list[str]:
     """Return a file name for each image, told apart by a number where two are called the same."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
+    counts = Counter[str]()
     names = []
     for path in paths:
-        stem = path.name.replace(".", "_")
-        seen[stem] = seen.get(stem, 0) + 1
-        names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+        name = stem = path.name.replace(".", "_")
+        while name in taken:
+            counts[stem] += 1
+            name = f"{stem}-{counts[stem] + 1}"
+        taken.add(name)
+        names.append(name)
     return names

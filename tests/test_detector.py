@@ -1,16 +1,20 @@
-"""The detector in a user's hands, and ``predict``."""
+"""The detector in a user's hands."""
 
-import csv
+import json
+from dataclasses import asdict
+from math import inf
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from ood_heatmap import HeatmapDetector
+from ood_heatmap.cache.files import write_json
+from ood_heatmap.cache.manifest import file_record, read_manifest
+from ood_heatmap.calibration import Calibration
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
-from ood_heatmap.figures import overlay
-from ood_heatmap.pipeline.predict import list_images, names_for, predict
 
 
 @pytest.fixture(scope="module")
@@ -59,52 +63,92 @@ def test_a_damaged_decoder_is_refused(run):
         HeatmapDetector.load(run)
 
 
-def test_predict_writes_overlays_raw_heatmaps_and_a_table(data, detector, tmp_path):
-    done, unreadable = predict(detector, [data / "far"], tmp_path / "out", batch_size=7)
-    assert (done, unreadable) == (25, [])
-    paths = sorted((data / "far").iterdir())
-    wanted = detector([Image.open(path) for path in paths])
-    with (tmp_path / "out" / "scores.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["image"] for line in lines] == [str(path) for path in paths]
-    for i, line in enumerate(lines):
-        assert float(line["score"]) == pytest.approx(wanted.score[i], abs=1e-5)
-        assert line["prediction"] == f"class{wanted.prediction[i]}"
-        raw = np.load(tmp_path / "out" / line["heatmap"])
-        np.testing.assert_allclose(raw, wanted.heatmap[i], atol=1e-5)
-        with Image.open(tmp_path / "out" / line["overlay"]) as picture:
-            assert picture.size == (224, 224)
+def noise(seed: int, count: int) -> np.ndarray:
+    """Return images that are drawn alike, whatever the seed."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
 
 
-def test_predict_reports_corrupt_images_and_goes_on(data, detector, tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"broken")
-    Image.open(data / "far" / "000.png").save(folder / "b.png")
-    done, unreadable = predict(detector, [folder], tmp_path / "out")
-    assert done == 1
-    assert unreadable == [folder / "a.png"]
-    assert len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 2
+def calibrate(detector: HeatmapDetector, images: np.ndarray) -> Calibration:
+    result = detector(images)
+    return Calibration.fit(result.score, result.strength.max(axis=(1, 2)))
 
 
-def test_missing_places_are_named(tmp_path):
-    with pytest.raises(OodHeatmapError, match=r"no image or folder .*nowhere\.png"):
-        list_images([tmp_path / "nowhere.png"])
-    with pytest.raises(OodHeatmapError, match="holds no images"):
-        list_images([tmp_path])
+def test_without_a_calibration_there_is_no_decision(detector):
+    result = detector.calibrated(None, 0.05)(noise(0, 2))
+    assert np.isnan(result.p_value).all()
+    assert result.is_ood is None
+    assert np.isnan([detector.calibrated(None, 0.05).threshold]).all()
 
 
-def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
-    names = names_for([tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", tmp_path / "x.jpg"])
-    assert len(set(names)) == 3
+def test_p_values_count_the_held_out_images_and_decide(detector):
+    held_out, images = noise(1, 19), noise(2, 10)
+    calibrated = detector.calibrated(calibrate(detector, held_out), 0.2)
+    known, result = detector(held_out).score, calibrated(images)
+    wanted = [(1 + (known >= score).sum()) / 20 for score in result.score]
+    np.testing.assert_allclose(result.p_value, wanted)
+    assert result.is_ood.tolist() == [p <= 0.2 for p in wanted]
+    assert calibrated.threshold == np.sort(known)[-4]
+    assert calibrated.pixel_threshold == np.sort(detector(held_out).strength.max(axis=(1, 2)))[-4]
 
 
-def test_an_overlay_shows_the_image_where_the_heatmap_is_zero():
-    image = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
-    strength = np.zeros((8, 8), np.float32)
-    strength[2, 3] = 0.4
-    picture = np.asarray(overlay(image, strength, color_max=0.4, size=8))
-    changed = (picture != image.transpose(1, 2, 0)).any(axis=2)
-    assert np.argwhere(changed).tolist() == [[2, 3]]
-    half = np.asarray(overlay(image, strength, color_max=0.8, size=8))
-    assert (half[2, 3] != picture[2, 3]).any()  # one scale for all, not one for each image
+def test_the_level_changes_without_fitting_again(detector):
+    images = noise(2, 50)
+    strict = detector.calibrated(calibrate(detector, noise(1, 200)), 0.05)
+    loose = strict.at(0.5)
+    assert loose.calibration is strict.calibration
+    assert loose(images).is_ood.sum() > strict(images).is_ood.sum()
+    assert strict.at(0.001).threshold == inf  # 200 images cannot vouch for it
+    for level in (0, 1, -0.1):
+        with pytest.raises(UsageError, match="between 0 and 1"):
+            strict.at(level)
+
+
+def test_false_alarms_on_fresh_id_images_stay_within_the_binomial_interval(detector):
+    flagged = total = 0
+    for seed in range(100):  # the promise is about both draws, of held-out and of fresh images
+        calibrated = detector.calibrated(calibrate(detector, noise(2 * seed, 49)), 0.1)
+        result = calibrated(noise(2 * seed + 1, 3))
+        flagged, total = flagged + int(result.is_ood.sum()), total + 3
+    interval = binomtest(flagged, total).proportion_ci(0.999)
+    assert interval.low <= 0.1 <= interval.high
+
+
+def put_calibration(run, calibration: Calibration, false_alarm: float) -> None:
+    """Write a calibration as the evaluation does."""
+    path = run / "evaluation" / "calibration.safetensors"
+    calibration.save(path)
+    manifest = asdict(read_manifest(run, "evaluation"))
+    manifest["files"] |= {path.name: file_record(path)}
+    manifest["results"] |= {"false_alarm": false_alarm}
+    write_json(run / "evaluation" / "manifest.json", manifest)
+
+
+def test_a_run_is_loaded_with_its_calibration(run, detector):
+    calibration = calibrate(detector, noise(1, 30))
+    put_calibration(run, calibration, 0.2)
+    (run / "evaluation" / "metrics.json").unlink()  # of no importance here
+    loaded = HeatmapDetector.load(run, "cpu")
+    assert loaded.false_alarm == 0.2
+    np.testing.assert_array_equal(loaded.calibration.scores, calibration.scores)
+    assert HeatmapDetector.load(run, "cpu", false_alarm=0.3).false_alarm == 0.3
+
+
+def test_the_calibration_of_another_decoder_is_left_out_and_that_is_said(run, detector, caplog):
+    put_calibration(run, calibrate(detector, noise(1, 30)), 0.2)
+    path = run / "evaluation" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["inputs"]["decoder"] = "0" * 64
+    write_json(path, content | {"fingerprint": ""})
+    assert HeatmapDetector.load(run, "cpu").calibration is None
+    assert "not calibrated" in caplog.text
+    with pytest.raises(OodHeatmapError, match=r"not calibrated.*ood-heatmap evaluate"):
+        HeatmapDetector.load(run, "cpu", false_alarm=0.1)
+
+
+def test_a_damaged_calibration_is_refused(run, detector):
+    put_calibration(run, calibrate(detector, noise(1, 30)), 0.2)
+    with (run / "evaluation" / "calibration.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(DamagedCacheError, match=r"calibration\.safetensors has changed"):
+        HeatmapDetector.load(run, "cpu")
