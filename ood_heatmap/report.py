@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ood_heatmap.cache.files import replacing
-from ood_heatmap.figures import COLORS
+from ood_heatmap.figures import COLORS, Card
 
 ID = "id"
 HEATMAP = "heatmap"  # the method whose scores are in the histograms and under the threshold
@@ -31,33 +31,6 @@ PICTURE_SIZE = 96  # pixels of the longer side, as on the page: 200 cards of 224
 SLIDER_STEPS = 1000  # at least; the next power of ten that divides the range into more
 
 Curves = Mapping[str, tuple[list[float], list[float]]]
-
-
-@dataclass(frozen=True)
-class Card:
-    """One image of the gallery.
-
-    Args:
-        set_name: Where the image is from.
-        name: Its file name or row.
-        image: ``(3, H, W)`` uint8.
-        strength: ``(H, W)`` float32 in [0, 1].
-        nearest: ``(3, H, W)`` uint8, its nearest ID image.
-        score: Larger is more OOD.
-        distance: Of the features, to the nearest ID image.
-        prediction: Name of the predicted class.
-        p_value: Share of ID images that score at least as high, where it is known.
-    """
-
-    set_name: str
-    name: str
-    image: NDArray[np.uint8]
-    strength: NDArray[np.float32]
-    nearest: NDArray[np.uint8]
-    score: float
-    distance: float
-    prediction: str
-    p_value: float | None
 
 
 @dataclass(frozen=True)
