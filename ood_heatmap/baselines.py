@@ -65,7 +65,7 @@ def energy(logits: Float32) -> Float32:
 def unit_length(features: Float32) -> Float32:
     """Return features divided by their norm; a zero row stays zero."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, np.finfo(np.float32).tiny)
+    return float32(features / np.maximum(norms, np.finfo(np.float32).tiny))
 
 
 def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureScore:

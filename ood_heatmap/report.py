@@ -276,7 +276,7 @@ def group(
         for key in best:
             cells += cell(shown(row, key), best[key])
             if key in wide:
-                cells += interval_cell((row.get("intervals") or {}).get(key))
+                cells += margin_cell(row, key)
         if prevalence:
             share = row.get("prevalence_ood")
             cells += cell(None if share is None else f"{100 * share:.1f}")
@@ -305,9 +305,12 @@ def cell(text: str | None, best: str | None = None) -> str:
     return f"<td>{f'<strong>{text}</strong>' if text == best else text}</td>"
 
 
-def interval_cell(interval: Sequence[float] | None) -> str:
-    """Return the interval of the number before it, where there is one."""
-    text = "&ndash;".join(percent(end) for end in interval or ())
+def margin_cell(row: Mapping[str, Any], key: str) -> str:
+    """Return how far to trust the number before it: its spread over runs, or else its interval."""
+    interval = (row.get("intervals") or {}).get(key, ())
+    text = "&ndash;".join(percent(end) for end in interval)
+    if "spread" in row:
+        text = f"&plusmn; {percent(row['spread'][key])}"
     return f'<td class="interval">{text}</td>'
 
 

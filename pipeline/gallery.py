@@ -86,7 +86,10 @@ def draw(
 
 def steps(num_items: int, count: int) -> NDArray[np.int64]:
     """Return ``count`` or fewer positions at even steps from the first to the last."""
-    return np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64)
+    even: NDArray[np.int64] = (
+        np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64)
+    )
+    return even
 
 
 def cards_of(
