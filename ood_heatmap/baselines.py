@@ -1,15 +1,31 @@
-"""Post-hoc scores of the same classifier, the yardstick of every table.
+"""Other scores of the same classifier, the yardstick of every table.
 
-Larger is more OOD, everywhere.
+Larger is more OOD, everywhere. Most are post-hoc: they see nothing but the classifier and ID
+images. The last two are controls: they see the auxiliary OOD images, as the decoder does.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from pytorch_ood.detector import ASH, ReAct, ViM
 from scipy.special import logsumexp
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 
 Float32: TypeAlias = NDArray[np.float32]
+FeatureScore: TypeAlias = Callable[[Float32], Float32]  # (B, D) to (B,)
+
+REACT_PERCENTILE = 0.9
+ASH_PERCENTILE = 0.65
+MLP_WIDTH, MLP_EPOCHS = 256, 30
 
 
 def float32(values: NDArray[Any]) -> Float32:
@@ -49,4 +65,138 @@ def energy(logits: Float32) -> Float32:
 def unit_length(features: Float32) -> Float32:
     """Return features divided by their norm; a zero row stays zero."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, np.finfo(np.float32).tiny)
+    return float32(features / np.maximum(norms, np.finfo(np.float32).tiny))
+
+
+def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureScore:
+    """Return the score: the squared Mahalanobis distance to the nearest class mean.
+
+    One covariance for all classes. Directions in which no ID image varies are left out. In float64,
+    and in one product for all classes, where pytorch-ood has float32 and one for each class.
+
+    Args:
+        features: ``(N, D)`` of ID images.
+        labels: ``(N,)`` their classes.
+
+    Source: Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+        Adversarial Attacks, NeurIPS 2018.
+    """
+    classes, position = np.unique(labels, return_inverse=True)
+    wide = features.astype(np.float64)
+    means = np.stack([wide[position == number].mean(axis=0) for number in range(len(classes))])
+    centred = wide - means[position]
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(features))
+    kept = values > values[-1] * len(values) * np.finfo(np.float32).eps
+    whiten = vectors[:, kept] / np.sqrt(values[kept])
+    centre = means.mean(axis=0)
+    white_means = (means - centre) @ whiten
+    lengths = (white_means**2).sum(axis=1)
+
+    def score(queries: Float32) -> Float32:
+        white = (queries - centre) @ whiten
+        squared = lengths - 2 * white @ white_means.T
+        return float32((white**2).sum(axis=1) + squared.min(axis=1))
+
+    return score
+
+
+def vim(features: Float32, head: nn.Linear) -> FeatureScore:
+    """Return the score: the virtual logit less the energy of the logits.
+
+    Args:
+        features: ``(N, D)`` of ID images.
+        head: The classifier's last linear layer, on the CPU.
+
+    Source: Wang et al., ViM: Out-of-Distribution with Virtual-logit Matching, CVPR 2022; the size
+        of the principal space by the rule of its authors' code, half of the features where they
+        have none.
+    """
+    width = features.shape[1]
+    size = 1000 if width >= 2048 else 512 if width > 512 else width // 2
+    detector = ViM(None, size, head.weight, bias_of(head))
+    detector.fit_features(torch.from_numpy(features), torch.zeros(len(features)))
+    return scorer(detector.predict_features)
+
+
+def react(features: Float32, head: nn.Linear) -> FeatureScore:
+    """Return the score: the energy of the logits of clipped features.
+
+    They are clipped at a percentile of all values of ID features.
+
+    Source: Sun et al., ReAct: Out-of-distribution Detection With Rectified Activations, NeurIPS
+        2021.
+    """
+    detector = ReAct(None, head, percentile=REACT_PERCENTILE)
+    detector.fit_feature_maps(torch.from_numpy(features), torch.zeros(len(features)))
+    return scorer(detector.predict_feature_maps)
+
+
+def ash(head: nn.Linear) -> FeatureScore:
+    """Return the score: the energy of the logits of pruned and sharpened features (ASH-S).
+
+    Source: Djurisic et al., Extremely Simple Activation Shaping for Out-of-Distribution Detection,
+        ICLR 2023.
+    """
+    detector = ASH(None, lambda maps: head(maps.flatten(1)), "ash-s", ASH_PERCENTILE)
+    score = scorer(lambda features: detector.predict_feature_maps(features[:, :, None, None]))
+    nothing = -float(torch.logsumexp(bias_of(head), 0))  # features of zero: nothing to sharpen
+    largest = np.finfo(np.float32).max  # features below zero can sharpen beyond all bounds
+    return lambda features: np.nan_to_num(score(features), True, nothing, largest, -largest)
+
+
+def bias_of(head: nn.Linear) -> Tensor:
+    """Return the bias ``(L,)`` of a linear layer; zeros where it has none."""
+    bias: Tensor | None = head.bias
+    return torch.zeros(head.out_features) if bias is None else bias.detach()
+
+
+def scorer(predict: Callable[[Tensor], Tensor]) -> FeatureScore:
+    """Return a score of tensors as one of arrays."""
+
+    def score(features: Float32) -> Float32:
+        with torch.inference_mode():
+            return predict(torch.from_numpy(features)).numpy()
+
+    return score
+
+
+def logistic_regression(id_features: Float32, ood_features: Float32) -> FeatureScore:
+    """Return the score: the log-odds of a linear classifier of ID against auxiliary OOD features.
+
+    Args:
+        id_features: ``(N, D)``.
+        ood_features: ``(M, D)``.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    fit_quietly(model, id_features, ood_features)
+    return lambda features: float32(model.decision_function(features))
+
+
+def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> FeatureScore:
+    """Return the score: the log-odds of a network with one hidden layer, ID against auxiliary OOD.
+
+    Args:
+        id_features: ``(N, D)``.
+        ood_features: ``(M, D)``.
+        seed: Of its weights and of the order of images.
+    """
+    network = MLPClassifier(MLP_WIDTH, max_iter=MLP_EPOCHS, random_state=seed)
+    scaler = StandardScaler()
+    fit_quietly(make_pipeline(scaler, network), id_features, ood_features)
+    first, last = zip(network.coefs_, network.intercepts_, strict=True)
+
+    def score(features: Float32) -> Float32:
+        # by hand: its probabilities round to one and the same 1 for every clear image
+        hidden = np.maximum(scaler.transform(features) @ first[0] + first[1], 0)
+        return float32((hidden @ last[0] + last[1])[:, 0])
+
+    return score
+
+
+def fit_quietly(model: Any, id_features: Float32, ood_features: Float32) -> None:
+    """Fit a model of scikit-learn to tell ID, 0, from OOD, 1."""
+    both = np.concatenate([id_features, ood_features])
+    is_ood = np.repeat([0, 1], [len(id_features), len(ood_features)])
+    with warnings.catch_warnings():  # so many steps and no more are meant
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(both, is_ood)

@@ -133,7 +133,7 @@ def main(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
-    for noisy in ("matplotlib", "PIL", "h5py", "faiss", "asyncio"):
+    for noisy in ("matplotlib", "PIL", "h5py", "faiss", "asyncio", "pytorch_ood"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -403,6 +403,46 @@ def train(
 @click.option(
     "--near", multiple=True, metavar="NAME", help="An OOD set that is near; may be repeated."
 )
+@click.option(
+    "--runs",
+    "more_runs",
+    multiple=True,
+    type=EXISTING,
+    metavar="OTHER_RUN",
+    help="A run trained with another seed, for mean and spread; may be repeated.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["all", "paper", "openood"]),
+    default=EvaluateConfig.protocol,
+    help="paper: ID positive, ID:OOD = 5:1 by a random draw; openood: OOD positive, means over "
+    "near and far.",
+)
+@click.option(
+    "--calibration",
+    "calibration_source",
+    metavar="SOURCE",
+    help="ID images for the thresholds alone; a share of --id when not given.",
+)
+@click.option(
+    "--calibration-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=EvaluateConfig.calibration_share,
+    help="That share; its images are not in the table. 0: no thresholds.",
+)
+@click.option(
+    "--false-alarm",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=EvaluateConfig.false_alarm,
+    help="Share of ID images that may be called OOD.",
+)
+@click.option(
+    "--gallery",
+    type=click.IntRange(1),
+    default=EvaluateConfig.gallery,
+    help="Images of each set in the report.",
+)
+@click.option("--seed", default=EvaluateConfig.seed, help="Of every random draw.")
 @embed_options
 @data_options
 @overwrite_option
@@ -411,6 +451,13 @@ def evaluate(
     source: str,
     ood_sources: tuple[str, ...],
     near: tuple[str, ...],
+    more_runs: tuple[Path, ...],
+    protocol: str,
+    calibration_source: str | None,
+    calibration_share: float,
+    false_alarm: float,
+    gallery: int,
+    seed: int,
     device: str,
     batch_size: int,
     workers: int,
@@ -431,23 +478,41 @@ def evaluate(
     from ood_heatmap.devices import choose_device
     from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.evaluate import evaluate as run_stage
-    from ood_heatmap.pipeline.evaluate import format_table
+    from ood_heatmap.pipeline.table import format_decisions, format_table
 
     id_images = open_images(source, data_root=data_root, download=download)
     ood_sets = open_sets(ood_sources, data_root, download)
+    held_out = None
+    if calibration_source is not None:
+        held_out = open_images(calibration_source, data_root=data_root, download=download)
     config = EvaluateConfig(
         near=near,
+        protocol=protocol,
+        calibration_share=calibration_share,
+        false_alarm=false_alarm,
+        seed=seed,
+        gallery=gallery,
         batch_size=batch_size,
         workers=workers,
         skip_unreadable=skip_unreadable,
         overwrite=overwrite,
     )
-    run_stage(run, id_images, ood_sets, choose_device(device), config)
+    run_stage(
+        run,
+        id_images,
+        ood_sets,
+        choose_device(device),
+        config,
+        calibration_images=held_out,
+        more_runs=more_runs,
+    )
     content = json.loads((run / "evaluation" / "metrics.json").read_text("utf-8"))
     if content["id_accuracy"] is not None:
         click.echo(f"accuracy on the ID test set {content['id_accuracy']:.2%}")
     click.echo(format_table(content))
-    click.echo(f"pictures: {run / 'evaluation' / 'figures'}")
+    if "decisions" in content:
+        click.echo(format_decisions(content["decisions"]))
+    click.echo(f"report: {run / 'evaluation' / 'report.html'}")
     click.echo(f"next: ood-heatmap predict {run} IMAGE_OR_FOLDER --out DIR")
 
 

@@ -27,26 +27,30 @@ Scores = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row of the sheet.
+class Card:
+    """One image of the sheet and of the report's gallery.
 
     Args:
         set_name: Where the image is from.
+        name: Its file name or row.
         image: ``(3, H, W)`` uint8.
-        strength: ``(H, W)`` in [0, 1].
+        strength: ``(H, W)`` float32 in [0, 1].
         nearest: ``(3, H, W)`` uint8, its nearest ID image.
         score: Larger is more OOD.
         distance: Of the features, to the nearest ID image.
         prediction: Name of the predicted class.
+        p_value: Share of ID images that score at least as high, where it is known.
     """
 
     set_name: str
+    name: str
     image: NDArray[np.uint8]
     strength: NDArray[np.float32]
     nearest: NDArray[np.uint8]
     score: float
     distance: float
     prediction: str
+    p_value: float | None
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -78,16 +82,28 @@ def histograms(id_scores: NDArray[np.float32], ood_scores: Scores) -> Figure:
     return figure
 
 
+def roc_points(
+    id_scores: NDArray[np.float32], ood_scores: NDArray[np.float32], count: int = 300
+) -> tuple[list[float], list[float]]:
+    """Return ``count`` or fewer points of a ROC curve, (false, true positive rate), OOD positive.
+
+    Some at even steps along the curve, its ends among them.
+    """
+    is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
+    fpr, tpr, _ = roc_curve(is_ood, np.r_[id_scores, ood_scores])
+    length = fpr + tpr  # from 0 to 2, never falling
+    steps = np.searchsorted(length, np.linspace(0, length[-1], count))
+    kept = np.unique(np.r_[steps.clip(0, len(length) - 1), len(length) - 1])
+    return fpr[kept].tolist(), tpr[kept].tolist()
+
+
 def roc_curves(id_scores: Scores, ood_scores: Mapping[str, Scores]) -> Figure:
     """Return a panel for each OOD set, a curve for each method; OOD is the positive class."""
     figure = Figure(figsize=(3.6 * len(ood_scores), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(ood_scores)))
     for axes, (name, scores) in zip(panels, ood_scores.items(), strict=True):
         for method, values in scores.items():
-            labels = np.r_[np.zeros(len(id_scores[method])), np.ones(len(values))]
-            fpr, tpr, _ = roc_curve(
-                labels, np.r_[id_scores[method], values], drop_intermediate=False
-            )
+            fpr, tpr = roc_points(id_scores[method], values)
             wide = 2.2 if method == "heatmap" else 1.0
             axes.plot(fpr, tpr, label=method, linewidth=wide, zorder=3 if wide > 2 else 2)
         axes.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
@@ -97,7 +113,7 @@ def roc_curves(id_scores: Scores, ood_scores: Mapping[str, Scores]) -> Figure:
     return figure
 
 
-def sheet(examples: Sequence[Example], color_max: float, columns: int = 2) -> Figure:
+def sheet(examples: Sequence[Card], color_max: float, columns: int = 2) -> Figure:
     """Return image, heatmap and nearest ID image of each example, all heatmaps on one colour
     scale."""
     rows = -(-len(examples) // columns)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ood_heatmap.cache.files import replacing
-from ood_heatmap.figures import COLORS
+from ood_heatmap.figures import COLORS, Card
 
 ID = "id"
 HEATMAP = "heatmap"  # the method whose scores are in the histograms and under the threshold
@@ -31,33 +31,6 @@ PICTURE_SIZE = 96  # pixels of the longer side, as on the page: 200 cards of 224
 SLIDER_STEPS = 1000  # at least; the next power of ten that divides the range into more
 
 Curves = Mapping[str, tuple[list[float], list[float]]]
-
-
-@dataclass(frozen=True)
-class Card:
-    """One image of the gallery.
-
-    Args:
-        set_name: Where the image is from.
-        name: Its file name or row.
-        image: ``(3, H, W)`` uint8.
-        strength: ``(H, W)`` float32 in [0, 1].
-        nearest: ``(3, H, W)`` uint8, its nearest ID image.
-        score: Larger is more OOD.
-        distance: Of the features, to the nearest ID image.
-        prediction: Name of the predicted class.
-        p_value: Share of ID images that score at least as high, where it is known.
-    """
-
-    set_name: str
-    name: str
-    image: NDArray[np.uint8]
-    strength: NDArray[np.float32]
-    nearest: NDArray[np.uint8]
-    score: float
-    distance: float
-    prediction: str
-    p_value: float | None
 
 
 @dataclass(frozen=True)
@@ -303,7 +276,7 @@ def group(
         for key in best:
             cells += cell(shown(row, key), best[key])
             if key in wide:
-                cells += interval_cell((row.get("intervals") or {}).get(key))
+                cells += margin_cell(row, key)
         if prevalence:
             share = row.get("prevalence_ood")
             cells += cell(None if share is None else f"{100 * share:.1f}")
@@ -332,9 +305,12 @@ def cell(text: str | None, best: str | None = None) -> str:
     return f"<td>{f'<strong>{text}</strong>' if text == best else text}</td>"
 
 
-def interval_cell(interval: Sequence[float] | None) -> str:
-    """Return the interval of the number before it, where there is one."""
-    text = "&ndash;".join(percent(end) for end in interval or ())
+def margin_cell(row: Mapping[str, Any], key: str) -> str:
+    """Return how far to trust the number before it: its spread over runs, or else its interval."""
+    interval = (row.get("intervals") or {}).get(key, ())
+    text = "&ndash;".join(percent(end) for end in interval)
+    if "spread" in row:
+        text = f"&plusmn; {percent(row['spread'][key])}"
     return f'<td class="interval">{text}</td>'
 
 

@@ -110,19 +110,32 @@ class EvaluateConfig:
 
     Args:
         near: Names of the OOD sets that count as near.
+        protocol: ``all`` images; ``paper``: one OOD image for five ID images, drawn at random, ID
+            positive; ``openood``: all images, OOD positive, means over near and far.
+        calibration_share: Share of the ID test set that is held out for the thresholds.
+        false_alarm: Share of ID images that may be called OOD.
+        seed: Of those two draws, the bootstrap and the controls.
         batch_size: Images the classifier takes at once.
         workers: Threads that decode images.
         neighbours: k of the k-nearest-neighbour baseline.
+        resamples: Of the bootstrap.
         examples: Images of each set on the sheet.
+        gallery: Images of each set in the report; fewer when there are many sets.
         skip_unreadable: Leave out images that cannot be read, and list them, instead of stopping.
         overwrite: Discard an evaluation of something else.
     """
 
     near: tuple[str, ...] = ()
+    protocol: str = "all"
+    calibration_share: float = 0.1
+    false_alarm: float = 0.05
+    seed: int = 0
     batch_size: int = 256
     workers: int = 2
     neighbours: int = 50
+    resamples: int = 1000
     examples: int = 8
+    gallery: int = 40
     skip_unreadable: bool = False
     overwrite: bool = False
 

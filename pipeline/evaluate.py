@@ -1,12 +1,12 @@
 """Stage 4 of 4.
 
-How well the heatmap detects, beside post-hoc baselines, in numbers and pictures.
+How well the heatmap detects, beside other scores of the same classifier, in numbers and pictures;
+and from which score on an image is called OOD, found on held-out ID images alone.
 """
 
-import io
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap import baselines, figures
-from ood_heatmap.cache.files import locked, replacing, write_json
-from ood_heatmap.cache.manifest import Manifest, Stage, fingerprint_of
-from ood_heatmap.cache.neighbours import Bank, mean_distance_to_kth
-from ood_heatmap.classifier import Output
-from ood_heatmap.detector import HeatmapDetector, detector_of
-from ood_heatmap.errors import UsageError
-from ood_heatmap.figures import Example
+from ood_heatmap.cache.files import locked, replacing, sha256_of, write_json
+from ood_heatmap.cache.manifest import (
+    Manifest,
+    Stage,
+    differing_fields,
+    fingerprint_of,
+    read_manifest,
+    short,
+)
+from ood_heatmap.calibration import Calibration
+from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
-from ood_heatmap.metrics import METRICS, detection_metrics
 from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.embed import Embedded, Meter, embed
+from ood_heatmap.pipeline.gallery import PICTURES, REPORT, draw
 from ood_heatmap.pipeline.index import Index, open_index
-from ood_heatmap.pipeline.log import log_event
-from ood_heatmap.pipeline.train import open_decoder
+from ood_heatmap.pipeline.score import (
+    Part,
+    finished_scores,
+    make_scorers,
+    open_detectors,
+    score_set,
+)
+from ood_heatmap.pipeline.table import HEATMAP, ID, Scores, decisions, metrics_table, report
 
 log = logging.getLogger(__name__)
+Int64 = NDArray[np.int64]
 
-ID = "id"
-
-PIECE = 4096  # images whose heatmaps are in memory at once
-Scores = dict[str, NDArray[Any]]
+CALIBRATION, CALIBRATION_FILE = "calibration", "calibration.safetensors"
+ID_TO_OOD = 5  # of the paper's protocol
 
 
 def evaluate(
@@ -44,8 +52,13 @@ def evaluate(
     ood_sets: Mapping[str, ImageSet],
     device: torch.device,
     config: EvaluateConfig,
+    *,
+    calibration_images: ImageSet | None = None,
+    more_runs: Sequence[Path] = (),
 ) -> Manifest:
-    """Score the ID test set and each OOD set, and write numbers and pictures.
+    """Score the ID test set and each OOD set; write numbers, thresholds, pictures and a report.
+
+    Finished sets are kept, so a stopped run goes on where it was.
 
     Args:
         run: A run directory with a trained decoder.
@@ -53,6 +66,8 @@ def evaluate(
         ood_sets: OOD test sets by name.
         device: Where to compute.
         config: Settings of the stage.
+        calibration_images: ID images for the thresholds alone; a share of ``id_images`` when None.
+        more_runs: Runs that differ from this one in nothing but the seed of training.
 
     Returns:
         The manifest; ``metrics.json`` beside it holds the table.
@@ -63,35 +78,28 @@ def evaluate(
     check_names(ood_sets, config)
     with locked(run):
         index = open_index(run)
-        trained = open_decoder(run, index.manifest, device)
-        sets = {ID: id_images, **ood_sets}
-        inputs = {
-            "decoder": trained.manifest.fingerprint,
-            "images": {name: images.describe() for name, images in sets.items()},
-            "options": {
-                "near": list(config.near),
-                "neighbours": config.neighbours,
-                "examples": config.examples,
-                "skip_unreadable": config.skip_unreadable,
-            },
-        }
-        stage = Stage(run, "evaluation", inputs)
+        decoders = check_runs([run, *more_runs])
+        parts = choose_images(id_images, ood_sets, calibration_images, config)
+        detectors = open_detectors([run, *more_runs], index, device)
+        stage = Stage(run, "evaluation", inputs_of(decoders, parts, config))
         finished = stage.begin(overwrite=config.overwrite)
         if finished is not None:
             log.info("%s is finished already", stage.directory)
             return finished
-        detector = detector_of(run, index, device)
-        id_bank = baselines.unit_length(index.columns["features"].read())
-        scores = {
-            name: score_set(stage, name, images, detector, id_bank, config)
-            for name, images in sets.items()
+        everything = score_sets(stage, parts, detectors, index, config)
+        scores = {name: item for name, item in everything.items() if name != CALIBRATION}
+        metrics = report(metrics_table(scores, config), scores, detectors[0].classes, config)
+        metrics["runs"] = [describe_decoder(decoder) for decoder in decoders]
+        metrics["sets"] = {
+            name: write_names(stage, name, part.images, everything[name])
+            for name, part in parts.items()
         }
-        table = metrics_table(scores, config)
-        write_json(stage.directory / "metrics.json", report(table, scores, sets, index, config))
-        pictures = draw(stage, scores, sets, detector, index, config)
-        names = ["metrics.json", *(f"scores-{name}.npz" for name in sets), *pictures]
-        content = fingerprint_of({name: str(values["content"]) for name, values in scores.items()})
-        return stage.finish(content, {"sets": list(sets), "near": list(config.near)}, names)
+        calibration = calibrate(stage, everything.get(CALIBRATION))
+        if calibration is not None:
+            metrics["decisions"] = decisions(scores, calibration, config.false_alarm)
+        write_json(stage.directory / "metrics.json", metrics)
+        draw(stage, metrics, parts, scores, detectors[0], index, calibration, config)
+        return finish(stage, everything, calibration, config)
 
 
 def check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:
@@ -104,253 +112,177 @@ def check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> Non
     bad = [
         name
         for name in ood_sets
-        if name == ID or not name.replace("-", "").replace("_", "").isalnum()
+        if name in (ID, CALIBRATION) or not name.replace("-", "").replace("_", "").isalnum()
     ]
     if bad:
         raise UsageError(
-            f"an OOD set cannot be called {bad[0]!r}: use letters, digits, - and _, and not {ID!r}."
+            f"an OOD set cannot be called {bad[0]!r}: use letters, digits, - and _, and neither "
+            f"{ID!r} nor {CALIBRATION!r}."
         )
 
 
-def score_set(
-    stage: Stage,
-    name: str,
-    images: ImageSet,
-    detector: HeatmapDetector,
-    id_bank: NDArray[np.float32],
-    config: EvaluateConfig,
-) -> Scores:
-    """Return all scores of a set and write them.
+def check_runs(runs: Sequence[Path]) -> list[Manifest]:
+    """Return the manifest of each run's decoder, made from the same caches but for the seed.
 
-    A set that a stopped run has finished is read back.
+    Raises:
+        OodHeatmapError: A run is of another classifier, index or targets, was trained otherwise, or
+            has a seed for the second time; names what differs.
     """
-    path = stage.directory / f"scores-{name}.npz"
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as saved:
-            if str(saved["fingerprint"]) == stage.settings_fingerprint:
-                return dict(saved)
-    meter = Meter(len(images), f"evaluate {name}")
-    pieces = [
-        np.arange(start, min(start + PIECE, len(images))) for start in range(0, len(images), PIECE)
+    decoders = [read_manifest(run, "decoder") for run in runs]
+    for number, other in enumerate(runs[1:], start=1):
+        for stage in ("index", "targets", "decoder"):
+            check_same(read_manifest(runs[0], stage), read_manifest(other, stage), other)
+        if decoders[number].fingerprint in [one.fingerprint for one in decoders[:number]]:
+            raise UsageError(f"--runs {other} has the seed of another run: train it with --seed.")
+    return decoders
+
+
+def check_same(ours: Manifest, theirs: Manifest, other: Path) -> None:
+    """Refuse a stage of another run that was made from something else; names what differs."""
+    differing = [
+        f"{ours.stage} {name} ({short(there)}, here {short(here)})"
+        for name, here, there in differing_fields(made_from(ours), made_from(theirs))
     ]
-    parts = [
-        scores_of(piece, detector, id_bank, config)
-        for piece in embed(
-            images,
-            pieces,
-            detector.classifier,
-            meter,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            skip_unreadable=config.skip_unreadable,
+    if differing:
+        raise OodHeatmapError(
+            f"--runs {other} has another {', '.join(differing[:3])}. Runs must differ in nothing "
+            f"but the seed of training."
         )
-    ]
-    log_event(
-        stage.run, "evaluate", set=name, **meter.close(), device=str(detector.classifier.device)
-    )
-    scores: Scores = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    scores["label"] = images.labels[scores["row"]]
-    scores["content"] = np.array(fingerprint_of([str(item) for item in scores.pop("contents")]))
-    scores["fingerprint"] = np.array(stage.settings_fingerprint)
-    buffer = io.BytesIO()
-    np.savez(buffer, **scores)  # type: ignore[arg-type]
-    with replacing(path) as scratch:
-        scratch.write_bytes(buffer.getbuffer())
-    return scores
 
 
-def scores_of(
-    piece: Embedded, detector: HeatmapDetector, id_bank: NDArray[np.float32], config: EvaluateConfig
-) -> Scores:
-    """Return every method's score of some images, from one pass of the classifier."""
-    heatmap = np.concatenate(
-        [
-            detector.decode(part).score
-            for part in batches_of(piece, config.batch_size, detector.classifier.device)
-        ]
-    )
-    features = baselines.unit_length(piece.features)
-    return {
-        "heatmap": heatmap,
-        "msp": baselines.maximum_softmax(piece.logits),
-        "max_logit": baselines.maximum_logit(piece.logits),
-        "energy": baselines.energy(piece.logits),
-        "knn": mean_distance_to_kth(features, id_bank, config.neighbours),
-        "prediction": piece.prediction,
-        "row": piece.rows,
-        "contents": np.array([piece.content]),
-    }
+def made_from(manifest: Manifest) -> dict[str, Any]:
+    """Return all that a stage was made from, but for the seed of training."""
+    inputs = {**manifest.inputs, "content": manifest.content}
+    if manifest.stage == "decoder":
+        options = manifest.inputs["options"]
+        inputs["options"] = {name: value for name, value in options.items() if name != "seed"}
+    return inputs
 
 
-METHODS = ("heatmap", "msp", "max_logit", "energy", "knn")
-
-
-def batches_of(piece: Embedded, batch_size: int, device: torch.device) -> list[Output]:
-    """Return what the classifier said, batch by batch, on the device."""
-    return [
-        Output(
-            torch.from_numpy(piece.features[start : start + batch_size]).to(device),
-            torch.from_numpy(piece.logits[start : start + batch_size]).to(device),
-            tuple(
-                torch.from_numpy(item[start : start + batch_size]).to(device) for item in piece.maps
-            ),
-        )
-        for start in range(0, len(piece.rows), batch_size)
-    ]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a method on a set, or a mean over sets; shares in [0, 1]."""
-
-    method: str
-    set: str
-    figures: Mapping[str, float]
-
-
-def metrics_table(scores: Mapping[str, Scores], config: EvaluateConfig) -> list[Row]:
-    """Return the metrics of every method on every OOD set, and their means over near, far and all
-    sets."""
-    ood = [name for name in scores if name != ID]
-    far = [name for name in ood if name not in config.near]
-    groups = {"near": list(config.near), "far": far, "all": ood}
-    rows = []
-    for method in METHODS:
-        single = {
-            name: asdict(detection_metrics(scores[ID][method], scores[name][method]))
-            for name in ood
-        }
-        rows += [Row(method, name, values) for name, values in single.items()]
-        rows += [
-            Row(
-                method,
-                f"mean {group}",
-                {key: float(np.mean([single[name][key] for name in names])) for key in METRICS},
-            )
-            for group, names in groups.items()
-            if names and (group == "all" or config.near)
-        ]
-    return rows
-
-
-def report(
-    table: list[Row],
-    scores: Mapping[str, Scores],
-    sets: Mapping[str, ImageSet],
-    index: Index,
+def choose_images(
+    id_images: ImageSet,
+    ood_sets: Mapping[str, ImageSet],
+    calibration_images: ImageSet | None,
     config: EvaluateConfig,
+) -> dict[str, Part]:
+    """Return which images of each set are looked at: ID, held-out ID, and OOD.
+
+    Raises:
+        UsageError: No ID image is left for the table.
+    """
+    held_out = Part(id_images, np.arange(0))
+    if calibration_images is not None:
+        held_out = Part(calibration_images, np.arange(len(calibration_images)))
+    elif config.calibration_share:
+        count = max(1, round(config.calibration_share * len(id_images)))
+        held_out = Part(id_images, draw_rows(len(id_images), count, config.seed))
+    kept = np.arange(len(id_images))
+    if held_out.images is id_images:
+        kept = np.setdiff1d(kept, held_out.rows)
+    if not len(kept):
+        raise UsageError(
+            f"{id_images.source} has no image left beside those held out for the thresholds: name "
+            f"more, or others with --calibration, or --calibration-share 0."
+        )
+    parts = {ID: Part(id_images, kept)}
+    if len(held_out.rows):
+        parts[CALIBRATION] = held_out
+    for name, images in ood_sets.items():
+        parts[name] = Part(images, ood_rows(name, images, len(kept), config))
+    return parts
+
+
+def ood_rows(name: str, images: ImageSet, num_id: int, config: EvaluateConfig) -> Int64:
+    """Return the rows of an OOD set that the protocol looks at, ascending."""
+    wanted = len(images)
+    if config.protocol == "paper":
+        wanted = max(1, num_id // ID_TO_OOD)
+    if wanted > len(images):
+        log.warning(
+            "%s has %d images, fewer than the %d of ID:OOD = %d:1: all are taken",
+            *(name, len(images), wanted, ID_TO_OOD),
+        )
+    return draw_rows(len(images), min(wanted, len(images)), config.seed)
+
+
+def draw_rows(num_rows: int, count: int, seed: int) -> Int64:
+    """Return ``count`` different rows, ascending."""
+    return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
+
+
+def inputs_of(
+    decoders: Sequence[Manifest], parts: Mapping[str, Part], config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Return the content of ``metrics.json``."""
-    label, prediction = scores[ID]["label"], scores[ID]["prediction"]
-    known = bool((label >= 0).all()) and len(index.manifest.results["classes"]) > 0
+    """Return all that the result depends on."""
+    without = ("overwrite", "batch_size", "workers")
     return {
-        "about": "scores: larger is more OOD. fpr95_id_pos takes ID as the positive class (paper), "
-        "fpr95_ood_pos takes OOD (OpenOOD). aupr_in and aupr_out are average precision. Shares in "
-        "[0, 1].",
-        "id_accuracy": float((label == prediction).mean()) if known else None,
-        "near": list(config.near),
-        "sets": {
-            name: {
-                "source": images.source,
-                "num_images": len(scores[name]["row"]),
-                "content": str(scores[name]["content"]),
-            }
-            for name, images in sets.items()
-        },
-        "table": [{"method": row.method, "set": row.set, **row.figures} for row in table],
+        "decoder": decoders[0].fingerprint,
+        "runs": [decoder.fingerprint for decoder in decoders[1:]],
+        "images": {name: part.images.describe() for name, part in parts.items()},
+        "options": {name: value for name, value in asdict(config).items() if name not in without},
     }
 
 
-def draw(
+def score_sets(
     stage: Stage,
-    scores: Mapping[str, Scores],
-    sets: Mapping[str, ImageSet],
-    detector: HeatmapDetector,
+    parts: Mapping[str, Part],
+    detectors: Sequence[HeatmapDetector],
     index: Index,
     config: EvaluateConfig,
-) -> list[str]:
-    """Write the figures and return their names."""
-    (stage.directory / "figures").mkdir(exist_ok=True)
-    ood = [name for name in scores if name != ID]
-    by_method = {name: {method: scores[name][method] for method in METHODS} for name in ood}
-    bank = index.bank(detector.classifier.device)
-    examples = [
-        example
-        for name, images in sets.items()
-        for example in examples_of(
-            name, images, scores[name], detector, index, bank, config.examples
-        )
-    ]
-    pictures = {
-        "figures/histograms.png": figures.histograms(
-            scores[ID]["heatmap"], {name: scores[name]["heatmap"] for name in ood}
-        ),
-        "figures/roc.png": figures.roc_curves(scores[ID], by_method),
-        "figures/examples.png": figures.sheet(examples, detector.color_max, len(sets)),
+) -> dict[str, Scores]:
+    """Return the scores of all sets; those that a stopped run has finished are read back."""
+    scores = {name: finished_scores(stage, name) for name in parts}
+    todo = [name for name, finished in scores.items() if finished is None]
+    if todo:
+        scorers = make_scorers(index, detectors, config)
+        scores |= {name: score_set(stage, name, parts[name], scorers, config) for name in todo}
+    return {name: item for name, item in scores.items() if item is not None}
+
+
+def write_names(stage: Stage, name: str, images: ImageSet, scores: Scores) -> dict[str, Any]:
+    """Write the names of a set's images; return what the set was, for ``metrics.json``."""
+    path = stage.directory / f"images-{name}.txt"
+    text = "".join(f"{images.names[row]}\n" for row in scores["row"])
+    with replacing(path) as scratch:
+        # a file name that is not UTF-8 reaches Python as lone surrogates
+        scratch.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return {
+        "source": images.source,
+        "num_images": len(scores["row"]),
+        "content": str(scores["content"]),
+        "names": path.name,
+        "names_sha256": sha256_of(path),
     }
-    for name, figure in pictures.items():
-        figures.save(figure, stage.directory / name)
-    return list(pictures)
 
 
-def examples_of(
-    name: str,
-    images: ImageSet,
-    scores: Scores,
-    detector: HeatmapDetector,
-    index: Index,
-    bank: Bank,
-    count: int,
-) -> list[Example]:
-    """Return images at even steps from the lowest to the highest score of a set.
-
-    No pick of the best.
-    """
-    order = np.argsort(scores["heatmap"], kind="stable")
-    steps = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(np.int64)
-    rows = scores["row"][order[steps]]
-    transform = detector.classifier.config.transform
-    pixels = np.stack([transform(images.read(int(row))[0]) for row in rows])
-    result, output = detector.detect(pixels)
-    found = bank.nearest(output.features.cpu().numpy(), result.prediction)
-    nearest = index.columns["images"].take(index.positions(found.row))
-    classes = detector.classes or [str(label) for label in range(detector.classifier.num_classes)]
-    return [
-        Example(
-            name,
-            pixels[i],
-            result.strength[i],
-            nearest[i],
-            float(result.score[i]),
-            float(found.distance[i]),
-            classes[int(result.prediction[i])],
-        )
-        for i in range(len(rows))
-    ]
+def describe_decoder(decoder: Manifest) -> dict[str, Any]:
+    """Return which decoder it was, for ``metrics.json``."""
+    return {"decoder": decoder.fingerprint, "seed": decoder.inputs["options"]["seed"]}
 
 
-def format_table(content: Mapping[str, Any]) -> str:
-    """Return ``metrics.json`` as the table that the terminal shows, in percent."""
-    heads = (
-        "method",
-        "set",
-        "AUROC",
-        "AUPR-IN",
-        "AUPR-OUT",
-        "FPR95 ID+",
-        "FPR95 OOD+",
-        "OOD share",
-    )
-    lines = [heads]
-    for row in content["table"]:
-        numbers = [f"{100 * row[key]:.2f}" for key in METRICS]
-        share = f"{100 * row['prevalence_ood']:.1f}" if "prevalence_ood" in row else ""
-        lines.append((row["method"], row["set"], *numbers, share))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def calibrate(stage: Stage, held_out: Scores | None) -> Calibration | None:
+    """Write and return what the held-out ID images look like, if there are any."""
+    if held_out is None:
+        return None
+    calibration = Calibration.fit(held_out[HEATMAP], held_out["peak"])
+    with replacing(stage.directory / CALIBRATION_FILE) as scratch:
+        calibration.save(scratch)
+    return calibration
+
+
+def finish(
+    stage: Stage,
+    scores: Mapping[str, Scores],
+    calibration: Calibration | None,
+    config: EvaluateConfig,
+) -> Manifest:
+    """Write the manifest."""
+    content = fingerprint_of({name: str(item["content"]) for name, item in scores.items()})
+    names = [f"scores-{name}.npz" for name in scores] + [f"images-{name}.txt" for name in scores]
+    sets = [name for name in scores if name not in (ID, CALIBRATION)]
+    results: dict[str, Any] = {"sets": sets, "near": list(config.near)}
+    if calibration is not None:
+        results["false_alarm"] = config.false_alarm
+        results["num_calibration"] = len(calibration.scores)
+        names.append(CALIBRATION_FILE)
+    return stage.finish(content, results, ["metrics.json", *names, *PICTURES, REPORT])

@@ -1,19 +1,40 @@
-"""Stage 4: the table equals scikit-learn recomputed from the saved scores."""
+"""Stage 4: the table equals scikit-learn recomputed from the saved scores, and counts by hand."""
 
+import hashlib
 import json
+import re
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import beta
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from ood_heatmap.calibration import Calibration
+from ood_heatmap.classifier import load_classifier
 from ood_heatmap.detector import HeatmapDetector
-from ood_heatmap.errors import StaleCacheError, UsageError
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import open_images
-from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.evaluate import METHODS, evaluate, format_table
+from ood_heatmap.metrics import METRICS
+from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TrainConfig
+from ood_heatmap.pipeline.evaluate import evaluate
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.table import (
+    HEADLINES,
+    METHODS,
+    format_decisions,
+    format_table,
+    metrics_table,
+)
+from ood_heatmap.pipeline.train import train_decoder
 
 CPU = torch.device("cpu")
 CONFIG = EvaluateConfig(near=("near",), batch_size=16, neighbours=5, examples=3)
@@ -88,14 +109,370 @@ def test_baselines_are_their_formulas(data, classifier, finished_run):
     np.testing.assert_allclose(saved["knn"], distance[:, 4], atol=1e-3)
 
 
+def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finished_run):
+    """Mahalanobis and the linear control, from the shards and the images themselves."""
+    with h5py.File(finished_run / "index" / "images-00000.h5") as file:
+        features, label = file["features"][...].astype(np.float64), file["label"][...]
+    means = np.stack([features[label == one].mean(axis=0) for one in range(4)])
+    centred = features - means[label]
+    inverse = np.linalg.pinv(centred.T @ centred / len(features), rcond=1e-6)
+    detector = HeatmapDetector.load(finished_run, "cpu")
+    transform = detector.classifier.config.transform
+    pixels = np.stack([transform(Image.open(path)) for path in sorted((data / "far").iterdir())])
+    queries = detector.classifier(torch.from_numpy(pixels)).features.numpy().astype(np.float64)
+    difference = queries[:, None] - means
+    wanted = np.einsum("qld,de,qle->ql", difference, inverse, difference).min(axis=1)
+    np.testing.assert_allclose(scores(finished_run, "far")["mahalanobis"], wanted, rtol=1e-2)
+    with h5py.File(finished_run / "targets" / "targets-00000.h5") as file:
+        auxiliary = file["features"][...].astype(np.float64)
+    both, is_ood = np.r_[features, auxiliary], np.repeat([0, 1], [80, 50])
+    mean, deviation = both.mean(axis=0), np.where(both.std(axis=0) > 0, both.std(axis=0), 1)
+    model = LogisticRegression(max_iter=1000).fit((both - mean) / deviation, is_ood)
+    odds = model.decision_function((queries - mean) / deviation)
+    np.testing.assert_allclose(scores(finished_run, "far")["logistic_regression"], odds, atol=0.02)
+
+
 def test_pictures_and_sources_are_there(data, finished_run):
-    folder = finished_run / "evaluation" / "figures"
+    folder = finished_run / "evaluation"
     for name in ("histograms", "roc", "examples"):
-        with Image.open(folder / f"{name}.png") as picture:
+        with Image.open(folder / "figures" / f"{name}.png") as picture:
             assert picture.width > 300
     sets = table(finished_run)[0]["sets"]
     assert sets["far"]["num_images"] == 25
-    assert len({entry["content"] for entry in sets.values()}) == 3
+    assert len({entry["content"] for entry in sets.values()}) == 4
+    names = (folder / sets["far"]["names"]).read_bytes()
+    assert names.decode().split() == [path.name for path in sorted((data / "far").iterdir())]
+    assert sets["far"]["names_sha256"] == hashlib.sha256(names).hexdigest()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert on_disk == {*manifest["files"], "manifest.json"}
+
+
+def cards_of(run):
+    """Return (set, file name, score, text) of each card of the report."""
+    text = (run / "evaluation" / "report.html").read_text()
+    found = re.findall(
+        r'data-score="(.*?)".*?<p class="name"><b>(.*?)</b> <span>(.*?)</span>(.*?)</li>', text
+    )
+    return [(name, image, float(score), rest) for score, image, name, rest in found]
+
+
+def test_the_report_shows_images_at_even_steps_of_the_score(data, finished_run):
+    calibration = Calibration.load(finished_run / "evaluation" / "calibration.safetensors")
+    cards = cards_of(finished_run)
+    assert [name for name, *_ in cards] == ["id"] * 27 + ["far"] * 25 + ["near"] * 40
+    paths = sorted((data / "ood").iterdir())
+    saved = scores(finished_run, "near")["heatmap"]
+    shown = [(image, score) for name, image, score, _ in cards if name == "near"]
+    wanted = np.argsort(saved, kind="stable")[np.linspace(0, 49, 40).round().astype(int)]
+    assert [image for image, _ in shown] == [paths[row].name for row in wanted]
+    np.testing.assert_array_equal([score for _, score in shown], saved[wanted])
+    for _, _, score, text in cards:
+        p_value = calibration.p_value(np.float32([score]))[0]
+        assert f"<dt>p-value</dt><dd>{p_value:.3g}</dd>" in text
+
+
+def test_held_out_images_are_in_no_figure(data, finished_run):
+    content, rows = table(finished_run)
+    held_out, kept = (scores(finished_run, name)["row"] for name in ("calibration", "id"))
+    assert sorted([*held_out, *kept]) == list(range(30))
+    assert len(held_out) == 3
+    assert rows["heatmap", "far"]["num_id"] == 27
+    manifest = json.loads((finished_run / "evaluation" / "manifest.json").read_text())
+    assert manifest["results"]["num_calibration"] == 3
+    assert manifest["results"]["false_alarm"] == 0.05
+    assert content["decisions"]["threshold"] is None  # three images are too few for 5 %
+    assert content["decisions"]["false_alarm"]["rate"] == 0
+
+
+def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
+    config = replace(CONFIG, false_alarm=0.2, overwrite=True)
+    held_out = open_images(str(data / "id"))
+    test = open_images(str(data / "test"))
+    evaluate(run, test, sets_of(data), CPU, config, calibration_images=held_out)
+    found = table(run)[0]["decisions"]
+    detector = HeatmapDetector.load(run, "cpu")
+    results = {
+        name: detector([Image.open(path) for path in sorted((data / name).rglob("*.png"))])
+        for name in ("id", "test", "far", "ood")
+    }
+    peaks = {name: result.strength.max(axis=(1, 2)) for name, result in results.items()}
+    # of 80 held-out images and the new one, 16 may be above
+    threshold = np.sort(results["id"].score)[-16]
+    assert found["threshold"] == pytest.approx(threshold, rel=1e-5)
+    assert found["pixel_threshold"] == pytest.approx(np.sort(peaks["id"])[-16], rel=1e-5)
+    assert found["num_calibration"] == 80
+    assert found["level"] == 0.2
+    count = int((results["test"].score > threshold).sum())
+    assert found["false_alarm"]["rate"] == count / 30
+    low, high = found["false_alarm"]["interval"]
+    assert low == pytest.approx(beta.ppf(0.025, count, 31 - count) if count else 0)
+    assert high == pytest.approx(beta.ppf(0.975, count + 1, 30 - count) if count < 30 else 1)
+    for name, folder in {"far": "far", "near": "ood"}.items():
+        rate = (results[folder].score > threshold).mean()
+        assert found["detection"][name]["rate"] == pytest.approx(rate)
+    assert "threshold" in format_decisions(found)
+    calibration = Calibration.load(run / "evaluation" / "calibration.safetensors")
+    np.testing.assert_allclose(calibration.scores, np.sort(results["id"].score), rtol=1e-5)
+
+
+def test_no_share_held_out_means_no_thresholds(data, run):
+    config = replace(CONFIG, calibration_share=0, overwrite=True)
+    manifest = evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config)
+    content, rows = table(run)
+    assert rows["heatmap", "far"]["num_id"] == 30
+    assert "decisions" not in content
+    assert "num_calibration" not in manifest.results
+    assert not (run / "evaluation" / "calibration.safetensors").exists()
+    assert "p-value</dt>" not in (run / "evaluation" / "report.html").read_text()
+
+
+def test_a_set_too_small_to_share_is_refused(data, run, tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(next((data / "far").iterdir()), one)
+    with pytest.raises(UsageError, match="no image left beside those held out"):
+        evaluate(run, open_images(str(one)), sets_of(data), CPU, CONFIG)
+
+
+# ---- the table, on scores made by hand
+
+
+def hand_made(near, far, **id_scores):
+    """Return score sets in which every method but those named has the heatmap's scores."""
+    sets = {"id": id_scores["heatmap"], "near": near, "far": far}
+    return {
+        name: dict.fromkeys([*METHODS, *id_scores], np.array(values, dtype=np.float32))
+        for name, values in sets.items()
+    }
+
+
+def by_counting(id_scores, ood_scores):
+    """Return the figures by their definitions, pair by pair and threshold by threshold."""
+    ids, oods = np.array(id_scores, float), np.array(ood_scores, float)
+    levels = sorted({*ids, *oods})
+
+    def precision_recall(positive, negative, levels):
+        total = before = 0.0
+        for level in levels:
+            recall = np.mean(positive >= level)
+            precision = np.sum(positive >= level) / np.sum(np.r_[positive, negative] >= level)
+            total, before = total + (recall - before) * precision, recall
+        return total
+
+    def fpr(positive, negative, levels):
+        return next(
+            np.mean(negative >= level)
+            for level in levels
+            if np.sum(positive >= level) >= 0.95 * len(positive) - 1e-9
+        )
+
+    up, down = [-level for level in levels], levels[::-1]
+    return {
+        "auroc": np.mean([(ood > one) + (ood == one) / 2 for ood in oods for one in ids]),
+        "aupr_in": precision_recall(-ids, -oods, up),
+        "aupr_out": precision_recall(oods, ids, down),
+        "fpr95_id_pos": fpr(-ids, -oods, up),
+        "fpr95_ood_pos": fpr(oods, ids, down),
+    }
+
+
+TIED = {"heatmap": [1, 1, 2, 2, 3, 3, 4, 5, 6, 6]}
+TINY = {"heatmap": [2]}
+
+
+@pytest.mark.parametrize(
+    ("id_scores", "near", "far"),
+    [(TIED, [3, 3, 6], [6, 7, 7, 9]), (TINY, [2], [3]), (TINY, [1], [2, 2])],
+)
+@pytest.mark.parametrize("protocol", ["all", "paper", "openood"])
+def test_every_protocol_counts_as_defined_with_ties_and_tiny_sets(id_scores, near, far, protocol):
+    config = EvaluateConfig(near=("near",), protocol=protocol, resamples=3)
+    rows = {
+        row.set: row.figures
+        for row in metrics_table(hand_made(near, far, **id_scores), config)
+        if row.method == "heatmap"
+    }
+    wanted = {
+        "near": by_counting(id_scores["heatmap"], near),
+        "far": by_counting(id_scores["heatmap"], far),
+    }
+    for key in METRICS:
+        mean = (wanted["near"][key] + wanted["far"][key]) / 2
+        assert rows["near"][key] == pytest.approx(wanted["near"][key], abs=1e-12)
+        assert rows["mean far"][key] == pytest.approx(wanted["far"][key], abs=1e-12)
+        assert rows["mean all"][key] == pytest.approx(mean, abs=1e-12)
+
+
+def test_the_conventions_on_a_set_counted_by_hand():
+    """Accepting 95 % of ten tied ID images takes all, up to 6: OOD at 6 and below comes in.
+
+    Flagging 95 % of four OOD images takes all, from 3 up: six of the ID images are there too.
+    """
+    rows = metrics_table(
+        hand_made([3, 6, 7, 9], [7], **TIED), EvaluateConfig(near=("near",), resamples=3)
+    )
+    (row,) = [row for row in rows if (row.method, row.set) == ("heatmap", "near")]
+    assert row.figures["fpr95_id_pos"] == 2 / 4
+    assert row.figures["fpr95_ood_pos"] == 6 / 10
+    # 4 + 1, 8 + 1, 10 and 10 of 10 pairs, ties half
+    assert row.figures["auroc"] == (5 + 9 + 10 + 10) / 40
+
+
+@pytest.mark.parametrize(
+    ("protocol", "near", "means"),
+    [
+        ("all", (), ["mean all"]),
+        ("all", ("near",), ["mean near", "mean far", "mean all"]),
+        ("all", ("near", "far"), ["mean near", "mean all"]),
+        ("openood", (), ["mean far", "mean all"]),
+    ],
+)
+def test_means_that_are_shown(protocol, near, means):
+    config = EvaluateConfig(near=near, protocol=protocol, resamples=2)
+    rows = metrics_table(hand_made([1], [2], **TINY), config)
+    assert [row.set for row in rows if row.method == "heatmap"] == ["near", "far", *means]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "heads"),
+    [
+        ("all", ["AUROC", "AUPR-IN", "AUPR-OUT", "FPR95 ID+", "FPR95 OOD+"]),
+        ("paper", ["AUROC", "AUPR-IN", "FPR95 ID+", "AUPR-OUT", "FPR95 OOD+"]),
+        ("openood", ["AUROC", "AUPR-OUT", "FPR95 OOD+", "AUPR-IN", "FPR95 ID+"]),
+    ],
+)
+def test_the_headline_comes_first_and_both_conventions_always(finished_run, protocol, heads):
+    content = {**table(finished_run)[0], "headline": list(HEADLINES[protocol])}
+    first, line = format_table(content).splitlines()[:2]
+    assert re.split(r"  +", first) == ["method", "set", *heads, "OOD share"]
+    row = content["table"][0]
+    low, high = (100 * end for end in row["intervals"]["auroc"])
+    assert f" {100 * row['auroc']:.2f} [{low:.2f}, {high:.2f}] " in line
+
+
+def test_intervals_are_those_of_images_drawn_again():
+    """Of the mean of 400 images at 0 or 1, against OOD images at 1/2, the deviation is known."""
+    flags = np.arange(400) % 4 == 0
+    made = hand_made([0.5], [0.5], heatmap=flags)
+    rows = metrics_table(made, EvaluateConfig(near=("near",)))
+    deviation = np.sqrt(0.75 * 0.25 / 400)
+    for row in rows[:5]:
+        assert row.figures["auroc"] == 0.75
+        # near and far meet the same ID images: their mean is as uncertain as either
+        low, high = row.intervals["auroc"]
+        assert low == pytest.approx(0.75 - 1.96 * deviation, abs=0.01)
+        assert high == pytest.approx(0.75 + 1.96 * deviation, abs=0.01)
+
+
+def test_intervals_are_the_same_every_time_and_for_every_method():
+    made = hand_made([3, 3, 6], [6, 7, 9], **TIED)
+    first, again = (metrics_table(made, EvaluateConfig(resamples=60)) for _ in range(2))
+    assert first == again
+    assert len({str(row.intervals) for row in first if row.set == "far"}) == 1
+    other = metrics_table(made, EvaluateConfig(resamples=60, seed=1))
+    assert other[0].figures == first[0].figures
+    assert other[0].intervals != first[0].intervals
+
+
+def test_several_runs_give_mean_and_spread():
+    made = hand_made([3, 5], [6, 7], **TIED)
+    for name, shift in (("heatmap-2", 1), ("heatmap-3", -2)):
+        for of_set in made.values():
+            of_set[name] = of_set["heatmap"]
+        made["far"][name] = made["far"]["heatmap"] + shift
+        made["near"][name] = made["near"]["heatmap"] + shift
+    config = EvaluateConfig(near=("near",), resamples=30)
+    rows = {(row.method, row.set): row for row in metrics_table(made, config)}
+    wanted = [
+        [by_counting(TIED["heatmap"], np.array(far) + shift)["auroc"] for far in ([3, 5], [6, 7])]
+        for shift in (0, 1, -2)
+    ]
+    row = rows["heatmap, 3 runs", "mean all"]
+    np.testing.assert_allclose(row.runs["auroc"], np.mean(wanted, axis=1))
+    assert row.figures["auroc"] == pytest.approx(np.mean(wanted))
+    assert row.spread["auroc"] == pytest.approx(statistics.stdev(np.mean(wanted, axis=1).tolist()))
+    assert rows["heatmap", "near"].figures["auroc"] == pytest.approx(wanted[0][0])
+    assert not rows["heatmap", "near"].spread
+    low, high = row.intervals["auroc"]
+    assert low <= row.figures["auroc"] <= high
+
+
+# ---- protocols, runs, and starting again
+
+
+def test_the_papers_protocol_takes_one_ood_image_for_five_id_images(data, run, caplog):
+    config = replace(CONFIG, protocol="paper", calibration_share=0.5, overwrite=True)
+    few = open_images(str(data / "far"))
+    some = replace(few, names=few.names[:2], labels=few.labels[:2])
+    evaluate(run, open_images(str(data / "test")), {**sets_of(data), "few": some}, CPU, config)
+    content, rows = table(run)
+    assert rows["heatmap", "far"]["num_id"] == 15
+    assert rows["heatmap", "far"]["num_ood"] == rows["heatmap", "near"]["num_ood"] == 3
+    assert rows["heatmap", "few"]["num_ood"] == 2
+    assert "few has 2 images, fewer than the 3 of ID:OOD = 5:1" in caplog.text
+    assert content["headline"] == ["auroc", "aupr_in", "fpr95_id_pos"]
+    drawn = scores(run, "far")["row"]
+    np.testing.assert_array_equal(drawn, np.sort(np.random.default_rng(0).choice(25, 3, False)))
+    names = (run / "evaluation" / content["sets"]["far"]["names"]).read_text().split()
+    assert names == [few.names[row] for row in drawn]
+
+
+@pytest.fixture
+def other_run(run, tmp_path):
+    """Return a run that differs from ``run`` in the seed of training."""
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    config = TrainConfig(epochs=2, batch_size=32, width=32, seed=5, overwrite=True)
+    train_decoder(other, CPU, config)
+    return other
+
+
+def test_other_seeds_are_scored_by_their_own_decoders(data, run, other_run):
+    config = replace(CONFIG, overwrite=True)
+    test = open_images(str(data / "test"))
+    evaluate(run, test, sets_of(data), CPU, config, more_runs=[other_run])
+    content, rows = table(run)
+    pictures = [Image.open(path) for path in sorted((data / "far").iterdir())]
+    for name, folder in {"heatmap": run, "heatmap-2": other_run}.items():
+        wanted = HeatmapDetector.load(folder, "cpu")(pictures).score
+        np.testing.assert_allclose(scores(run, "far")[name], wanted, rtol=1e-5)
+    ids, oods = scores(run, "id"), scores(run, "far")
+    each = [by_counting(ids[name], oods[name])["auroc"] for name in ("heatmap", "heatmap-2")]
+    row = rows["heatmap, 2 runs", "far"]
+    assert row["runs"]["auroc"] == pytest.approx(each)
+    assert row["spread"]["auroc"] == pytest.approx(statistics.stdev(each))
+    assert [one["seed"] for one in content["runs"]] == [0, 5]
+    spread = f"{100 * row['auroc']:.2f} ± {100 * row['spread']['auroc']:.2f}"
+    assert spread in format_table(content)
+    report = (run / "evaluation" / "report.html").read_text()
+    assert f"&plusmn; {100 * row['spread']['auroc']:.2f}" in report
+
+
+def test_the_same_seed_twice_is_refused(data, run, tmp_path):
+    twin = shutil.copytree(run, tmp_path / "twin")
+    with pytest.raises(UsageError, match="twin has the seed of another run"):
+        evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG, more_runs=[twin])
+
+
+def test_a_run_that_was_trained_otherwise_is_refused_by_name(data, run, other_run):
+    config = TrainConfig(epochs=1, batch_size=32, width=32, seed=5, overwrite=True)
+    train_decoder(other_run, CPU, config)
+    test = open_images(str(data / "test"))
+    with pytest.raises(OodHeatmapError, match=r"other has another decoder options\.epochs \(1, "):
+        evaluate(run, test, sets_of(data), CPU, CONFIG, more_runs=[other_run])
+
+
+def test_a_run_of_another_classifier_is_refused_by_name(data, spec, run, tmp_path):
+    weights = load_file(data / "weights.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, tmp_path / "w.safetensors")
+    other = tmp_path / "other"
+    classifier = load_classifier(spec, weights=tmp_path / "w.safetensors")
+    build_index(other, open_images(str(data / "id")), classifier, IndexConfig())
+    shutil.copytree(run / "targets", other / "targets")
+    shutil.copytree(run / "decoder", other / "decoder")
+    test = open_images(str(data / "test"))
+    with pytest.raises(OodHeatmapError, match=r"other has another index classifier\.weights"):
+        evaluate(run, test, sets_of(data), CPU, CONFIG, more_runs=[other])
 
 
 def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, run):
@@ -107,7 +484,8 @@ def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, ru
     before = tree()
     evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
     assert tree() == before
-    for name in ("manifest.json", "scores-near.npz", "figures/roc.png", "metrics.json"):
+    lost = ("manifest.json", "scores-near.npz", "figures/roc.png", "metrics.json", "report.html")
+    for name in (*lost, "calibration.safetensors", "images-far.txt"):
         (run / "evaluation" / name).unlink()
     evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
     assert tree() == before
@@ -124,6 +502,7 @@ def test_another_test_set_is_refused_by_name(data, run):
         ((), (), "no OOD set"),
         (("far",), ("fur",), r"--near fur is none of the OOD sets \(far\)"),
         (("id",), (), "cannot be called 'id'"),
+        (("calibration",), (), "cannot be called 'calibration'"),
         (("../far",), (), r"cannot be called '\.\./far'"),
     ],
 )

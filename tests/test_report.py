@@ -14,7 +14,8 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from ood_heatmap.report import Card, colored, slider_range, write_report
+from ood_heatmap.figures import Card
+from ood_heatmap.report import colored, slider_range, write_report
 
 NASTY = "<script>alert(1)</script>\"'&{{ data }}</td>"
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_pos", "fpr95_ood_pos")

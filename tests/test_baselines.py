@@ -1,0 +1,192 @@
+"""Every baseline equals its literal formula in float64, and larger is more OOD."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ood_heatmap import baselines
+
+NUM_FEATURES, NUM_CLASSES = 12, 4
+
+
+@pytest.fixture
+def drawn():
+    """Return non-negative ID features, their classes, queries, auxiliary OOD features, a head."""
+    generator = np.random.default_rng(0)
+    centres = generator.gamma(2, 1, (NUM_CLASSES, NUM_FEATURES))
+    labels = generator.integers(NUM_CLASSES, size=300)
+
+    def features(count, classes, noise):
+        drawn = centres[classes] + noise * generator.normal(size=(count, NUM_FEATURES))
+        return np.maximum(drawn, 0).astype(np.float32)
+
+    torch.manual_seed(0)
+    head = nn.Linear(NUM_FEATURES, NUM_CLASSES).requires_grad_(False)
+    head.weight.mul_(3)
+    return {
+        "features": features(300, labels, 0.5),
+        "labels": labels,
+        "queries": features(40, generator.integers(NUM_CLASSES, size=40), 0.8),
+        "auxiliary": generator.gamma(2, 1, (100, NUM_FEATURES)).astype(np.float32),
+        "head": head,
+    }
+
+
+def head_of(head):
+    return head.weight.numpy().astype(np.float64), head.bias.numpy().astype(np.float64)
+
+
+def free_energy(logits):
+    return -np.log(np.exp(logits).sum(axis=1))
+
+
+def close(found, wanted):
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_logits_give_msp_max_logit_and_energy():
+    logits = np.random.default_rng(0).normal(0, 3, (20, 5)).astype(np.float32)
+    powers = np.exp(logits.astype(np.float64))
+    close(baselines.maximum_softmax(logits), 1 - powers.max(axis=1) / powers.sum(axis=1))
+    close(baselines.maximum_logit(logits), -logits.max(axis=1))
+    close(baselines.energy(logits), free_energy(logits.astype(np.float64)))
+
+
+def test_confident_images_keep_their_order():
+    logits = np.array([[30, 0], [35, 0], [40, 0]], dtype=np.float32)
+    assert (np.diff(baselines.maximum_softmax(logits)) < 0).all()
+
+
+def test_mahalanobis_is_the_smallest_distance_to_a_class_mean(drawn):
+    features, labels = drawn["features"].astype(np.float64), drawn["labels"]
+    means = [features[labels == label].mean(axis=0) for label in range(NUM_CLASSES)]
+    covariance = sum(
+        np.outer(row - means[label], row - means[label])
+        for row, label in zip(features, labels, strict=True)
+    ) / len(features)
+    inverse = np.linalg.inv(covariance)
+    wanted = [min((q - m) @ inverse @ (q - m) for m in means) for q in drawn["queries"]]
+    close(baselines.mahalanobis(drawn["features"], labels)(drawn["queries"]), wanted)
+
+
+def test_mahalanobis_leaves_out_directions_in_which_no_id_image_varies(drawn):
+    def with_dead_ones(features):
+        return np.concatenate([features, np.zeros_like(features), features], axis=1)
+
+    score = baselines.mahalanobis(drawn["features"], drawn["labels"])
+    dead = baselines.mahalanobis(with_dead_ones(drawn["features"]), drawn["labels"])
+    close(dead(with_dead_ones(drawn["queries"])), score(drawn["queries"]))
+
+
+def test_mahalanobis_takes_the_classes_that_are_there(drawn):
+    labels = drawn["labels"] % 2 * 3  # 0 and 3: nobody in 1 and 2
+    score = baselines.mahalanobis(drawn["features"], labels)
+    close(score(drawn["queries"]), baselines.mahalanobis(drawn["features"], labels // 3)(
+        drawn["queries"]
+    ))  # fmt: skip
+
+
+def test_vim_is_the_virtual_logit_less_the_energy(drawn):
+    features, queries = (drawn[name].astype(np.float64) for name in ("features", "queries"))
+    weight, bias = head_of(drawn["head"])
+    origin = -np.linalg.pinv(weight) @ bias
+    values, vectors = np.linalg.eigh((features - origin).T @ (features - origin))
+    residual = vectors[:, np.argsort(values)[: NUM_FEATURES - NUM_FEATURES // 2]]
+
+    def length(rows):
+        return np.linalg.norm((rows - origin) @ residual, axis=1)
+
+    alpha = (features @ weight.T + bias).max(axis=1).mean() / length(features).mean()
+    wanted = alpha * length(queries) + free_energy(queries @ weight.T + bias)
+    close(baselines.vim(drawn["features"], drawn["head"])(drawn["queries"]), wanted)
+
+
+def test_react_is_the_energy_of_clipped_features(drawn):
+    weight, bias = head_of(drawn["head"])
+    limit = np.percentile(drawn["features"], 90)
+    clipped = np.minimum(drawn["queries"].astype(np.float64), limit)
+    assert (clipped < drawn["queries"]).any()
+    wanted = free_energy(clipped @ weight.T + bias)
+    close(baselines.react(drawn["features"], drawn["head"])(drawn["queries"]), wanted)
+
+
+def test_ash_is_the_energy_of_pruned_and_sharpened_features(drawn):
+    weight, bias = head_of(drawn["head"])
+    wanted = []
+    for query in drawn["queries"].astype(np.float64):
+        kept = np.sort(query)[round(NUM_FEATURES * 0.65) :].min()
+        pruned = np.where(query >= kept, query, 0)
+        sharpened = pruned * np.exp(query.sum() / pruned.sum())
+        wanted.append(free_energy((sharpened @ weight.T + bias)[None])[0])
+    close(baselines.ash(drawn["head"])(drawn["queries"]), wanted)
+
+
+def test_ash_stays_finite_on_features_of_zero_and_below(drawn):
+    _, bias = head_of(drawn["head"])
+    zero = np.zeros((1, NUM_FEATURES), np.float32)
+    close(baselines.ash(drawn["head"])(zero), free_energy(bias[None]))
+    below = np.full((1, NUM_FEATURES), -1e-6, np.float32)
+    below[0, :4], below[0, 4] = 1e-6, 300  # its sum is far above what is kept
+    below[0, 5:] = -299
+    assert np.isfinite(baselines.ash(drawn["head"])(below)).all()
+
+
+def test_a_head_without_a_bias_is_one_of_zeros(drawn):
+    without = nn.Linear(NUM_FEATURES, NUM_CLASSES, bias=False).requires_grad_(False)
+    zeros = nn.Linear(NUM_FEATURES, NUM_CLASSES).requires_grad_(False)
+    zeros.weight.copy_(without.weight)
+    zeros.bias.zero_()
+    for make in (baselines.vim, baselines.react, lambda _, head: baselines.ash(head)):
+        scores = [make(drawn["features"], head)(drawn["queries"]) for head in (without, zeros)]
+        close(*scores)
+
+
+def standardised(drawn):
+    both = np.concatenate([drawn["features"], drawn["auxiliary"]]).astype(np.float64)
+    mean, deviation = both.mean(axis=0), both.std(axis=0)
+    is_ood = np.repeat([0, 1], [len(drawn["features"]), len(drawn["auxiliary"])])
+    return (both - mean) / deviation, is_ood, (drawn["queries"] - mean) / deviation
+
+
+def test_logistic_regression_is_at_the_minimum_of_its_loss(drawn):
+    """There the gradient is 0: the weights are the sum of residual times input."""
+    inputs, is_ood, queries = standardised(drawn)
+    score = baselines.logistic_regression(drawn["features"], drawn["auxiliary"])
+    both = np.concatenate([drawn["features"], drawn["auxiliary"]])
+    residual = is_ood - 1 / (1 + np.exp(-score(both).astype(np.float64)))
+    assert abs(residual.sum()) < 0.02
+    found, weights = score(drawn["queries"]), residual @ inputs
+    np.testing.assert_allclose(found - found[0], (queries - queries[0]) @ weights, atol=0.15)
+
+
+def test_the_mlp_gives_the_log_odds_of_its_probabilities(drawn, monkeypatch):
+    fitted = []
+    fit = baselines.fit_quietly
+    monkeypatch.setattr(
+        baselines, "fit_quietly", lambda model, *data: (fitted.append(model), fit(model, *data))
+    )
+    score = baselines.small_mlp(drawn["features"], drawn["auxiliary"], seed=0)
+    probability = fitted[0].predict_proba(drawn["queries"])[:, 1].astype(np.float64)
+    np.testing.assert_allclose(1 / (1 + np.exp(-score(drawn["queries"]))), probability, rtol=1e-4)
+
+
+def test_the_mlp_is_the_same_for_the_same_seed_alone(drawn):
+    first, again, other = (
+        baselines.small_mlp(drawn["features"], drawn["auxiliary"], seed)(drawn["queries"])
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_every_method_scores_clear_ood_higher(drawn):
+    far = np.random.default_rng(1).gamma(2, 1, (40, NUM_FEATURES)).astype(np.float32) * 2
+    features, labels, auxiliary = (drawn[name] for name in ("features", "labels", "auxiliary"))
+    for score in (
+        baselines.mahalanobis(features, labels),
+        baselines.logistic_regression(features, auxiliary),
+        baselines.small_mlp(features, auxiliary, 0),
+    ):
+        assert np.median(score(far)) > np.median(score(features))
