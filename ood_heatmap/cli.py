@@ -320,15 +320,21 @@ def targets(
 )
 @click.option(
     "--feed",
-    type=click.Choice(["auto", "resident", "streaming"]),
+    type=click.Choice(["auto", "resident", "pinned", "streaming"]),
     default=TrainConfig.feed,
-    help="Everything in the device's memory, or from mapped shards.",
+    help="Everything in the device's memory, in the host's, or from mapped shards.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default=TrainConfig.precision,
     help="auto: bfloat16 on a GPU.",
+)
+@click.option(
+    "--step",
+    type=click.Choice(["auto", "plain", "compiled", "graph"]),
+    default=TrainConfig.step,
+    help="How a step is launched; auto: the faster of plain and a CUDA graph on a GPU.",
 )
 @device_option
 @overwrite_option
@@ -343,6 +349,7 @@ def train(
     feature_maps: int,
     feed: str,
     precision: str,
+    step: str,
     device: str,
     overwrite: bool,
 ) -> None:
@@ -353,12 +360,15 @@ def train(
         ood-heatmap train runs/c10 --epochs 150
     """
     from ood_heatmap.devices import choose_device
+    from ood_heatmap.distributed import process_group
     from ood_heatmap.pipeline.train import train_decoder
 
     config = TrainConfig(
-        epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, overwrite
+        epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, step, overwrite
     )
-    results = train_decoder(run, choose_device(device), config).results
+    place = choose_device(device)
+    with process_group(place):
+        results = train_decoder(run, place, config).results
     click.echo(
         f"decoder of {results['num_parameters']:,} parameters, {results['decoder']['target']} "
         f"target, "
