@@ -199,6 +199,35 @@ def test_a_decoder_of_another_index_is_refused(run):
         open_decoder(run, other, CPU)
 
 
+def test_a_step_without_memory_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "make_step", lambda *_: ("plain", full))
+    with pytest.raises(OodHeatmapError, match=r"steps of 32 images .* Use a smaller --batch-size"):
+        train_decoder(run, CPU, TrainConfig(**SMALL))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("step", ["plain", "graph"])
+@pytest.mark.parametrize("feed", ["resident", "pinned", "streaming"])
+def test_an_epoch_never_waits_for_the_gpu(run, monkeypatch, feed, step):
+    run_epoch = module.run_epoch
+
+    def strict(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run_epoch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(module, "run_epoch", strict)
+    config = TrainConfig(**SMALL, feed=feed, step=step)
+    train_decoder(run, torch.device("cuda", 0), config)
+    assert len(history(run)) == 4
+
+
 TRAIN = """
 import os, signal, sys
 from ood_heatmap.cli import main
