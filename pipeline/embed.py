@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ood_heatmap.cache.manifest import Stage, fingerprint_of
+from ood_heatmap.cache.files import locked, require_space
+from ood_heatmap.cache.manifest import Manifest, Stage, fingerprint_of
 from ood_heatmap.cache.shards import map_shard, read_attributes, write_shard
 from ood_heatmap.classifier import Classifier, Output, check_finite
+from ood_heatmap.distributed import from_main, is_main, rank, world_size
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.images import Batch, ImageSet, Transform, batches
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
+Work = tuple[Path, Int64]  # path and rows of a shard to be made
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,11 @@ class Meter:
 
     def __post_init__(self) -> None:
         self.bar = tqdm(
-            total=self.total, desc=self.label, unit=" images", disable=None, leave=False
+            total=self.total,
+            desc=self.label,
+            unit=" images",
+            disable=None if is_main() else True,
+            leave=False,
         )
 
     def add(self, batch: Batch, count: int) -> None:
@@ -220,30 +228,90 @@ def split_rows(rows: Int64, bytes_per_row: int, shard_mb: int, batch_size: int) 
     return [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
 
 
-def unfinished(
-    stage: Stage, images: ImageSet, shards: Sequence[Int64], prefix: str
-) -> list[tuple[Path, Int64]]:
-    """Return path and rows of the shards that are still to be made.
+@contextmanager
+def sole_writer(run: Path) -> Iterator[None]:
+    """Hold a run's lock in the first process, for all that share the work."""
+    with locked(run) if is_main() else nullcontext():
+        yield
+
+
+def begin(
+    stage: Stage,
+    images: ImageSet,
+    shards: Mapping[str, Sequence[Int64]],
+    bytes_per_row: int,
+    *,
+    overwrite: bool,
+) -> tuple[Manifest | None, dict[str, list[Work]]]:
+    """Begin a stage, or take it up where it was, and share what is left among all processes.
+
+    The first process looks; the shards still to be made are dealt out one by one.
+
+    Args:
+        stage: To be begun.
+        images: The set.
+        shards: What the shards' names begin with, to the rows of each shard.
+        bytes_per_row: Bytes of one image in a shard.
+        overwrite: Discard what was made from something else.
+
+    Returns:
+        The manifest when nothing is left to do, otherwise None; and this process's own shards, by
+        the beginning of their names.
+
+    Raises:
+        OodHeatmapError: The stage was made from something else, or the disk is too small.
+    """
+    everything = [
+        (prefix, (stage.directory / f"{prefix}-{number:05d}.h5", rows))
+        for prefix, parts in shards.items()
+        for number, rows in enumerate(parts)
+    ]
+    works = [work for _, work in everything]
+    finished, left = from_main(
+        look(stage, images, works, bytes_per_row, overwrite) if is_main() else (None, [])
+    )
+    if finished is not None and not left:
+        log.info("%s is finished already", stage.directory)
+        return finished, {}
+    mine = [everything[number] for number in left[rank() :: world_size()]]
+    return None, {name: [work for prefix, work in mine if prefix == name] for name in shards}
+
+
+def look(
+    stage: Stage, images: ImageSet, works: Sequence[Work], bytes_per_row: int, overwrite: bool
+) -> tuple[Manifest | None, list[int]]:
+    """Return the manifest of a finished stage, and which of its shards are still to be made."""
+    finished = stage.begin(overwrite=overwrite)
+    left = unfinished(stage, images, works)
+    num_rows = sum(len(works[number][1]) for number in left)
+    if left:
+        megabytes = num_rows * bytes_per_row / 1e6
+        log.info("%s: will write %d rows, %.0f MB", stage.name, num_rows, megabytes)
+    require_space(stage.run, num_rows * bytes_per_row)
+    return finished, left
+
+
+def unfinished(stage: Stage, images: ImageSet, works: Sequence[Work]) -> list[int]:
+    """Return which shards are still to be made.
 
     Raises:
         StaleCacheError: The images of a finished shard have changed since.
     """
-    open_still = []
-    for number, rows in enumerate(shards):
-        path = stage.directory / f"{prefix}-{number:05d}.h5"
+    left = []
+    for number, (path, rows) in enumerate(works):
         attributes = read_attributes(path) if path.is_file() else {}
         if attributes.get("fingerprint") != stage.settings_fingerprint:
-            open_still.append((path, rows))
+            left.append(number)
         elif attributes["content"] != content_now(images, map_shard(path)["row"]):
             raise StaleCacheError(
                 f"{path} was made from other images (images.content differs in rows {rows[0]} to "
                 f"{rows[-1]} "
                 f"of {images.source}). Add --overwrite to make this stage again."
             )
-    done = len(shards) - len(open_still)
+    done = len(works) - len(left)
     if done:
-        log.info("%s: %d of %d shards are there already", stage.directory, done, len(shards))
-    return open_still
+        log.info("%s: %d of %d shards are there already", stage.directory, done, len(works))
+    return left
 
 
 def content_now(images: ImageSet, rows: Int64) -> str:

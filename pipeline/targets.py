@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import locked, require_space
 from ood_heatmap.cache.manifest import Manifest, Stage, check_files, read_manifest, require_from
 from ood_heatmap.cache.neighbours import (
     Bank,
@@ -25,6 +24,7 @@ from ood_heatmap.cache.neighbours import (
 )
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier
+from ood_heatmap.distributed import barrier, is_main, main_first
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
@@ -32,11 +32,13 @@ from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.embed import (
     Embedded,
     Meter,
+    Work,
     Writer,
+    begin,
     content_of_stage,
     embed,
+    sole_writer,
     split_rows,
-    unfinished,
 )
 from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
 from ood_heatmap.pipeline.log import log_event
@@ -87,7 +89,7 @@ def build_targets(
     """
     check_faiss()
     rows = chosen_rows(images, config)
-    with locked(run):
+    with sole_writer(run):
         index = open_index(run)
         inputs = {
             "index": index.manifest.fingerprint,
@@ -102,28 +104,24 @@ def build_targets(
             },
         }
         stage = Stage(run, "targets", inputs)
-        finished = stage.begin(overwrite=config.overwrite)
         row_bytes = bytes_per_row(index)
         pasting = pasting_of(index, rows, config.patched, config.seed)
-        todo, todo_patched = (
-            unfinished(
-                stage,
-                images,
-                split_rows(part, row_bytes, config.shard_mb, config.batch_size),
-                prefix,
-            )
+        shards = {
+            prefix: split_rows(part, row_bytes, config.shard_mb, config.batch_size)
             for prefix, part in ((PAIRED, rows), (PATCHED, np.arange(len(pasting))))
-        )
-        if finished is not None and not todo + todo_patched:
-            log.info("%s is finished already", stage.directory)
+        }
+        finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
+        if finished is not None:
             return finished
-        num_rows = sum(len(part) for _, part in todo + todo_patched)
-        log.info("targets: will write %d heatmaps, %.0f MB", num_rows, num_rows * row_bytes / 1e6)
-        require_space(run, num_rows * row_bytes)
-        classifier, bank = index.classifier(device), index.bank(device)
-        pair_all(stage, todo, images, classifier, index, bank, config)
-        paste_all(stage, todo_patched, images, classifier, index, pasting, config)
-        return finish(stage, images, rows, bank, config)
+        with main_first():  # a lost index.faiss is made again once
+            classifier, bank = index.classifier(device), index.bank(device)
+        pair_all(stage, todo[PAIRED], images, classifier, index, bank, config)
+        paste_all(stage, todo[PATCHED], images, classifier, index, pasting, config)
+        barrier()
+        if is_main():
+            finish(stage, images, rows, bank, config)
+        barrier()
+        return read_manifest(run, "targets")
 
 
 def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
@@ -166,7 +164,7 @@ def bytes_per_row(index: Index) -> int:
 
 def embedded_shards(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
     config: TargetsConfig,
@@ -188,12 +186,14 @@ def embedded_shards(
     )
     for (path, _), shard in zip(todo, embedded, strict=True):
         yield path, shard
-    log_event(stage.run, "targets", **meter.close(), device=str(classifier.device))
+    figures = meter.close()
+    if is_main():
+        log_event(stage.run, "targets", **figures, device=str(classifier.device))
 
 
 def pair_all(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
     index: Index,
@@ -211,7 +211,7 @@ def pair_all(
 
 def paste_all(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
     index: Index,
