@@ -35,18 +35,17 @@ from ood_heatmap.distributed import barrier, is_main
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig
-from ood_heatmap.pipeline.embed import (
-    Embedded,
-    Meter,
+from ood_heatmap.pipeline.embed import Embedded, embed
+from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.shares import (
     Work,
     Writer,
     begin,
     content_of_stage,
-    embed,
     sole_writer,
     split_rows,
 )
-from ood_heatmap.pipeline.log import log_event
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +94,15 @@ def build_index(
         finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
         if finished is not None:
             return finished
-        embed_all(stage, todo["images"], images, classifier, config)
-        barrier()
+        meter = Meter(sum(len(rows) for _, rows in todo["images"]), "index")
+        embed_all(stage, todo["images"], images, classifier, config, meter)
+        with meter.waiting("finish"):
+            barrier()
+            if is_main():
+                finish(stage, images, classifier)
+        figures = report(meter, classifier)
         if is_main():
-            finish(stage, images, classifier)
-        barrier()
+            log_event(run, "index", **figures, device=str(classifier.device))
         return read_manifest(run, "index")
 
 
@@ -109,9 +112,9 @@ def embed_all(
     images: ImageSet,
     classifier: Classifier,
     config: IndexConfig,
+    meter: Meter,
 ) -> None:
     """Embed and write, shard by shard."""
-    meter = Meter(sum(len(rows) for _, rows in todo), "index")
     embedded = embed(
         images,
         [rows for _, rows in todo],
@@ -121,13 +124,10 @@ def embed_all(
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )
-    with Writer() as writer:
+    with Writer(meter) as writer:
         for (path, _), shard in zip(todo, embedded, strict=True):
             attributes = {"fingerprint": stage.settings_fingerprint, "content": shard.content}
             writer.write(path, arrays_of(shard, images), attributes, notes_of(shard))
-    figures = meter.close()
-    if is_main():
-        log_event(stage.run, "index", **figures, device=str(classifier.device))
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:

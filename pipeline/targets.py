@@ -29,20 +29,19 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig
-from ood_heatmap.pipeline.embed import (
-    Embedded,
-    Meter,
+from ood_heatmap.pipeline.embed import Embedded, embed
+from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
+from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.patched import Pasting, draw_pasting, pasted_images
+from ood_heatmap.pipeline.shares import (
     Work,
     Writer,
     begin,
     content_of_stage,
-    embed,
     sole_writer,
     split_rows,
 )
-from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
-from ood_heatmap.pipeline.log import log_event
-from ood_heatmap.pipeline.patched import Pasting, draw_pasting, pasted_images
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -115,12 +114,16 @@ def build_targets(
             return finished
         with main_first():  # a lost index.faiss is made again once
             classifier, bank = index.classifier(device), index.bank(device)
-        pair_all(stage, todo[PAIRED], images, classifier, index, bank, config)
-        paste_all(stage, todo[PATCHED], images, classifier, index, pasting, config)
-        barrier()
+        meter = Meter(sum(len(part) for works in todo.values() for _, part in works), "targets")
+        pair_all(stage, todo[PAIRED], images, classifier, index, bank, config, meter)
+        paste_all(stage, todo[PATCHED], images, classifier, index, pasting, config, meter)
+        with meter.waiting("finish"):
+            barrier()
+            if is_main():
+                finish(stage, images, rows, bank, config)
+        figures = report(meter, classifier)
         if is_main():
-            finish(stage, images, rows, bank, config)
-        barrier()
+            log_event(run, "targets", **figures, device=str(device))
         return read_manifest(run, "targets")
 
 
@@ -169,11 +172,9 @@ def embedded_shards(
     classifier: Classifier,
     config: TargetsConfig,
     transform: Transform,
+    meter: Meter,
 ) -> Iterator[tuple[Path, Embedded]]:
-    """Yield the path and the embedded images of each shard, counted and logged."""
-    if not todo:
-        return
-    meter = Meter(sum(len(rows) for _, rows in todo), "targets")
+    """Yield the path and the embedded images of each shard."""
     embedded = embed(
         images,
         [rows for _, rows in todo],
@@ -186,9 +187,6 @@ def embedded_shards(
     )
     for (path, _), shard in zip(todo, embedded, strict=True):
         yield path, shard
-    figures = meter.close()
-    if is_main():
-        log_event(stage.run, "targets", **figures, device=str(classifier.device))
 
 
 def pair_all(
@@ -199,12 +197,15 @@ def pair_all(
     index: Index,
     bank: Bank,
     config: TargetsConfig,
+    meter: Meter,
 ) -> None:
     """Embed, search and write, shard by shard: as many queries at once as a shard has rows."""
-    shards = embedded_shards(stage, todo, images, classifier, config, classifier.config.transform)
-    with Writer() as writer:
+    transform = classifier.config.transform
+    shards = embedded_shards(stage, todo, images, classifier, config, transform, meter)
+    with Writer(meter) as writer:
         for path, shard in shards:
-            pairs = pair(shard, index, bank, config)
+            with meter.waiting("search"):
+                pairs = pair(shard, index, bank, config)
             arrays = arrays_of(shard, shard.rows, pairs, index, patched=False)
             writer.write(path, arrays, attributes_of(stage, shard), NOTES)
 
@@ -217,13 +218,16 @@ def paste_all(
     index: Index,
     pasting: Pasting,
     config: TargetsConfig,
+    meter: Meter,
 ) -> None:
     """Paste, embed and write, shard by shard, as ``pair_all`` does."""
     transform = classifier.config.transform
     pasted = pasted_images(images, index.columns["images"], pasting, transform)
     # they come at the input size already
-    shards = embedded_shards(stage, todo, pasted, classifier, config, Transform(transform.size))
-    with Writer() as writer:
+    shards = embedded_shards(
+        stage, todo, pasted, classifier, config, Transform(transform.size), meter
+    )
+    with Writer(meter) as writer:
         for path, shard in shards:
             row = index.columns["row"].read()[pasting.position[shard.rows]]
             same_class = np.ones(len(row), dtype=bool)
