@@ -12,7 +12,7 @@ device.
 import importlib
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -196,6 +196,12 @@ class Bank:
             proven, scanned = proven + num_proven, scanned + num_scanned
         assert (row >= 0).all(), "every query has an answer"
         return Nearest(row, np.sqrt(squared), same_class, proven, scanned)
+
+    def nearest_of_all(self, queries: Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
+        """Return the nearest row of all classes; ``same_class`` as for the other searches."""
+        of_none = np.full(len(queries), self.classes.min() - 1)
+        found = self.nearest(queries, of_none)
+        return replace(found, same_class=np.isin(prediction, self.classes))
 
     def random(
         self, queries: Float32, prediction: NDArray[np.integer[Any]], rows: Int64, seed: int

@@ -3,7 +3,10 @@
 PyTorch takes seconds to load, so a stage is imported inside its command.
 """
 
+import contextlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,16 +114,19 @@ overwrite_option = click.option(
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="ood-heatmap")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-def main(verbose: bool) -> None:
+@click.pass_context
+def main(context: click.Context, verbose: bool) -> None:
     """Heatmaps that show whether, and where, an image is not what a fixed classifier was trained
     on.
 
     The four stages, in order: index, targets, train, evaluate. Each goes on where it was when it is
     started again.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr
-    )
+    level = logging.DEBUG if verbose else logging.INFO
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+        level = logging.ERROR
+        context.with_resource(contextlib.redirect_stdout(io.StringIO()))
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("matplotlib", "PIL", "h5py", "faiss", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -191,33 +197,35 @@ def index(
         ood-heatmap index runs/c10 --id cifar10/train --classifier cifar-resnet18 --weights c10.pt
     """
     from ood_heatmap.classifier import load_classifier
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
+    from ood_heatmap.distributed import main_first
     from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.index import build_index
 
-    place = choose_device(device)
-    classifier = load_classifier(
-        spec,
-        weights=weights,
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        size=size,
-        head=head,
-        num_maps=num_maps,
-    ).to(place)
-    images = open_images(source, data_root=data_root, download=download)
-    click.echo(
-        f"classifier {spec}: {classifier.num_classes} classes, {classifier.num_features} features "
-        f"(input of {classifier.head}), {classifier.config.transform.size} px, mean "
-        f"{classifier.config.mean}, std {classifier.config.std}, on {place}"
-    )
-    manifest = build_index(
-        run,
-        images,
-        classifier,
-        IndexConfig(batch_size, workers, shard_mb, skip_unreadable, ignore_labels, overwrite),
-    )
+    with stage_device(device) as place:
+        with main_first():
+            classifier = load_classifier(
+                spec,
+                weights=weights,
+                num_classes=num_classes,
+                mean=mean,
+                std=std,
+                size=size,
+                head=head,
+                num_maps=num_maps,
+            ).to(place)
+            images = open_images(source, data_root=data_root, download=download)
+        click.echo(
+            f"classifier {spec}: {classifier.num_classes} classes, {classifier.num_features} "
+            f"features (input of {classifier.head}), {classifier.config.transform.size} px, mean "
+            f"{classifier.config.mean}, std {classifier.config.std}, on {place}"
+        )
+        manifest = build_index(
+            run,
+            images,
+            classifier,
+            IndexConfig(batch_size, workers, shard_mb, skip_unreadable, ignore_labels, overwrite),
+        )
     results = manifest.results
     counts = results["class_counts"]
     accuracy = results["accuracy"]
@@ -241,9 +249,16 @@ def index(
 @click.option("--seed", default=TargetsConfig.seed, help="Of that draw and of random pairing.")
 @click.option(
     "--pairing",
-    type=click.Choice(["nearest", "random"]),
+    type=click.Choice(["nearest", "random", "any", "scrambled"]),
     default=TargetsConfig.pairing,
-    help="Which ID image of the predicted class is the partner.",
+    help="The partner: the nearest ID image of the predicted class, a random one, the nearest of "
+    "any class, or confused as in the released code.",
+)
+@click.option(
+    "--patched",
+    type=click.FloatRange(0),
+    default=TargetsConfig.patched,
+    help="ID images with a patch of an OOD image to make as well, for each OOD image.",
 )
 @embed_options
 @shard_option
@@ -255,6 +270,7 @@ def targets(
     limit: int | None,
     seed: int,
     pairing: str,
+    patched: float,
     device: str,
     batch_size: int,
     workers: int,
@@ -270,21 +286,26 @@ def targets(
     Example:
         ood-heatmap targets runs/c10 --ood data/places365 --limit 10000
     """
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
+    from ood_heatmap.distributed import main_first
     from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.targets import build_targets
 
-    images = open_images(source, data_root=data_root, download=download)
     config = TargetsConfig(
-        limit, seed, pairing, batch_size, workers, shard_mb, skip_unreadable, overwrite
+        limit, seed, pairing, patched, batch_size, workers, shard_mb, skip_unreadable, overwrite
     )
-    results = build_targets(run, images, choose_device(device), config).results
+    with stage_device(device) as place:
+        with main_first():
+            images = open_images(source, data_root=data_root, download=download)
+        results = build_targets(run, images, place, config).results
     click.echo(
         f"{results['num_images']} OOD images paired ({results['pairing']}), {results['backend']}; "
         f"median distance {results['median_distance']:.3g}"
     )
     if results["num_without_class"]:
         click.echo(f"{results['num_without_class']} had no ID image of their class: searched all")
+    if results["num_patched"]:
+        click.echo(f"{results['num_patched']} ID images with a patch of an OOD image")
     click.echo(f"next: ood-heatmap train {run}")
 
 

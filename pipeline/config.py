@@ -36,7 +36,10 @@ class TargetsConfig:
     Args:
         limit: Take this many OOD images, drawn at random; all when None.
         seed: Of that draw, and of random pairing.
-        pairing: ``nearest``, or ``random``: any ID image of the predicted class, for comparison.
+        pairing: ``nearest``: the nearest of the predicted class. For comparison: ``random``, any of
+            that class; ``any``, the nearest of all classes; ``scrambled``, the nearest of another
+            OOD image, as in the released code.
+        patched: ID images that carry a patch of an OOD image, for each OOD image.
         batch_size: Images the classifier takes at once.
         workers: Threads that decode images.
         shard_mb: Megabytes of a shard on disk, about.
@@ -47,6 +50,7 @@ class TargetsConfig:
     limit: int | None = None
     seed: int = 0
     pairing: str = "nearest"
+    patched: float = 0.0
     batch_size: int = 256
     workers: int = 2
     shard_mb: int = SHARD_MEGABYTES

@@ -1,11 +1,12 @@
 """Stage 2 of 4.
 
-Pair each OOD training image with its nearest ID image and store the target heatmap.
+Pair each OOD training image with its nearest ID image and store the target heatmap; and paste
+patches of OOD images into ID images, whose target is the change they made.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import locked, require_space
 from ood_heatmap.cache.manifest import Manifest, Stage, check_files, read_manifest, require_from
-from ood_heatmap.cache.neighbours import Bank, Nearest, backend, check_faiss
+from ood_heatmap.cache.neighbours import (
+    Bank,
+    Nearest,
+    backend,
+    check_faiss,
+    squared_distances,
+)
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier
+from ood_heatmap.distributed import barrier, is_main, main_first
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
-from ood_heatmap.images import ImageSet
+from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig
-from ood_heatmap.pipeline.embed import (
-    Embedded,
-    Meter,
-    Writer,
-    content_of_stage,
-    embed,
-    split_rows,
-    unfinished,
-)
+from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.patched import Pasting, draw_pasting, pasted_images
+from ood_heatmap.pipeline.shares import (
+    Work,
+    Writer,
+    begin,
+    content_of_stage,
+    sole_writer,
+    split_rows,
+)
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
+PAIRED, PATCHED = "targets", "targets-patched"  # what the shards' names begin with
 NOTES: dict[str, dict[str, str | float]] = {
     "heatmap": {
         "about": "nearest ID image minus OOD image, [m, C, H, W]; times scale it is in [-1, 1]",
@@ -50,13 +60,16 @@ NOTES: dict[str, dict[str, str | float]] = {
     "same_class": {
         "about": "0 where no ID image has the predicted class and all were searched, [m]"
     },
+    "patched": {
+        "about": "1 for an ID image (nearest) with a patch of an OOD image (row) in it, [m]"
+    },
 }
 
 
 def build_targets(
     run: Path, images: ImageSet, device: torch.device, config: TargetsConfig
 ) -> Manifest:
-    """Pair OOD images and store their targets.
+    """Pair OOD images and store their targets, and those of patched ID images.
 
     Finished shards are kept, so a stopped run goes on where it was.
 
@@ -75,7 +88,7 @@ def build_targets(
     """
     check_faiss()
     rows = chosen_rows(images, config)
-    with locked(run):
+    with sole_writer(run):
         index = open_index(run)
         inputs = {
             "index": index.manifest.fingerprint,
@@ -84,28 +97,34 @@ def build_targets(
                 "limit": config.limit,
                 "seed": config.seed,
                 "pairing": config.pairing,
+                "patched": config.patched,
                 "shard_mb": config.shard_mb,
                 "skip_unreadable": config.skip_unreadable,
             },
         }
         stage = Stage(run, "targets", inputs)
-        finished = stage.begin(overwrite=config.overwrite)
         row_bytes = bytes_per_row(index)
-        todo = unfinished(
-            stage,
-            images,
-            split_rows(rows, row_bytes, config.shard_mb, config.batch_size),
-            "targets",
-        )
-        if finished is not None and not todo:
-            log.info("%s is finished already", stage.directory)
+        pasting = pasting_of(index, rows, config.patched, config.seed)
+        shards = {
+            prefix: split_rows(part, row_bytes, config.shard_mb, config.batch_size)
+            for prefix, part in ((PAIRED, rows), (PATCHED, np.arange(len(pasting))))
+        }
+        finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
+        if finished is not None:
             return finished
-        num_rows = sum(len(part) for _, part in todo)
-        log.info("targets: will write %d heatmaps, %.0f MB", num_rows, num_rows * row_bytes / 1e6)
-        require_space(run, num_rows * row_bytes)
-        classifier, bank = index.classifier(device), index.bank(device)
-        pair_all(stage, todo, images, classifier, index, bank, config)
-        return finish(stage, images, rows, bank, config)
+        with main_first():  # a lost index.faiss is made again once
+            classifier, bank = index.classifier(device), index.bank(device)
+        meter = Meter(sum(len(part) for works in todo.values() for _, part in works), "targets")
+        pair_all(stage, todo[PAIRED], images, classifier, index, bank, config, meter)
+        paste_all(stage, todo[PATCHED], images, classifier, index, pasting, config, meter)
+        with meter.waiting("finish"):
+            barrier()
+            if is_main():
+                finish(stage, images, rows, bank, config)
+        figures = report(meter, classifier)
+        if is_main():
+            log_event(run, "targets", **figures, device=str(device))
+        return read_manifest(run, "targets")
 
 
 def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
@@ -114,15 +133,23 @@ def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
     Raises:
         OodHeatmapError: There are fewer than asked for.
     """
-    if config.limit is None:
-        return np.arange(len(images))
-    if config.limit > len(images):
+    if config.limit is not None and config.limit > len(images):
         raise OodHeatmapError(
             f"{images.source} has {len(images)} images, --limit asks for {config.limit}. Lower it."
         )
-    return np.sort(
-        np.random.default_rng(config.seed).choice(len(images), config.limit, replace=False)
-    )
+    return drawn_rows(len(images), config.limit, config.seed)
+
+
+def drawn_rows(num_images: int, limit: int | None, seed: int) -> Int64:
+    """Return ``limit`` rows of a set, ascending; all when None."""
+    if limit is None:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
+
+
+def pasting_of(index: Index, rows: Int64, share: float, seed: int) -> Pasting:
+    """Return which patched images to make: a share of the number of OOD images."""
+    return draw_pasting(round(share * len(rows)), len(index.columns["row"]), rows, seed)
 
 
 def bytes_per_row(index: Index) -> int:
@@ -134,21 +161,20 @@ def bytes_per_row(index: Index) -> int:
         if name.startswith("feature_maps")
     )
     return (
-        2 * int(np.prod(columns["images"].shape[1:])) + 4 * columns["features"].shape[1] + maps + 25
+        2 * int(np.prod(columns["images"].shape[1:])) + 4 * columns["features"].shape[1] + maps + 26
     )
 
 
-def pair_all(
+def embedded_shards(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
-    index: Index,
-    bank: Bank,
     config: TargetsConfig,
-) -> None:
-    """Embed, search and write, shard by shard: as many queries at once as a shard has rows."""
-    meter = Meter(sum(len(rows) for _, rows in todo), "targets")
+    transform: Transform,
+    meter: Meter,
+) -> Iterator[tuple[Path, Embedded]]:
+    """Yield the path and the embedded images of each shard."""
     embedded = embed(
         images,
         [rows for _, rows in todo],
@@ -157,35 +183,103 @@ def pair_all(
         batch_size=config.batch_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
+        transform=transform,
     )
-    with Writer() as writer:
-        for (path, _), shard in zip(todo, embedded, strict=True):
-            pairs = pair(shard, bank, config)
-            nearest = index.columns["images"].take(index.positions(pairs.row))
-            attributes = {"fingerprint": stage.settings_fingerprint, "content": shard.content}
-            writer.write(path, arrays_of(shard, pairs, nearest), attributes, NOTES)
-    log_event(stage.run, "targets", **meter.close(), device=str(classifier.device))
+    for (path, _), shard in zip(todo, embedded, strict=True):
+        yield path, shard
 
 
-def pair(shard: Embedded, bank: Bank, config: TargetsConfig) -> Nearest:
+def pair_all(
+    stage: Stage,
+    todo: list[Work],
+    images: ImageSet,
+    classifier: Classifier,
+    index: Index,
+    bank: Bank,
+    config: TargetsConfig,
+    meter: Meter,
+) -> None:
+    """Embed, search and write, shard by shard: as many queries at once as a shard has rows."""
+    transform = classifier.config.transform
+    shards = embedded_shards(stage, todo, images, classifier, config, transform, meter)
+    with Writer(meter) as writer:
+        for path, shard in shards:
+            with meter.waiting("search"):
+                pairs = pair(shard, index, bank, config)
+            arrays = arrays_of(shard, shard.rows, pairs, index, patched=False)
+            writer.write(path, arrays, attributes_of(stage, shard), NOTES)
+
+
+def paste_all(
+    stage: Stage,
+    todo: list[Work],
+    images: ImageSet,
+    classifier: Classifier,
+    index: Index,
+    pasting: Pasting,
+    config: TargetsConfig,
+    meter: Meter,
+) -> None:
+    """Paste, embed and write, shard by shard, as ``pair_all`` does."""
+    transform = classifier.config.transform
+    pasted = pasted_images(images, index.columns["images"], pasting, transform)
+    # they come at the input size already
+    shards = embedded_shards(
+        stage, todo, pasted, classifier, config, Transform(transform.size), meter
+    )
+    with Writer(meter) as writer:
+        for path, shard in shards:
+            row = index.columns["row"].read()[pasting.position[shard.rows]]
+            same_class = np.ones(len(row), dtype=bool)
+            pairs = Nearest(row, distances_to(index, row, shard), same_class)
+            arrays = arrays_of(shard, pasting.row[shard.rows], pairs, index, patched=True)
+            writer.write(path, arrays, attributes_of(stage, shard), NOTES)
+
+
+def attributes_of(stage: Stage, shard: Embedded) -> dict[str, str | int]:
+    """Return what a shard was made from."""
+    return {"fingerprint": stage.settings_fingerprint, "content": shard.content}
+
+
+def pair(shard: Embedded, index: Index, bank: Bank, config: TargetsConfig) -> Nearest:
     """Return the ID partner of each OOD image."""
     if config.pairing == "random":
         return bank.random(shard.features, shard.prediction, shard.rows, config.seed)
-    return bank.nearest(shard.features, shard.prediction)
+    if config.pairing == "any":
+        return bank.nearest_of_all(shard.features, shard.prediction)
+    found = bank.nearest(shard.features, shard.prediction)
+    return scrambled(found, shard, index) if config.pairing == "scrambled" else found
+
+
+def scrambled(found: Nearest, shard: Embedded, index: Index) -> Nearest:
+    """Return partners as the released code confuses them, within a shard.
+
+    It lists the partners class by class, and reads them in the order of the images.
+    """
+    row = found.row[np.argsort(shard.prediction, kind="stable")]
+    return replace(found, row=row, distance=distances_to(index, row, shard))
+
+
+def distances_to(index: Index, row: Int64, shard: Embedded) -> NDArray[np.float64]:
+    """Return the distance of each image's features to those of an ID row, float64."""
+    features = index.columns["features"].take(index.positions(row))
+    return np.sqrt(squared_distances(shard.features, features))
 
 
 def arrays_of(
-    shard: Embedded, pairs: Nearest, nearest_images: NDArray[np.uint8]
+    shard: Embedded, row: Int64, pairs: Nearest, index: Index, *, patched: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return the datasets of one shard."""
+    """Return the datasets of one shard; ``row`` is of the OOD set."""
+    nearest_images = index.columns["images"].take(index.positions(pairs.row))
     return {
         "heatmap": difference(nearest_images, shard.images),
         "features": shard.features,
         "prediction": shard.prediction,
-        "row": shard.rows,
+        "row": row,
         "nearest": pairs.row,
         "distance": pairs.distance.astype(np.float32),
         "same_class": pairs.same_class.astype(np.uint8),
+        "patched": np.full(len(row), patched, np.uint8),
         **map_arrays(shard),
     }
 
@@ -196,14 +290,16 @@ def finish(
     """Write the manifest."""
     paths = sorted(stage.directory.glob("targets-*.h5"))
     columns = open_rows(paths)
-    kept = columns["row"].read()
+    paired = columns["patched"].read() == 0
+    kept = columns["row"].read()[paired]
     results = {
         "source": images.source,
         "num_images": len(kept),
+        "num_patched": int((~paired).sum()),
         "pairing": config.pairing,
         "backend": backend(bank.device),
         "num_without_class": int((columns["same_class"].read() == 0).sum()),
-        "median_distance": float(np.median(columns["distance"].read())),
+        "median_distance": float(np.median(columns["distance"].read()[paired])),
         "skipped": [
             images.names[row] for row in rows[missing(np.searchsorted(rows, kept), len(rows))]
         ],
@@ -230,3 +326,11 @@ def open_targets(run: Path, index: Index) -> Targets:
     require_from(manifest, index.manifest, run)
     check_files(run, manifest)
     return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets")))
+
+
+def pasting_of_targets(targets: Targets, index: Index) -> Pasting:
+    """Return what was pasted where, drawn again from the manifest's settings."""
+    inputs = targets.manifest.inputs
+    options = inputs["options"]
+    rows = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
+    return pasting_of(index, rows, options["patched"], options["seed"])

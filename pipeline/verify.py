@@ -5,14 +5,17 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ood_heatmap.cache.manifest import COMMANDS, FINISHED, check_files, read_manifest, require_from
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.patches import paste
 from ood_heatmap.pipeline.index import Index, open_index
-from ood_heatmap.pipeline.targets import Targets, open_targets
+from ood_heatmap.pipeline.targets import Targets, open_targets, pasting_of_targets
 
 log = logging.getLogger(__name__)
+Int64 = NDArray[np.int64]
 
 
 def verify(run: Path, *, num_samples: int = 200, seed: int = 0) -> list[str]:
@@ -32,61 +35,108 @@ def verify(run: Path, *, num_samples: int = 200, seed: int = 0) -> list[str]:
     """
     index = open_index(run)
     lines = [f"index: {len(index.manifest.files)} files as they were written"]
-    previous = index.manifest
+    earlier = [index.manifest]
     for stage in list(COMMANDS)[1:]:
         if not (run / stage / FINISHED).is_file():
             lines.append(f"{stage}: not made yet")
             continue
         manifest = read_manifest(run, stage)
-        if previous.stage in manifest.inputs:
-            require_from(manifest, previous, run)
+        for previous in earlier:
+            if previous.stage in manifest.inputs:
+                require_from(manifest, previous, run)
         check_files(run, manifest)
         lines.append(f"{stage}: {len(manifest.files)} files as they were written")
         if stage == "targets":
-            count = check_targets(index, open_targets(run, index), num_samples, seed)
-            lines.append(
-                f"targets: {count} of {manifest.results['num_images']} paired again, all equal"
-            )
-        previous = manifest
+            lines += check_targets(index, open_targets(run, index), num_samples, seed)
+        earlier.append(manifest)
     return lines
 
 
-def check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -> int:
-    """Pair a sample again by brute force and compare; return its size.
+def check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -> list[str]:
+    """Make a sample of targets again by brute force and compare; return what was checked."""
+    patched = targets.columns["patched"].read().astype(bool)
+    checks = {"paired": (~patched, check_pairs), "pasted": (patched, check_pasted)}
+    lines = []
+    for verb, (mine, check) in checks.items():
+        rows = np.flatnonzero(mine)
+        sample = np.random.default_rng(seed).choice(rows, min(num_samples, len(rows)), False)
+        if len(rows) or verb == "paired":
+            check(index, targets, np.sort(sample))
+            lines.append(f"targets: {len(sample)} of {len(rows)} {verb} again, all equal")
+    return lines
+
+
+def check_pairs(index: Index, targets: Targets, sample: Int64) -> None:
+    """Pair OOD images again, by plain differences to every ID image.
 
     Raises:
         DamagedCacheError: Names the row that differs.
     """
-    columns = {name: rows.parts for name, rows in targets.columns.items()}
-    num_rows = sum(map(len, columns["row"]))
-    sample = np.sort(
-        np.random.default_rng(seed).choice(num_rows, min(num_samples, num_rows), replace=False)
-    )
     features, prediction, row = (
         index.columns[name].read() for name in ("features", "prediction", "row")
     )
-    taken = {name: targets.columns[name].take(sample) for name in columns}
-    nearest_wanted = targets.manifest.results["pairing"] == "nearest"
+    taken = {name: rows.take(sample) for name, rows in targets.columns.items()}
+    pairing = targets.manifest.results["pairing"]
     for i in range(len(sample)):
         where = f"row {taken['row'][i]} of {targets.run / 'targets'}"
         own = np.flatnonzero(prediction == taken["prediction"][i])
-        searched = own if len(own) else np.arange(len(row))
+        in_class = len(own) > 0 and pairing in ("nearest", "random")
+        searched = own if in_class else np.arange(len(row))
         if bool(taken["same_class"][i]) != bool(len(own)):
             raise DamagedCacheError(f"{where}: same_class is wrong.")
         partner = taken["nearest"][i]
-        if nearest_wanted:
-            squared = squared_distances(taken["features"][i], features[searched])
-            partner = row[searched[squared == squared.min()]].min()
+        squared = squared_distances(taken["features"][i], features[searched])
+        if pairing in ("nearest", "any"):
+            nearest = row[searched[squared == squared.min()]].min()
+            if partner != nearest:
+                raise DamagedCacheError(
+                    f"{where}: its nearest ID row is {nearest}, {partner} is stored."
+                )
         elif partner not in row[searched]:
             raise DamagedCacheError(f"{where}: its partner is of another class.")
-        if partner != taken["nearest"][i]:
-            raise DamagedCacheError(
-                f"{where}: its nearest ID row is {partner}, {taken['nearest'][i]} is stored."
-            )
+        check_distance(squared[row[searched] == partner], taken["distance"][i], where)
         image = index.columns["images"].take(index.positions(np.array([partner])))[0]
         if not in_range(image - taken["heatmap"][i]):
             raise DamagedCacheError(f"{where}: nearest minus heatmap is no image.")
-    return len(sample)
+
+
+def check_pasted(index: Index, targets: Targets, sample: Int64) -> None:
+    """Paste patched images again, out of the OOD images that the paired targets give back.
+
+    Raises:
+        DamagedCacheError: Names the row that differs.
+    """
+    columns, images = targets.columns, index.columns["images"]
+    pasting = pasting_of_targets(targets, index)
+    paired = np.flatnonzero(columns["patched"].read() == 0)
+    ood_rows = columns["row"].read()[paired]
+    # an OOD image that was skipped as unreadable is in no patched image either
+    numbers = np.flatnonzero(np.isin(pasting.row, ood_rows))
+    for at in sample:
+        taken = {name: rows.take(np.array([at]))[0] for name, rows in columns.items()}
+        where = f"patched row {at - len(paired)} of {targets.run / 'targets'}"
+        number = numbers[at - len(paired)]
+        position = pasting.position[number : number + 1]
+        if taken["row"] != pasting.row[number]:
+            raise DamagedCacheError(f"{where}: its patch is of another OOD row.")
+        if taken["nearest"] != index.columns["row"].take(position)[0]:
+            raise DamagedCacheError(f"{where}: it was pasted into another ID row.")
+        source = paired[np.searchsorted(ood_rows, [taken["row"]])]
+        nearest = images.take(index.positions(columns["nearest"].take(source)))
+        ood_image = (nearest - columns["heatmap"].take(source)).astype(np.uint8)[0]
+        id_image = images.take(position)[0]
+        again = paste(id_image, ood_image, pasting.patch(int(number), id_image.shape[-1]))
+        if not np.array_equal(id_image - taken["heatmap"], again):
+            raise DamagedCacheError(f"{where}: its heatmap is not the change the patch made.")
+        features = index.columns["features"].take(position)
+        check_distance(squared_distances(taken["features"], features), taken["distance"], where)
+
+
+def check_distance(squared: NDArray[np.float64], stored: float, where: str) -> None:
+    """Raise when a stored float32 distance is not the root of the one in float64."""
+    distance = float(np.sqrt(squared[0]))
+    if not np.isclose(stored, distance, rtol=1e-6, atol=0):
+        raise DamagedCacheError(f"{where}: distance is {distance:.6g}, {stored:.6g} is stored.")
 
 
 def in_range(image: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> bool:

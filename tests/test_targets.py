@@ -11,6 +11,7 @@ from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.index import open_index
 from ood_heatmap.pipeline.targets import build_targets, open_targets
+from ood_heatmap.pipeline.verify import verify
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,32 @@ def test_the_pairs_do_not_depend_on_the_batch_size(data, run, batch_size):
     np.testing.assert_allclose(after["distance"].read(), before["distance"], rtol=1e-4)
 
 
+def test_pairing_over_all_classes_matches_brute_force(data, run):
+    config = TargetsConfig(pairing="any", batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    index, columns = columns_of(run)
+    bank = index.columns["features"].read().astype(np.float64)
+    distance = ((columns["features"].read()[:, None] - bank) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(columns["nearest"].read(), distance.argmin(axis=1))
+    np.testing.assert_allclose(columns["distance"].read(), np.sqrt(distance.min(axis=1)), rtol=1e-6)
+    assert columns["same_class"].read().all()
+
+
+def test_scrambled_pairing_reads_a_list_by_class_in_the_order_of_images(data, run):
+    before = {name: rows.read() for name, rows in columns_of(run)[1].items()}
+    config = TargetsConfig(pairing="scrambled", batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    index, columns = columns_of(run)
+    appended = []
+    for label in range(4):  # as the released code fills its list
+        appended += before["nearest"][before["prediction"] == label].tolist()
+    assert columns["nearest"].read().tolist() == appended
+    assert (columns["nearest"].read() != before["nearest"]).mean() > 0.3
+    partner = index.columns["features"].take(np.array(appended)).astype(np.float64)
+    distance = np.sqrt(((columns["features"].read() - partner) ** 2).sum(axis=1))
+    np.testing.assert_allclose(columns["distance"].read(), distance, rtol=1e-6)
+
+
 def test_random_pairing_keeps_the_class(data, run):
     config = TargetsConfig(pairing="random", batch_size=16, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
@@ -128,6 +155,7 @@ def test_random_pairing_keeps_the_class(data, run):
         (TargetsConfig(limit=10), "options.limit"),
         (TargetsConfig(pairing="random"), "options.pairing"),
         (TargetsConfig(shard_mb=1), "options.shard_mb"),
+        (TargetsConfig(patched=0.5), "options.patched"),
     ],
 )
 def test_other_options_are_refused_by_name(data, run, config, field):
@@ -159,12 +187,96 @@ def test_no_more_than_a_shard_is_searched_at_once(run, monkeypatch):
     monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
     sizes, pair = [], module.pair
 
-    def counting(shard, bank, config):
+    def counting(shard, index, bank, config):
         sizes.append(len(shard.rows))
-        return pair(shard, bank, config)
+        return pair(shard, index, bank, config)
 
     monkeypatch.setattr(module, "pair", counting)
     pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3)).astype(np.uint8)
     config = TargetsConfig(batch_size=16, shard_mb=1, overwrite=True)
     build_targets(run, from_array(pixels), CPU, config)
     assert sizes == [32] * 9 + [12]
+
+
+def build_patched(run, images, **options) -> dict[str, np.ndarray]:
+    """Build targets with patched images anew and return the columns of those alone."""
+    config = TargetsConfig(**{"patched": 1.5, "batch_size": 16, **options}, overwrite=True)
+    build_targets(run, images, CPU, config)
+    columns = {name: rows.read() for name, rows in columns_of(run)[1].items()}
+    return {name: column[columns["patched"] == 1] for name, column in columns.items()}
+
+
+def test_patched_images_are_id_images_with_a_square_of_their_ood_image(data, classifier, run):
+    columns = build_patched(run, open_images(str(data / "ood")))
+    nearest = columns_of(run)[0].columns["images"].take(columns["nearest"])
+    pixels = ood_pixels(data, columns["row"], classifier.config.transform)
+    assert len(pixels) == 75
+    sides = set()
+    for heatmap, id_image, ood_image in zip(columns["heatmap"], nearest, pixels, strict=True):
+        changed = np.flatnonzero(heatmap.any(axis=(0, 2))), np.flatnonzero(heatmap.any(axis=(0, 1)))
+        (top, bottom), (left, right) = ((places[0], places[-1] + 1) for places in changed)
+        sides.add(max(bottom - top, right - left))
+        middle = ((top + bottom) // 2, (left + right) // 2)
+        # in the middle of the square the image is the OOD image's, wherever it was cut out
+        value = (id_image - heatmap)[:, middle[0], middle[1]]
+        assert (ood_image == value[:, None, None]).all(axis=0).any()
+    assert sides <= {4, 6, 8, 10}
+    assert len(sides) > 2
+
+
+def test_patched_images_are_embedded_like_any_other(data, classifier, run):
+    columns = build_patched(run, open_images(str(data / "ood")))
+    index = columns_of(run)[0]
+    images = index.columns["images"].take(columns["nearest"]) - columns["heatmap"]
+    output = classifier(torch.from_numpy(images.astype(np.uint8)))
+    np.testing.assert_allclose(columns["features"], output.features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(columns["prediction"], output.logits.argmax(dim=1))
+    for number, maps in enumerate(output.maps, start=1):
+        np.testing.assert_allclose(columns[f"feature_maps_{number}"], maps, rtol=1e-2, atol=1e-2)
+    original = index.columns["features"].take(columns["nearest"]).astype(np.float64)
+    distance = np.sqrt(((columns["features"] - original) ** 2).sum(axis=1))
+    np.testing.assert_allclose(columns["distance"], distance, rtol=1e-6)
+
+
+def test_every_ood_and_id_image_is_used_as_often_as_any_other(data, run):
+    columns = build_patched(run, open_images(str(data / "ood")), patched=3.2)
+    assert len(columns["row"]) == 160
+    assert set(np.bincount(columns["row"]).tolist()) == {3, 4}
+    assert set(np.bincount(columns["nearest"]).tolist()) == {2}
+
+
+def test_patched_images_leave_the_pairs_as_they_are_and_do_not_depend_on_the_batch(data, run):
+    before = {name: rows.read() for name, rows in columns_of(run)[1].items()}
+    images = open_images(str(data / "ood"))
+    first, second = (build_patched(run, images, batch_size=size) for size in (7, 64))
+    for name in ("row", "nearest", "heatmap", "prediction"):
+        np.testing.assert_array_equal(first[name], second[name])
+        after = columns_of(run)[1][name].read()
+        np.testing.assert_array_equal(after[: len(before[name])], before[name])
+    manifest = open_targets(run, open_index(run)).manifest
+    assert (manifest.results["num_images"], manifest.results["num_patched"]) == (50, 75)
+
+
+def test_a_lost_shard_of_patched_images_is_made_again_byte_for_byte(data, run, monkeypatch):
+    monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
+    images = open_images(str(data / "ood"))
+    build_patched(run, images, shard_mb=1)
+    folder = run / "targets"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 1 + 2 + 3
+    for name in ("manifest.json", "targets-patched-00001.h5", "targets-00001.h5"):
+        (folder / name).unlink()
+    build_patched(run, images, shard_mb=1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_image_that_cannot_be_read_is_in_no_patched_image(data, run, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(data / "ood", tmp_path / "ood")
+    (folder / "007.png").write_bytes(b"broken")
+    columns = build_patched(run, open_images(str(folder)), skip_unreadable=True, patched=2.0)
+    assert len(columns["row"]) == 98
+    assert 7 not in columns["row"]
+    shutil.rmtree(run / "decoder")
+    assert verify(run)[3] == "targets: 98 of 98 pasted again, all equal"

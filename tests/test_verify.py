@@ -1,13 +1,19 @@
 """`verify` finds what is wrong, by name, also what a checksum made after the fault cannot find."""
 
 import json
+import shutil
 
 import h5py
+import numpy as np
 import pytest
+import torch
 
 from ood_heatmap.cache.files import write_json
 from ood_heatmap.cache.manifest import file_record
 from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.images import open_images
+from ood_heatmap.pipeline.config import TargetsConfig
+from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
 
 
@@ -39,25 +45,66 @@ def test_one_flipped_bit_in_any_file_is_found(run, stage):
     verify(run)
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "words"),
-    [("nearest", 3, "its nearest ID row is"), ("same_class", 0, "same_class is wrong")],
-)
-def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words):
-    path = run / "targets" / "targets-00000.h5"
+def change(run, name, column, row, value):
+    """Change one value of a targets shard, and the checksum with it."""
+    path = run / "targets" / name
     with h5py.File(path, "r+") as file:
-        row = 7 if file[column][7] != value else 8
+        assert np.any(file[column][row] != value)
         file[column][row] = value
     manifest = json.loads((run / "targets" / "manifest.json").read_text())
     manifest["files"][path.name] = file_record(path)
     write_json(run / "targets" / "manifest.json", manifest)
-    with pytest.raises(DamagedCacheError, match=f"row {row} of .*{words}"):
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("nearest", 79, "its nearest ID row is"),
+        ("same_class", 0, "same_class is wrong"),
+        ("distance", 0.01, "0.01 is stored"),
+        ("heatmap", 256, "nearest minus heatmap is no image"),
+    ],
+)
+def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words):
+    change(run, "targets-00000.h5", column, 7, value)
+    with pytest.raises(DamagedCacheError, match=f"row 7 of .*{words}"):
+        verify(run)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("row", 49, "its patch is of another OOD row"),
+        ("nearest", 79, "it was pasted into another ID row"),
+        ("heatmap", 1, "its heatmap is not the change the patch made"),
+        ("distance", 0.01, "0.01 is stored"),
+    ],
+)
+def test_a_wrong_patched_image_is_found_behind_a_right_checksum(run, data, column, value, words):
+    config = TargetsConfig(patched=0.5, limit=40, seed=3, batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), torch.device("cpu"), config)
+    shutil.rmtree(run / "decoder")
+    assert verify(run)[2:4] == [
+        "targets: 40 of 40 paired again, all equal",
+        "targets: 20 of 20 pasted again, all equal",
+    ]
+    change(run, "targets-patched-00000.h5", column, 7, value)
+    with pytest.raises(DamagedCacheError, match=f"patched row 7 of .*{words}"):
+        verify(run)
+
+
+@pytest.mark.parametrize("pairing", ["random", "any", "scrambled"])
+def test_other_pairings_are_checked_too(run, data, pairing):
+    config = TargetsConfig(pairing=pairing, batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), torch.device("cpu"), config)
+    shutil.rmtree(run / "decoder")
+    assert "50 of 50 paired again" in verify(run)[2]
+    change(run, "targets-00000.h5", "nearest", 7, 99)
+    with pytest.raises(DamagedCacheError, match="row 7 of"):
         verify(run)
 
 
 def test_stages_that_are_not_made_yet_are_said(run):
-    import shutil
-
     shutil.rmtree(run / "decoder")
     shutil.rmtree(run / "evaluation")
     assert verify(run, num_samples=5)[-2:] == ["decoder: not made yet", "evaluation: not made yet"]

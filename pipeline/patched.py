@@ -1,0 +1,76 @@
+"""ID images with a patch of an OOD image in them, as a set that stage 2 reads like any other."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.images import ImageSet, Transform, as_pixels
+from ood_heatmap.patches import Patch, draw_patch, paste
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pasting:
+    """Which OOD image goes into which ID image.
+
+    Args:
+        position: ``(P,)`` of the ID image in the index.
+        row: ``(P,)`` of the OOD set.
+        seed: Of the patches' sizes and places.
+    """
+
+    position: Int64
+    row: Int64
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def patch(self, number: int, size: int) -> Patch:
+        """Return what of the OOD image goes where."""
+        return draw_patch(size, self.seed, number)
+
+
+def draw_pasting(count: int, num_id: int, ood_rows: Int64, seed: int) -> Pasting:
+    """Draw ``count`` pairs at random; no image is taken again before all were taken as often."""
+    generator = np.random.default_rng([seed, 0, 1])  # not the generator of any single row
+    position, row = (
+        np.resize(generator.permutation(rows), count) for rows in (np.arange(num_id), ood_rows)
+    )
+    return Pasting(position, row, seed)
+
+
+def pasted_images(
+    images: ImageSet, id_images: Rows, pasting: Pasting, transform: Transform
+) -> ImageSet:
+    """Return the patched images, at the input size already; a row is a number of the pasting.
+
+    Args:
+        images: The OOD set; its bytes are the patched images' content, the ID images belong to
+            the index.
+        id_images: ``(N, 3, H, W)`` uint8, of the index.
+        pasting: What goes where.
+        transform: Brings OOD images to the input size.
+    """
+    names = [images.names[row] for row in pasting.row]
+
+    def read(number: int) -> tuple[Image.Image, bytes]:
+        image, digest = images.read(int(pasting.row[number]))
+        pixels = as_pixels(image, transform, names[number])
+        (id_image,) = id_images.take(pasting.position[number : number + 1])
+        pasted = paste(id_image, pixels, pasting.patch(number, transform.size))
+        return Image.fromarray(np.ascontiguousarray(pasted.transpose(1, 2, 0))), digest
+
+    return ImageSet(
+        source=f"ID images with patches of {images.source}",
+        names=names,
+        labels=np.full(len(pasting), -1, np.int32),
+        classes=(),
+        read=read,
+        digest=lambda number: images.digest(int(pasting.row[number])),
+        listing=images.listing,
+    )
