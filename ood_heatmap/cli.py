@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ood_heatmap.images import ImageSet
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Settings = TypeVar("Settings", IndexConfig, TargetsConfig, TrainConfig)
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -380,15 +381,13 @@ def train(
     Example:
         ood-heatmap train runs/c10 --epochs 150
     """
-    from ood_heatmap.devices import choose_device
-    from ood_heatmap.distributed import process_group
+    from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.train import train_decoder
 
     config = TrainConfig(
         epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, step, overwrite
     )
-    place = choose_device(device)
-    with process_group(place):
+    with stage_device(device) as place:
         results = train_decoder(run, place, config).results
     click.echo(
         f"decoder of {results['num_parameters']:,} parameters, {results['decoder']['target']} "
@@ -505,6 +504,63 @@ def predict(run: Path, images: tuple[Path, ...], out: Path, batch_size: int, dev
     click.echo(f"{done} images, scores in {out / 'scores.csv'}")
     if unreadable:
         raise OodHeatmapError(f"{len(unreadable)} images could not be read, {unreadable[0]} first.")
+
+
+@main.group()
+def plan() -> None:
+    """Say what a stage would take: rows, bytes, feed, time, and what would not fit. Write nothing.
+
+    \b
+    Example:
+        ood-heatmap plan train runs/c10 --epochs 150
+    """
+
+
+def planned(stage: click.Command) -> Callable[[Command], click.Command]:
+    """Make a function the plan of a stage, with the very same arguments as the stage."""
+    return plan.command(stage.name, params=stage.params, help=f"What `{stage.name}` would take.")
+
+
+def settings(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """Return a stage's settings from its options, which have the same names."""
+    return kind(**{name: given[name] for name in kind.__dataclass_fields__})
+
+
+@planned(index)
+def plan_index(**given: Any) -> None:
+    from ood_heatmap.classifier import load_classifier
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline import plan
+
+    device = choose_device(given["device"])
+    names = ("weights", "num_classes", "mean", "std", "size", "head", "num_maps")
+    classifier = load_classifier(given["spec"], **{name: given[name] for name in names}).to(device)
+    images = open_images(given["source"], data_root=given["data_root"])
+    found = plan.plan_index(images, classifier, settings(IndexConfig, given))
+    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
+
+
+@planned(targets)
+def plan_targets(**given: Any) -> None:
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline import plan
+
+    device = choose_device(given["device"])
+    images = open_images(given["source"], data_root=given["data_root"])
+    found = plan.plan_targets(given["run"], images, device, settings(TargetsConfig, given))
+    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
+
+
+@planned(train)
+def plan_train(**given: Any) -> None:
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.pipeline import plan
+
+    device = choose_device(given["device"])
+    found = plan.plan_train(given["run"], device, settings(TrainConfig, given))
+    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
 
 
 @main.command()

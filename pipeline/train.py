@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from ood_heatmap.cache.files import locked, replacing
+from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.manifest import (
     CHECKPOINT,
     Manifest,
@@ -41,6 +40,7 @@ from ood_heatmap.pipeline.feed import (
 )
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.shares import sole_writer
 from ood_heatmap.pipeline.step import Step, adam, make_step, measure_ceiling, shared, snapshot
 from ood_heatmap.pipeline.targets import open_targets
 
@@ -69,7 +69,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs and events are made
-    with locked(run) if is_main() else nullcontext():
+    with sole_writer(run):
         index = open_index(run)
         targets = open_targets(run, index)
         data = TrainingSet(index.columns, targets.columns, config.feature_maps)
