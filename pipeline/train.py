@@ -140,7 +140,8 @@ def train(
     require_images(config)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    # channels_last: twice as fast as the default, also on CPUs
+    # channels_last: what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time,
+    # widths 256-128-64-32, batch 100)
     decoder = Decoder(shape, feature_range).to(device)
     decoder.to(memory_format=torch.channels_last)
     optimizer = adam(decoder, config)
