@@ -16,8 +16,8 @@ from ood_heatmap.cache.shards import Rows, open_rows, write_shard
 from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.networks import cifar_resnet18
 from ood_heatmap.pipeline.config import SHARD_MEGABYTES
-from ood_heatmap.pipeline.embed import split_rows
 from ood_heatmap.pipeline.feed import TrainingSet
+from ood_heatmap.pipeline.shares import split_rows
 
 SIZE, NUM_CLASSES, NUM_FEATURES = 32, 10, 512
 SMALL, RESNET18 = "small", "cifar-resnet18"

@@ -9,13 +9,13 @@ from unittest.mock import patch
 import data
 import h5py
 import numpy as np
+import torch
 from harness import Row, Setting, cpu_note, interleaved, quotients
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.pipeline import feed as pipeline_feed
-from ood_heatmap.pipeline.feed import StreamingFeed, epoch_order
+from ood_heatmap.pipeline.feed import Place, TrainingSet, epoch_order, gather
 
 BATCH = 200
 BARS = {"shard order": 0.95, "global shuffle": 0.80}
@@ -31,14 +31,13 @@ def rows(setting: Setting) -> Iterator[Row]:
     columns = training_set.ood_columns
     ram = {name: item.read() for name, item in columns.items()}
     for order, bar in BARS.items():
-        gather, note = Readers(columns["heatmap"], ram["heatmap"]), "heatmaps, 3 x 32 x 32 int16"
+        readers, note = Readers(columns["heatmap"], ram["heatmap"]), "heatmaps, 3 x 32 x 32 int16"
         yield against_ram(
-            setting, f"Rows.take, {order}", order, bar, gather.cache, gather.ram, num_ood, note
+            setting, f"Rows.take, {order}", order, bar, readers.cache, readers.ram, num_ood, note
         )
-    stream = StreamingFeed(training_set, setting.device)
     for order, bar in BARS.items():
-        ours, reference = streaming(stream, ram)
-        note = "heatmaps, 512 features and prediction, as StreamingFeed.read fills its buffers"
+        ours, reference = streaming(training_set, ram, setting.device)
+        note = "heatmaps, 512 features and prediction, as the streaming feed's reader fills a batch"
         yield against_ram(
             setting, f"streaming feed, {order}", order, bar, ours, reference, num_ood, note
         )
@@ -61,13 +60,15 @@ class Readers:
         np.take(self.array, batch, axis=0, out=self.out, mode="clip")
 
 
-def streaming(stream: StreamingFeed, ram: Mapping[str, NDArray[Any]]) -> tuple[Gather, Gather]:
+def streaming(
+    training_set: TrainingSet, ram: Mapping[str, NDArray[Any]], device: torch.device
+) -> tuple[Gather, Gather]:
     """Return the streaming feed's gather of all columns, and the same from RAM."""
-    buffers = stream.buffers(BATCH)
-    outs = {name: item.numpy() for name, item in stream.buffers(BATCH).items()}
+    buffers, others = (Place(training_set, device, BATCH).host for _ in range(2))
+    outs = {name: item.numpy() for name, item in others.items()}
 
-    def ours(batch: Int64) -> dict[str, Tensor]:
-        return stream.read(batch + stream.data.num_id, buffers)
+    def ours(batch: Int64) -> None:
+        gather(training_set, batch + training_set.num_id, buffers)
 
     def reference(batch: Int64) -> None:
         for name, out in outs.items():
@@ -83,7 +84,9 @@ def orders(kind: str, num_rows: int) -> Iterator[list[Int64]]:
     for epoch in count():
         with patch.object(pipeline_feed, "GROUP", group):
             order = epoch_order(num_rows, 0, epoch)
-        yield [order[start : start + BATCH] for start in range(0, num_rows - BATCH + 1, BATCH)]
+        # ascending in a batch, as the training takes them
+        starts = range(0, num_rows - BATCH + 1, BATCH)
+        yield [np.sort(order[start : start + BATCH]) for start in starts]
 
 
 def against_ram(
@@ -111,14 +114,14 @@ def against_ram(
     return Row(f"{name}: share of the gather from RAM", ratios, bar, note)
 
 
-def epoch_of(gather: Gather, batches: Iterator[list[Int64]], epochs: int) -> Callable[[], int]:
+def epoch_of(work_on: Gather, batches: Iterator[list[Int64]], epochs: int) -> Callable[[], int]:
     """Return a function that gathers a few epochs and says how many rows that were."""
 
     def work() -> int:
         done = 0
         for _ in range(epochs):
             for batch in next(batches):
-                gather(batch)
+                work_on(batch)
                 done += len(batch)
         return done
 
@@ -127,14 +130,14 @@ def epoch_of(gather: Gather, batches: Iterator[list[Int64]], epochs: int) -> Cal
 
 def against_h5py(setting: Setting, column: Rows, array: NDArray[Any]) -> Iterator[Row]:
     """Compare with fancy indexing of a plain HDF5 dataset, in a global shuffle."""
-    gather = Readers(column, array)
+    readers = Readers(column, array)
     with (
         naive(setting.scratch / "contiguous.h5", array, chunks=None) as contiguous,
         naive(setting.scratch / "chunked.h5", array, chunks=True) as chunked,
     ):
         chunks = chunked["heatmap"].chunks
         variants = {
-            "ours": epoch_of(gather.cache, orders("global shuffle", len(array)), 1),
+            "ours": epoch_of(readers.cache, orders("global shuffle", len(array)), 1),
             "contiguous": some_of(contiguous["heatmap"], setting.pick(quick=3, cpu=10)),
             "chunked": some_of(chunked["heatmap"], setting.pick(quick=1, cpu=3)),
         }

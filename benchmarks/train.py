@@ -1,7 +1,7 @@
 """The training loop against its own ceiling, and against the released code's loop."""
 
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import data
@@ -17,17 +17,17 @@ from ood_heatmap.heatmap import weighted_squared_error
 from ood_heatmap.networks import cifar_resnet18
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import (
-    ResidentFeed,
-    StreamingFeed,
+    Feed,
     TrainingBatch,
     TrainingSet,
-    epoch_order,
+    batches_of,
+    open_feed,
+    read_batch,
 )
-from ood_heatmap.pipeline.train import adam, training_step
+from ood_heatmap.pipeline.step import Step, adam, make_step
 
-BARS = {"resident": 0.98, "streaming": 0.95}
+BARS = {"resident": 0.98, "pinned": 0.95, "streaming": 0.95}
 BAR_CPU, BAR_GPU = 10, 30
-Step = Callable[[TrainingBatch], Tensor]
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -50,25 +50,30 @@ def make_decoder(config: TrainConfig, device: torch.device) -> Decoder:
     return Decoder(shape).to(device).train()
 
 
-def make_step(decoder: Decoder, config: TrainConfig, device: torch.device) -> Step:
-    """Return the step of stage 3, on a decoder laid out as stage 3 does."""
+def prepared(
+    config: TrainConfig, training_set: TrainingSet, device: torch.device
+) -> tuple[str, Step, TrainingBatch]:
+    """Return the step that stage 3 takes, its kind, and a batch on the device."""
+    decoder = make_decoder(config, device)
     decoder.to(memory_format=torch.channels_last)
-    return training_step(decoder, adam(decoder, config), config, device)
+    rows = next(batches_of(len(training_set), config.batch_size, config.seed, [0]))
+    batch = read_batch(training_set, rows, device)
+    kind, step = make_step(decoder, adam(decoder, config), config, batch)
+    return kind, step, batch
 
 
 def looping(
-    feed: ResidentFeed | StreamingFeed, step: Step, size: int, steps: int, num_rows: int
+    feed: Feed, step: Step, size: int, steps: int, num_rows: int, device: torch.device
 ) -> Callable[[], int]:
-    """Return a function that trains for some steps of the next epochs, as stage 3 does."""
-    epochs = count()
+    """Return a function that trains for some steps of the next epochs, as stage 3 does.
+
+    As there, one stream of batches goes over all epochs, and so over all windows.
+    """
+    batches = feed.batches(batches_of(num_rows, size, 0, count()))
 
     def work() -> int:
-        orders: list[Tensor] = []
-        while len(orders) < steps:
-            order = epoch_order(num_rows, 0, next(epochs))
-            orders += [order[at : at + size] for at in range(0, num_rows - size + 1, size)]
-        total = torch.zeros((), device=device_of(feed))
-        for batch in feed.batches(orders[:steps]):
+        total = torch.zeros((), device=device)
+        for batch in islice(batches, steps):
             total += step(batch)
         total.item()
         return steps * size
@@ -76,40 +81,31 @@ def looping(
     return work
 
 
-def device_of(feed: ResidentFeed | StreamingFeed) -> torch.device:
-    """Return where a feed brings its batches."""
-    return feed.device
-
-
 def against_ceiling(setting: Setting, training_set: TrainingSet) -> Iterator[Row]:
     """Compare each feed with the same step on one fixed batch."""
+    device, num_rows = setting.device, len(training_set)
     size = setting.pick(quick=50, cpu=200)
     steps = setting.pick(quick=8, cpu=8, gpu=200)
     config = TrainConfig(batch_size=size, width=setting.pick(quick=64, cpu=256, gpu=0))
-    decoder = make_decoder(config, setting.device)
-    step = make_step(decoder, config, setting.device)
-    resident = ResidentFeed(training_set, setting.device)
-    (fixed,) = resident.batches([epoch_order(len(training_set), 0, 0)[:size]])
+    step_kind, step, fixed = prepared(config, training_set, device)
 
     def ceiling() -> int:
-        total = torch.zeros((), device=setting.device)
+        total = torch.zeros((), device=device)
         for _ in range(steps):
             total += step(fixed)
         total.item()
         return steps * size
 
-    streaming = StreamingFeed(training_set, setting.device)
-    variants = {
-        "ceiling": ceiling,
-        "resident": looping(resident, step, size, steps, len(training_set)),
-        "streaming": looping(streaming, step, size, steps, len(training_set)),
-    }
-    times = interleaved(variants, setting.windows, setting.device)
-    widths = "-".join(map(str, decoder.config.widths))
+    variants = {"ceiling": ceiling}
+    for kind in BARS:
+        _, feed = open_feed(training_set, device, kind, size)
+        variants[kind] = looping(feed, step, size, steps, num_rows, device)
+    times = interleaved(variants, setting.windows, device)
+    widths = "-".join(map(str, make_decoder(config, device).config.widths))
     for kind, bar in BARS.items():
         note = (
-            f"{len(training_set):,} rows, batch {size}, {steps} steps a window, decoder {widths}, "
-            f"{setting.device.type}; {cpu_note(times['ceiling'], times[kind])}"
+            f"{num_rows:,} rows, batch {size}, {steps} {step_kind} steps a window, decoder "
+            f"{widths}, {device.type}; {cpu_note(times['ceiling'], times[kind])}"
         )
         ratios = quotients(times["ceiling"].wall, times[kind].wall)
         yield Row(f"training loop, {kind} feed: share of the ceiling", ratios, bar, note)
@@ -120,19 +116,20 @@ def against_reference(setting: Setting, training_set: TrainingSet) -> Row:
     size = setting.pick(quick=50, cpu=200)
     steps = setting.pick(quick=1, cpu=1, gpu=20)
     config = TrainConfig(batch_size=size, width=setting.pick(quick=64, cpu=0))
-    decoder = make_decoder(config, setting.device)
-    step = make_step(decoder, config, setting.device)
-    feed = ResidentFeed(training_set, setting.device)
+    device, num_rows = setting.device, len(training_set)
+    step_kind, step, _ = prepared(config, training_set, device)
+    _, feed = open_feed(training_set, device, "resident", size)
     variants = {
-        "ours": looping(feed, step, size, 4 * steps, len(training_set)),
+        "ours": looping(feed, step, size, 4 * steps, num_rows, device),
         "reference": reference_loop(setting, config, size, steps),
     }
     times = interleaved(variants, setting.windows, setting.device)
     on_gpu = setting.device.type == "cuda"
-    widths = "-".join(map(str, decoder.config.widths))
+    widths = "-".join(map(str, make_decoder(config, device).config.widths))
     note = (
-        f"time per image, batch {size}, {steps} reference steps a window, decoder {widths} in "
-        f"both, cifar-resnet18 in the reference's loop, {setting.device.type}; "
+        f"time per image, batch {size}, {steps} reference steps a window against {4 * steps} "
+        f"{step_kind} ones, decoder {widths} in both, cifar-resnet18 in the "
+        f"reference's loop, {device.type}; "
         f"{cpu_note(times['reference'], times['ours'])}"
     )
     ratios = quotients(times["reference"].wall, times["ours"].wall)

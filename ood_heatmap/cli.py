@@ -3,9 +3,12 @@
 PyTorch takes seconds to load, so a stage is imported inside its command.
 """
 
+import contextlib
+import io
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from ood_heatmap.images import ImageSet
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Settings = TypeVar("Settings", IndexConfig, TargetsConfig, TrainConfig)
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -123,16 +127,19 @@ false_alarm_option = click.option(
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="ood-heatmap")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-def main(verbose: bool) -> None:
+@click.pass_context
+def main(context: click.Context, verbose: bool) -> None:
     """Heatmaps that show whether, and where, an image is not what a fixed classifier was trained
     on.
 
     The four stages, in order: index, targets, train, evaluate. Each goes on where it was when it is
     started again.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr
-    )
+    level = logging.DEBUG if verbose else logging.INFO
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+        level = logging.ERROR
+        context.with_resource(contextlib.redirect_stdout(io.StringIO()))
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("matplotlib", "PIL", "h5py", "faiss", "asyncio", "pytorch_ood"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -203,33 +210,35 @@ def index(
         ood-heatmap index runs/c10 --id cifar10/train --classifier cifar-resnet18 --weights c10.pt
     """
     from ood_heatmap.classifier import load_classifier
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
+    from ood_heatmap.distributed import main_first
     from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.index import build_index
 
-    place = choose_device(device)
-    classifier = load_classifier(
-        spec,
-        weights=weights,
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        size=size,
-        head=head,
-        num_maps=num_maps,
-    ).to(place)
-    images = open_images(source, data_root=data_root, download=download)
-    click.echo(
-        f"classifier {spec}: {classifier.num_classes} classes, {classifier.num_features} features "
-        f"(input of {classifier.head}), {classifier.config.transform.size} px, mean "
-        f"{classifier.config.mean}, std {classifier.config.std}, on {place}"
-    )
-    manifest = build_index(
-        run,
-        images,
-        classifier,
-        IndexConfig(batch_size, workers, shard_mb, skip_unreadable, ignore_labels, overwrite),
-    )
+    with stage_device(device) as place:
+        with main_first():
+            classifier = load_classifier(
+                spec,
+                weights=weights,
+                num_classes=num_classes,
+                mean=mean,
+                std=std,
+                size=size,
+                head=head,
+                num_maps=num_maps,
+            ).to(place)
+            images = open_images(source, data_root=data_root, download=download)
+        click.echo(
+            f"classifier {spec}: {classifier.num_classes} classes, {classifier.num_features} "
+            f"features (input of {classifier.head}), {classifier.config.transform.size} px, mean "
+            f"{classifier.config.mean}, std {classifier.config.std}, on {place}"
+        )
+        manifest = build_index(
+            run,
+            images,
+            classifier,
+            IndexConfig(batch_size, workers, shard_mb, skip_unreadable, ignore_labels, overwrite),
+        )
     results = manifest.results
     counts = results["class_counts"]
     accuracy = results["accuracy"]
@@ -290,15 +299,18 @@ def targets(
     Example:
         ood-heatmap targets runs/c10 --ood data/places365 --limit 10000
     """
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
+    from ood_heatmap.distributed import main_first
     from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.targets import build_targets
 
-    images = open_images(source, data_root=data_root, download=download)
     config = TargetsConfig(
         limit, seed, pairing, patched, batch_size, workers, shard_mb, skip_unreadable, overwrite
     )
-    results = build_targets(run, images, choose_device(device), config).results
+    with stage_device(device) as place:
+        with main_first():
+            images = open_images(source, data_root=data_root, download=download)
+        results = build_targets(run, images, place, config).results
     click.echo(
         f"{results['num_images']} OOD images paired ({results['pairing']}), {results['backend']}; "
         f"median distance {results['median_distance']:.3g}"
@@ -342,15 +354,21 @@ def targets(
 )
 @click.option(
     "--feed",
-    type=click.Choice(["auto", "resident", "streaming"]),
+    type=click.Choice(["auto", "resident", "pinned", "streaming"]),
     default=TrainConfig.feed,
-    help="Everything in the device's memory, or from mapped shards.",
+    help="Everything in the device's memory, in the host's, or from mapped shards.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default=TrainConfig.precision,
     help="auto: bfloat16 on a GPU.",
+)
+@click.option(
+    "--step",
+    type=click.Choice(["auto", "plain", "compiled", "graph"]),
+    default=TrainConfig.step,
+    help="How a step is launched; auto: the faster of plain and a CUDA graph on a GPU.",
 )
 @device_option
 @overwrite_option
@@ -365,6 +383,7 @@ def train(
     feature_maps: int,
     feed: str,
     precision: str,
+    step: str,
     device: str,
     overwrite: bool,
 ) -> None:
@@ -374,13 +393,14 @@ def train(
     Example:
         ood-heatmap train runs/c10 --epochs 150
     """
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.train import train_decoder
 
     config = TrainConfig(
-        epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, overwrite
+        epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, step, overwrite
     )
-    results = train_decoder(run, choose_device(device), config).results
+    with stage_device(device) as place:
+        results = train_decoder(run, place, config).results
     click.echo(
         f"decoder of {results['num_parameters']:,} parameters, {results['decoder']['target']} "
         f"target, "
@@ -660,6 +680,63 @@ def predict(
     click.echo(f"{done} images, scores in {out / f'scores.{table}'}")
     if unreadable:
         raise OodHeatmapError(f"{len(unreadable)} images could not be read, {unreadable[0]} first.")
+
+
+@main.group()
+def plan() -> None:
+    """Say what a stage would take: rows, bytes, feed, time, and what would not fit. Write nothing.
+
+    \b
+    Example:
+        ood-heatmap plan train runs/c10 --epochs 150
+    """
+
+
+def planned(stage: click.Command) -> Callable[[Command], click.Command]:
+    """Make a function the plan of a stage, with the very same arguments as the stage."""
+    return plan.command(stage.name, params=stage.params, help=f"What `{stage.name}` would take.")
+
+
+def settings(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """Return a stage's settings from its options, which have the same names."""
+    return kind(**{name: given[name] for name in kind.__dataclass_fields__})
+
+
+@planned(index)
+def plan_index(**given: Any) -> None:
+    from ood_heatmap.classifier import load_classifier
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline import plan
+
+    device = choose_device(given["device"])
+    names = ("weights", "num_classes", "mean", "std", "size", "head", "num_maps")
+    classifier = load_classifier(given["spec"], **{name: given[name] for name in names}).to(device)
+    images = open_images(given["source"], data_root=given["data_root"])
+    found = plan.plan_index(images, classifier, settings(IndexConfig, given))
+    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
+
+
+@planned(targets)
+def plan_targets(**given: Any) -> None:
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.images import open_images
+    from ood_heatmap.pipeline import plan
+
+    device = choose_device(given["device"])
+    images = open_images(given["source"], data_root=given["data_root"])
+    found = plan.plan_targets(given["run"], images, device, settings(TargetsConfig, given))
+    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
+
+
+@planned(train)
+def plan_train(**given: Any) -> None:
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.pipeline import plan
+
+    device = choose_device(given["device"])
+    found = plan.plan_train(given["run"], device, settings(TrainConfig, given))
+    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
 
 
 @main.command()

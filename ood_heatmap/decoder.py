@@ -6,7 +6,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
+
+from ood_heatmap.distributed import world_size
 
 SIGNED, MAGNITUDE = "signed", "magnitude"
 
@@ -36,12 +39,12 @@ class DecoderConfig:
     @property
     def num_doublings(self) -> int:
         """How often the first map is doubled: as often as it stays at least 4 pixels wide."""
-        return max(0, int(self.size // 4).bit_length() - 1)
+        return max(0, (self.size // 4).bit_length() - 1)
 
     @property
     def first_size(self) -> int:
         """Pixels of the first map; doubled, they reach ``size`` or just over it."""
-        return -(-self.size // 2**self.num_doublings)
+        return -(-self.size >> self.num_doublings)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -66,8 +69,7 @@ class Decoder(nn.Module):
             1].
 
     Source: Hornauer and Belagiannis, Heatmap-based Out-of-Distribution Detection, WACV 2023; the
-        stack is that of
-    Radford et al., DCGAN, ICLR 2016.
+        stack is that of Radford et al., DCGAN, ICLR 2016.
     """
 
     feature_range: Tensor
@@ -92,7 +94,7 @@ class Decoder(nn.Module):
         self.first = nn.Linear(
             config.num_features + config.num_classes, widths[0] * config.first_size**2, bias=False
         )
-        self.first_norm = nn.Sequential(nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.first_norm = nn.Sequential(BatchNorm(widths[0]), nn.ReLU())
         self.steps = nn.ModuleList(
             block(
                 nn.ConvTranspose2d(
@@ -142,9 +144,57 @@ class Decoder(nn.Module):
         ]
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm with the mean and variance of the batches of all processes together.
+
+    Several processes then train as one would at the same batch size. ``nn.SyncBatchNorm`` does so
+    between GPUs only.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised ``(B, C, H, W)`` in its own dtype."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input.float()
+        count, mean, variance = statistics_of_all(x)
+        self.track(mean.detach(), (variance * count / (count - 1)).detach())
+        scale = self.weight * (variance + self.eps).rsqrt()
+        centred = x - mean[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+    def track(self, mean: Tensor, variance: Tensor) -> None:
+        """Take a batch's statistics into the running ones."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how many pixels all processes have together, and their mean and variance.
+
+    Args:
+        x: ``(B, C, H, W)`` float32 of this process; B may differ between processes.
+
+    Returns:
+        ``()`` and twice ``(C,)`` float32. Gradients flow back to every process.
+    """
+    variance, mean = (item.double() for item in torch.var_mean(x, (0, 2, 3), correction=0))
+    count = torch.full_like(mean[:1], x.numel() // x.shape[1])
+    # in float64 the squares cost no digits, and these are a few numbers a channel
+    parts = torch.cat([count, count * mean, count * (variance + mean.square())])
+    sums: Tensor = all_reduce(parts)  # type: ignore[no-untyped-call]
+    count, mean, square = sums[:1], *sums[1:].view(2, -1)
+    mean, square = mean / count, square / count
+    return count[0].float(), mean.float(), (square - mean.square()).float()
+
+
 def block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
     """Return a convolution with its batch norm and ReLU."""
-    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
+    return nn.Sequential(convolution, BatchNorm(convolution.out_channels), nn.ReLU())
 
 
 def initialise(module: nn.Module) -> None:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from ood_heatmap.errors import OodHeatmapError
+
 Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=12)  # rank 0 hashes and writes while the others wait
 
@@ -45,16 +47,19 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     # objects go through gloo in either case, so that no GPU memory is taken for them
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torchrun keeps one store over all its restarts, and the addresses of dead processes in it:
+    # without a name of its own for each start, the processes of the second wait for them forever
+    store, own_rank, size = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    distributed.init_process_group(
+        backend, store=store, rank=own_rank, world_size=size, timeout=TIMEOUT
+    )
     try:
         yield
     finally:
         distributed.destroy_process_group()
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine: the GPU it takes."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def barrier() -> None:
@@ -62,12 +67,35 @@ def barrier() -> None:
     gather(None)
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let rank 0 go through the block before the others: it fetches or makes what they then find.
+
+    When it fails there, no other process starts.
+    """
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def gather(value: Value) -> list[Value]:
-    """Return the value of every process, in the order of ranks, in every process."""
+    """Return the value of every process, in the order of ranks, in every process.
+
+    Raises:
+        OodHeatmapError: Another process has ended before its time; its own message says why.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    distributed.all_gather_object(values, value)
+    try:
+        distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise OodHeatmapError(
+            f"process {rank()} of {world_size()} has lost the others: see the message of the one "
+            "that failed. What is finished is kept: start the same command again."
+        ) from error
     return values
 
 

@@ -7,10 +7,11 @@ of two images is exact.
 
 import hashlib
 import io
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -357,6 +358,7 @@ class Batch:
         digests: sha256 of each image's bytes, joined.
         modes: How many images of each mode other than RGB were converted.
         skipped: Names of unreadable images.
+        seconds: Time it took a thread to decode them.
     """
 
     rows: NDArray[np.int64]
@@ -364,6 +366,16 @@ class Batch:
     digests: bytes
     modes: Counter[str] = field(default_factory=Counter)
     skipped: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def timed_decode(
+    images: ImageSet, rows: NDArray[np.int64], transform: Transform, skip_unreadable: bool
+) -> Batch:
+    """Return ``decode``'s batch and how long it took."""
+    started = time.perf_counter()
+    batch = decode(images, rows, transform, skip_unreadable)
+    return replace(batch, seconds=time.perf_counter() - started)
 
 
 def decode(
@@ -372,9 +384,7 @@ def decode(
     """Read and transform some images of a set."""
     if images.array is not None and transform.keeps(*images.array.shape[2:]):
         pixels = np.ascontiguousarray(images.array[rows])
-        return Batch(
-            rows, pixels, b"".join(hashlib.sha256(item.tobytes()).digest() for item in pixels)
-        )
+        return Batch(rows, pixels, b"".join(hashlib.sha256(item).digest() for item in pixels))
     pixels = np.empty((len(rows), 3, transform.size, transform.size), np.uint8)
     kept: list[int] = []
     digests: list[bytes] = []
@@ -433,7 +443,9 @@ def batches(
         UnreadableImageError: Names the image.
     """
     return ahead(
-        lambda piece: decode(images, piece, transform, skip_unreadable), pieces, workers=workers
+        lambda piece: timed_decode(images, piece, transform, skip_unreadable),
+        pieces,
+        workers=workers,
     )
 
 

@@ -70,8 +70,9 @@ class TrainConfig:
         target: ``magnitude``, or ``signed``: the difference itself, as in the paper.
         width: Channels of the decoder's first map; found from the features' width when 0.
         feature_maps: How many of the classifier's feature maps the decoder takes as well.
-        feed: ``auto``, ``resident`` or ``streaming``.
+        feed: ``auto``, ``resident``, ``pinned`` or ``streaming``; the result is the same.
         precision: ``auto``, ``float32`` or ``bfloat16``.
+        step: ``auto``, ``plain``, ``compiled`` or ``graph``: how a step is launched.
         overwrite: Discard a decoder that was trained otherwise.
     """
 
@@ -84,6 +85,7 @@ class TrainConfig:
     feature_maps: int = 0
     feed: str = "auto"
     precision: str = "auto"
+    step: str = "auto"
     overwrite: bool = False
 
 

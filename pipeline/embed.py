@@ -1,29 +1,24 @@
 """Images through the classifier: decoding runs ahead in threads, and whole shards come out."""
 
-import hashlib
 import logging
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from ood_heatmap.cache.manifest import Stage, fingerprint_of
-from ood_heatmap.cache.shards import map_shard, read_attributes, write_shard
 from ood_heatmap.classifier import Classifier, Output, check_finite
-from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Batch, ImageSet, Transform, batches
+from ood_heatmap.pipeline.meter import Meter as Meter
+from ood_heatmap.pipeline.shares import content_of
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Embedded:
     """
 
     rows: Int64
-    images: NDArray[np.uint8]
+    images: UInt8
     features: NDArray[np.float32]
     logits: NDArray[np.float32]
     maps: tuple[NDArray[np.float16], ...]
@@ -53,92 +48,85 @@ class Embedded:
         return prediction
 
 
-@dataclass
-class Meter:
-    """Progress of a stage, and what is worth saying at its end."""
+class Forward:
+    """The classifier, batch by batch, with as many images at once as its device has memory for.
 
-    total: int
-    label: str
-    done: int = 0
-    modes: Counter[str] = field(default_factory=Counter)
-    skipped: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
+    Every batch is padded to the same size, so that no result depends on how many came along. When
+    the device runs out of memory the size is halved for the rest of the run, and that is said.
 
-    def __post_init__(self) -> None:
-        self.bar = tqdm(
-            total=self.total, desc=self.label, unit=" images", disable=None, leave=False
-        )
-
-    def add(self, batch: Batch, count: int) -> None:
-        """Count a batch of ``count`` images asked for."""
-        self.modes.update(batch.modes)
-        self.skipped.extend(batch.skipped)
-        self.advance(count)
-
-    def advance(self, count: int) -> None:
-        """Count images."""
-        self.done += count
-        self.bar.update(count)
-
-    def close(self) -> dict[str, Any]:
-        """Say what happened, and return it."""
-        self.bar.close()
-        seconds = time.perf_counter() - self.started
-        rate = self.done / seconds
-        if self.modes:
-            kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(self.modes.items()))
-            log.warning("%s: converted to RGB: %s", self.label, kinds)
-        if self.skipped:
-            log.warning("%s: skipped %d unreadable images", self.label, len(self.skipped))
-        if self.done:
-            log.info("%s: %d images in %.1f s, %.0f images/s", self.label, self.done, seconds, rate)
-        return {
-            "images": self.done,
-            "seconds": round(seconds, 3),
-            "images_per_second": round(rate, 1),
-        }
-
-
-def classify(classifier: Classifier, images: NDArray[np.uint8], batch_size: int) -> Output:
-    """Classify a batch, padded to ``batch_size`` so that no result depends on how many came along.
-
-    When the device runs out of memory the batch is halved, again and again, and that is said.
+    Args:
+        classifier: On its device.
+        batch_size: Images at once.
     """
-    num_images, step = len(images), batch_size
-    outputs: list[Output] = []
-    start = 0
-    while start < num_images:
-        piece = torch.from_numpy(images[start : start + step])
-        padded = torch.zeros((step, *piece.shape[1:]), dtype=torch.uint8)
-        padded[: len(piece)] = piece
-        try:
-            outputs.append(trim(classifier(padded.to(classifier.device)), len(piece)))
-        except torch.OutOfMemoryError:
-            if step == 1:
-                raise OodHeatmapError(
-                    f"{classifier.device} has no memory for a single image. Use --device cpu."
-                ) from None
-            step = step // 2
-            log.warning("out of memory on %s: going on with batches of %d", classifier.device, step)
-            continue
-        start += step
-    return outputs[0] if len(outputs) == 1 else joined(outputs)
+
+    def __init__(self, classifier: Classifier, batch_size: int) -> None:
+        self.classifier, self.batch_size = classifier, batch_size
+        self.on_gpu = classifier.device.type == "cuda"
+
+    def start(self, images: UInt8) -> "Pending":
+        """Begin to classify; on a GPU this returns while it still computes."""
+        outputs: list[Output] = []
+        start = 0
+        while start < len(images):
+            step = self.batch_size
+            piece = images[start : start + step]
+            try:
+                outputs.append(self.to_host(self.classifier(self.to_device(piece)), len(piece)))
+            except torch.OutOfMemoryError:
+                self.halve()
+                continue
+            start += step
+        return Pending(outputs, torch.cuda.current_stream().record_event() if self.on_gpu else None)
+
+    def halve(self) -> None:
+        """Go on with smaller batches.
+
+        Raises:
+            OodHeatmapError: They cannot be smaller.
+        """
+        device = self.classifier.device
+        if self.batch_size == 1:
+            raise OodHeatmapError(
+                f"{device} has no memory for a single image. Use --device cpu."
+            ) from None
+        self.batch_size //= 2
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # blocks of the old size are of no use any more
+        log.warning("out of memory on %s: going on with batches of %d", device, self.batch_size)
+
+    def to_device(self, images: UInt8) -> torch.Tensor:
+        """Return a batch of full size on the device; from pinned memory, so that nothing waits."""
+        batch = torch.from_numpy(images)
+        if len(images) < self.batch_size or self.on_gpu:
+            shape = (self.batch_size, *batch.shape[1:])
+            padded = torch.empty(shape, dtype=torch.uint8, pin_memory=self.on_gpu)
+            padded[: len(images)] = batch
+            padded[len(images) :] = 0
+            batch = padded
+        return batch.to(self.classifier.device, non_blocking=True)
+
+    def to_host(self, output: Output, count: int) -> Output:
+        """Return the first rows of an output, on their way to the host; maps as float16."""
+
+        def host(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:count].to("cpu", non_blocking=True)  # into pinned memory
+
+        maps = tuple(host(item.to(torch.float16)) for item in output.maps)
+        return Output(host(output.features), host(output.logits), maps)
 
 
-def trim(output: Output, count: int) -> Output:
-    """Return the first rows of an output, on the host; feature maps as float16."""
-    maps = tuple(item[:count].to(torch.float16).cpu() for item in output.maps)
-    return Output(output.features[:count].cpu(), output.logits[:count].cpu(), maps)
+@dataclass(frozen=True)
+class Pending:
+    """Outputs that may still be on their way from the device."""
 
+    outputs: Sequence[Output]
+    arrived: torch.cuda.Event | None
 
-def joined(outputs: Sequence[Output]) -> Output:
-    """Return several outputs as one."""
-    maps = zip(*(item.maps for item in outputs), strict=True)
-    return Output(
-        torch.cat([item.features for item in outputs]),
-        torch.cat([item.logits for item in outputs]),
-        tuple(torch.cat(item) for item in maps),
-    )
+    def wait(self) -> Sequence[Output]:
+        """Return them once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.outputs
 
 
 def embed(
@@ -160,7 +148,7 @@ def embed(
         images: The set.
         shards: Rows of each shard, ascending.
         classifier: On its device.
-        meter: Counts what was read.
+        meter: Counts what was read, and what was waited for.
         batch_size: Images the classifier takes at once.
         workers: Threads that decode.
         skip_unreadable: Leave unreadable images out.
@@ -181,111 +169,69 @@ def embed(
         workers=workers,
         skip_unreadable=skip_unreadable,
     )
-    for pieces in split:
-        taken: list[Batch] = []
-        outputs: list[Output] = []
-        for piece, batch in zip(pieces, islice(decoded, len(pieces)), strict=True):
-            if len(batch.rows):
-                taken.append(batch)
-                outputs.append(classify(classifier, batch.pixels, batch_size))
-                check_finite(outputs[-1].features.numpy(), batch.rows, images.names)
-            meter.add(batch, len(piece))
-        if not taken:
+    done = classified(decoded, Forward(classifier, batch_size), meter, images.names)
+    for rows, pieces in zip(shards, split, strict=True):
+        shard = joined(islice(done, len(pieces)), len(rows), classifier)
+        if not len(shard.rows):
             raise OodHeatmapError(
                 f"none of {len(pieces[0])} images in a row of {images.source} is readable."
             )
-        output = joined(outputs)
-        yield Embedded(
-            rows=np.concatenate([batch.rows for batch in taken]),
-            images=np.concatenate([batch.pixels for batch in taken]),
-            features=output.features.numpy(),
-            logits=output.logits.numpy(),
-            maps=tuple(item.numpy() for item in output.maps),
-            content=content_of(b"".join(batch.digests for batch in taken)),
-        )
+        yield shard
 
 
-def content_of(digests: bytes) -> str:
-    """Return the hash of a shard's images from the hash of each."""
-    return hashlib.sha256(digests).hexdigest()
+def classified(
+    decoded: Iterable[Batch], forward: Forward, meter: Meter, names: Sequence[str]
+) -> Iterator[tuple[Batch, Sequence[Output]]]:
+    """Yield each batch with what the classifier says of it.
 
-
-def split_rows(rows: Int64, bytes_per_row: int, shard_mb: int, batch_size: int) -> list[Int64]:
-    """Split rows into shards of about ``shard_mb`` megabytes, whole batches each.
-
-    The same for any number of processes, so that they can share the work shard by shard.
+    On a GPU one batch behind: it computes while this process puts away the batch before.
     """
-    per_shard = max(1, shard_mb * 1_000_000 // bytes_per_row)
-    per_shard = max(batch_size, per_shard // batch_size * batch_size)
-    return [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
+    behind: deque[tuple[Batch, Pending]] = deque()
+
+    def oldest() -> tuple[Batch, Sequence[Output]]:
+        batch, pending = behind.popleft()
+        with meter.waiting("embed"):
+            outputs = pending.wait()
+        at = 0
+        for output in outputs:
+            features = output.features.numpy()
+            check_finite(features, batch.rows[at:], names)
+            at += len(features)
+        return batch, outputs
+
+    for batch in meter.each(decoded, "decode"):
+        with meter.waiting("embed"):
+            behind.append((batch, forward.start(batch.pixels)))
+        meter.batch_size = forward.batch_size
+        meter.add(batch, len(batch.rows) + len(batch.skipped))
+        if len(behind) > forward.on_gpu:
+            yield oldest()
+    while behind:
+        yield oldest()
 
 
-def unfinished(
-    stage: Stage, images: ImageSet, shards: Sequence[Int64], prefix: str
-) -> list[tuple[Path, Int64]]:
-    """Return path and rows of the shards that are still to be made.
-
-    Raises:
-        StaleCacheError: The images of a finished shard have changed since.
-    """
-    open_still = []
-    for number, rows in enumerate(shards):
-        path = stage.directory / f"{prefix}-{number:05d}.h5"
-        attributes = read_attributes(path) if path.is_file() else {}
-        if attributes.get("fingerprint") != stage.settings_fingerprint:
-            open_still.append((path, rows))
-        elif attributes["content"] != content_now(images, map_shard(path)["row"]):
-            raise StaleCacheError(
-                f"{path} was made from other images (images.content differs in rows {rows[0]} to "
-                f"{rows[-1]} "
-                f"of {images.source}). Add --overwrite to make this stage again."
-            )
-    done = len(shards) - len(open_still)
-    if done:
-        log.info("%s: %d of %d shards are there already", stage.directory, done, len(shards))
-    return open_still
-
-
-def content_now(images: ImageSet, rows: Int64) -> str:
-    """Return the hash of images as they are now."""
-    return content_of(b"".join(images.digest(int(row)) for row in rows))
-
-
-def content_of_stage(paths: Sequence[Path]) -> str:
-    """Return the hash of all images of a stage from its shards."""
-    return fingerprint_of([read_attributes(path)["content"] for path in paths])
-
-
-class Writer:
-    """Writes shards one behind the other while the next is computed.
-
-    An error shows at the next call.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1)
-        self.last: Future[None] | None = None
-
-    def write(
-        self,
-        path: Path,
-        arrays: dict[str, NDArray[Any]],
-        attributes: Mapping[str, str | int],
-        notes: Mapping[str, Mapping[str, str | float]],
-    ) -> None:
-        """Write one shard after the one before."""
-        self.wait()
-        self.last = self.pool.submit(write_shard, path, arrays, attributes=attributes, notes=notes)
-
-    def wait(self) -> None:
-        """Wait for the shard in writing."""
-        if self.last is not None:
-            self.last.result()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # whatever went wrong: what was computed is kept
-        self.pool.shutdown(wait=True)
-        self.wait()
+def joined(
+    parts: Iterable[tuple[Batch, Sequence[Output]]], num_rows: int, classifier: Classifier
+) -> Embedded:
+    """Return the batches of a shard as one; memory for ``num_rows`` is taken once."""
+    size = classifier.config.transform.size
+    rows = np.empty(num_rows, np.int64)
+    images = np.empty((num_rows, 3, size, size), np.uint8)
+    features = np.empty((num_rows, classifier.num_features), np.float32)
+    logits = np.empty((num_rows, classifier.num_classes), np.float32)
+    maps = [np.empty((num_rows, *shape), np.float16) for shape in classifier.map_shapes]
+    digests: list[bytes] = []
+    count = 0
+    for batch, outputs in parts:
+        here = slice(count, count + len(batch.rows))
+        rows[here], images[here] = batch.rows, batch.pixels
+        digests.append(batch.digests)
+        for output in outputs:
+            here = slice(count, count + len(output.features))
+            features[here], logits[here] = output.features, output.logits
+            for whole, item in zip(maps, output.maps, strict=True):
+                whole[here] = item
+            count += len(output.features)
+    kept = tuple(item[:count] for item in maps)
+    content = content_of(b"".join(digests))
+    return Embedded(rows[:count], images[:count], features[:count], logits[:count], kept, content)

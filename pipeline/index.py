@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from ood_heatmap.cache.files import locked, make_directory, replacing, require_space
+from ood_heatmap.cache.files import make_directory, replacing
 from ood_heatmap.cache.manifest import (
     Manifest,
     Stage,
@@ -31,19 +31,21 @@ from ood_heatmap.cache.neighbours import (
 )
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.distributed import barrier, is_main
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig
-from ood_heatmap.pipeline.embed import (
-    Embedded,
-    Meter,
-    Writer,
-    content_of_stage,
-    embed,
-    split_rows,
-    unfinished,
-)
+from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.shares import (
+    Work,
+    Writer,
+    begin,
+    content_of_stage,
+    sole_writer,
+    split_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,32 +88,46 @@ def build_index(
         "options": {"shard_mb": config.shard_mb, "skip_unreadable": config.skip_unreadable},
     }
     stage = Stage(run, "index", inputs)
-    with locked(run):
-        finished = stage.begin(overwrite=config.overwrite)
-        shards = split_rows(
-            np.arange(len(images)), bytes_per_row(classifier), config.shard_mb, config.batch_size
-        )
-        todo = unfinished(stage, images, shards, "images")
-        if finished is not None and not todo:
-            log.info("%s is finished already", stage.directory)
+    with sole_writer(run):
+        rows, row_bytes = np.arange(len(images)), bytes_per_row(classifier)
+        shards = {"images": split_rows(rows, row_bytes, config.shard_mb, config.batch_size)}
+        finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
+        if finished is not None:
             return finished
-        require_space(run, sum(len(rows) for _, rows in todo) * bytes_per_row(classifier))
-        meter = Meter(sum(len(rows) for _, rows in todo), "index")
-        embedded = embed(
-            images,
-            [rows for _, rows in todo],
-            classifier,
-            meter,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            skip_unreadable=config.skip_unreadable,
-        )
-        with Writer() as writer:
-            for (path, _), shard in zip(todo, embedded, strict=True):
-                attributes = {"fingerprint": stage.settings_fingerprint, "content": shard.content}
-                writer.write(path, arrays_of(shard, images), attributes, notes_of(shard))
-        log_event(run, "index", **meter.close(), device=str(classifier.device))
-        return finish(stage, images, classifier)
+        meter = Meter(sum(len(rows) for _, rows in todo["images"]), "index")
+        embed_all(stage, todo["images"], images, classifier, config, meter)
+        with meter.waiting("finish"):
+            barrier()
+            if is_main():
+                finish(stage, images, classifier)
+        figures = report(meter, classifier)
+        if is_main():
+            log_event(run, "index", **figures, device=str(classifier.device))
+        return read_manifest(run, "index")
+
+
+def embed_all(
+    stage: Stage,
+    todo: list[Work],
+    images: ImageSet,
+    classifier: Classifier,
+    config: IndexConfig,
+    meter: Meter,
+) -> None:
+    """Embed and write, shard by shard."""
+    embedded = embed(
+        images,
+        [rows for _, rows in todo],
+        classifier,
+        meter,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    )
+    with Writer(meter) as writer:
+        for (path, _), shard in zip(todo, embedded, strict=True):
+            attributes = {"fingerprint": stage.settings_fingerprint, "content": shard.content}
+            writer.write(path, arrays_of(shard, images), attributes, notes_of(shard))
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
@@ -273,14 +289,15 @@ class Index:
 
 
 def open_index(run: Path) -> Index:
-    """Open a finished index, every file checked.
+    """Open a finished index, every file checked (by the first process, for all).
 
     Raises:
         OodHeatmapError: It is missing, unfinished or damaged.
     """
     manifest = read_manifest(run, "index")
     lost = [] if (run / "index" / INDEX).is_file() else [INDEX]  # derived: it can be made again
-    check_files(run, manifest, leave_out=lost)
+    if is_main():
+        check_files(run, manifest, leave_out=lost)
     return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
 
 

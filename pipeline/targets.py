@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import locked, require_space
 from ood_heatmap.cache.manifest import Manifest, Stage, check_files, read_manifest, require_from
 from ood_heatmap.cache.neighbours import (
     Bank,
@@ -25,22 +24,24 @@ from ood_heatmap.cache.neighbours import (
 )
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier
+from ood_heatmap.distributed import barrier, is_main, main_first
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig
-from ood_heatmap.pipeline.embed import (
-    Embedded,
-    Meter,
-    Writer,
-    content_of_stage,
-    embed,
-    split_rows,
-    unfinished,
-)
+from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.meter import Meter, report
 from ood_heatmap.pipeline.patched import Pasting, draw_pasting, pasted_images
+from ood_heatmap.pipeline.shares import (
+    Work,
+    Writer,
+    begin,
+    content_of_stage,
+    sole_writer,
+    split_rows,
+)
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -87,7 +88,7 @@ def build_targets(
     """
     check_faiss()
     rows = chosen_rows(images, config)
-    with locked(run):
+    with sole_writer(run):
         index = open_index(run)
         inputs = {
             "index": index.manifest.fingerprint,
@@ -102,28 +103,28 @@ def build_targets(
             },
         }
         stage = Stage(run, "targets", inputs)
-        finished = stage.begin(overwrite=config.overwrite)
         row_bytes = bytes_per_row(index)
         pasting = pasting_of(index, rows, config.patched, config.seed)
-        todo, todo_patched = (
-            unfinished(
-                stage,
-                images,
-                split_rows(part, row_bytes, config.shard_mb, config.batch_size),
-                prefix,
-            )
+        shards = {
+            prefix: split_rows(part, row_bytes, config.shard_mb, config.batch_size)
             for prefix, part in ((PAIRED, rows), (PATCHED, np.arange(len(pasting))))
-        )
-        if finished is not None and not todo + todo_patched:
-            log.info("%s is finished already", stage.directory)
+        }
+        finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
+        if finished is not None:
             return finished
-        num_rows = sum(len(part) for _, part in todo + todo_patched)
-        log.info("targets: will write %d heatmaps, %.0f MB", num_rows, num_rows * row_bytes / 1e6)
-        require_space(run, num_rows * row_bytes)
-        classifier, bank = index.classifier(device), index.bank(device)
-        pair_all(stage, todo, images, classifier, index, bank, config)
-        paste_all(stage, todo_patched, images, classifier, index, pasting, config)
-        return finish(stage, images, rows, bank, config)
+        with main_first():  # a lost index.faiss is made again once
+            classifier, bank = index.classifier(device), index.bank(device)
+        meter = Meter(sum(len(part) for works in todo.values() for _, part in works), "targets")
+        pair_all(stage, todo[PAIRED], images, classifier, index, bank, config, meter)
+        paste_all(stage, todo[PATCHED], images, classifier, index, pasting, config, meter)
+        with meter.waiting("finish"):
+            barrier()
+            if is_main():
+                finish(stage, images, rows, bank, config)
+        figures = report(meter, classifier)
+        if is_main():
+            log_event(run, "targets", **figures, device=str(device))
+        return read_manifest(run, "targets")
 
 
 def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
@@ -166,16 +167,14 @@ def bytes_per_row(index: Index) -> int:
 
 def embedded_shards(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
     config: TargetsConfig,
     transform: Transform,
+    meter: Meter,
 ) -> Iterator[tuple[Path, Embedded]]:
-    """Yield the path and the embedded images of each shard, counted and logged."""
-    if not todo:
-        return
-    meter = Meter(sum(len(rows) for _, rows in todo), "targets")
+    """Yield the path and the embedded images of each shard."""
     embedded = embed(
         images,
         [rows for _, rows in todo],
@@ -188,42 +187,47 @@ def embedded_shards(
     )
     for (path, _), shard in zip(todo, embedded, strict=True):
         yield path, shard
-    log_event(stage.run, "targets", **meter.close(), device=str(classifier.device))
 
 
 def pair_all(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
     index: Index,
     bank: Bank,
     config: TargetsConfig,
+    meter: Meter,
 ) -> None:
     """Embed, search and write, shard by shard: as many queries at once as a shard has rows."""
-    shards = embedded_shards(stage, todo, images, classifier, config, classifier.config.transform)
-    with Writer() as writer:
+    transform = classifier.config.transform
+    shards = embedded_shards(stage, todo, images, classifier, config, transform, meter)
+    with Writer(meter) as writer:
         for path, shard in shards:
-            pairs = pair(shard, index, bank, config)
+            with meter.waiting("search"):
+                pairs = pair(shard, index, bank, config)
             arrays = arrays_of(shard, shard.rows, pairs, index, patched=False)
             writer.write(path, arrays, attributes_of(stage, shard), NOTES)
 
 
 def paste_all(
     stage: Stage,
-    todo: list[tuple[Path, Int64]],
+    todo: list[Work],
     images: ImageSet,
     classifier: Classifier,
     index: Index,
     pasting: Pasting,
     config: TargetsConfig,
+    meter: Meter,
 ) -> None:
     """Paste, embed and write, shard by shard, as ``pair_all`` does."""
     transform = classifier.config.transform
     pasted = pasted_images(images, index.columns["images"], pasting, transform)
     # they come at the input size already
-    shards = embedded_shards(stage, todo, pasted, classifier, config, Transform(transform.size))
-    with Writer() as writer:
+    shards = embedded_shards(
+        stage, todo, pasted, classifier, config, Transform(transform.size), meter
+    )
+    with Writer(meter) as writer:
         for path, shard in shards:
             row = index.columns["row"].read()[pasting.position[shard.rows]]
             same_class = np.ones(len(row), dtype=bool)

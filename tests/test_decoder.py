@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ood_heatmap import decoder as decoder_module
 from ood_heatmap.decoder import Decoder, DecoderConfig
 
 
@@ -85,3 +86,24 @@ def test_one_image_is_decoded_as_it_is_in_a_batch():
         torch.testing.assert_close(
             whole[i : i + 1], decoder(features[i : i + 1], prediction[i : i + 1])
         )
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_batch_norm_of_two_processes_is_that_of_their_batches_together(monkeypatch, offset):
+    """One process with 2 images and one with 3, one after the other in this process."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3, 3) + offset
+    whole = torch.nn.BatchNorm2d(4)
+    wanted = whole(x)
+    parts = [x[:2], x[2:]]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(decoder_module, "world_size", lambda: 2)
+    monkeypatch.setattr(decoder_module, "all_reduce", lambda mine: sent.append(mine) or mine)
+    for part in parts:
+        decoder_module.BatchNorm(4)(part)
+    monkeypatch.setattr(decoder_module, "all_reduce", lambda mine: sum(sent))
+    for part, value in zip(parts, wanted.split([2, 3]), strict=True):
+        ours = decoder_module.BatchNorm(4)
+        torch.testing.assert_close(ours(part), value, rtol=1e-4, atol=1e-4)
+        for name, item in whole.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], item)

@@ -1,4 +1,6 @@
-"""The feed: every row once an epoch, the right arrays in each row, the same from either feed."""
+"""The feed: every row once an epoch, the right arrays in each row, the same from every feed."""
+
+import time
 
 import numpy as np
 import pytest
@@ -12,8 +14,12 @@ from ood_heatmap.pipeline.feed import (
     ResidentFeed,
     StreamingFeed,
     TrainingSet,
+    batches_of,
     choose_feed,
     epoch_order,
+    in_memory,
+    open_feed,
+    read_batch,
 )
 
 CPU = torch.device("cpu")
@@ -63,7 +69,19 @@ def test_groups_mix_rows_from_far_apart(monkeypatch):
     assert np.abs(np.diff(order[:8].astype(float))).max() > 8
 
 
-@pytest.mark.parametrize("kind", [ResidentFeed, StreamingFeed])
+def resident(data: TrainingSet) -> ResidentFeed:
+    return ResidentFeed(data, CPU)
+
+
+def pinned(data: TrainingSet) -> StreamingFeed:
+    return StreamingFeed(in_memory(data, CPU), CPU, 5)
+
+
+def streaming(data: TrainingSet) -> StreamingFeed:
+    return StreamingFeed(data, CPU, 5)
+
+
+@pytest.mark.parametrize("kind", [resident, pinned, streaming])
 @pytest.mark.parametrize("num_maps", [0, 1])
 def test_a_batch_holds_the_rows_asked_for(kind, num_maps):
     data = example(num_maps=num_maps)
@@ -74,10 +92,12 @@ def test_a_batch_holds_the_rows_asked_for(kind, num_maps):
     heatmaps = np.concatenate(
         [np.zeros((11, 3, 4, 4), np.int16), data.ood_columns["heatmap"].read()]
     )
-    pieces = np.split(np.random.default_rng(1).permutation(18), [5, 10, 15])
-    found = list(kind(data, CPU).batches(pieces))  # kept: a place of the ring must not be reused
-    assert len(found) == 4
-    for rows, batch in zip(pieces, found, strict=True):
+    generator = np.random.default_rng(1)
+    pieces = [np.sort(generator.permutation(18)[: 5 - i % 2]) for i in range(20)]
+    pieces += [np.array([0, 10]), np.array([11, 17]), np.array([], np.int64)]
+    found = 0
+    for rows, batch in zip(pieces, kind(data).batches(iter(pieces)), strict=True):
+        time.sleep(0.001)  # time enough for a reader that is ahead to fill what is in use
         np.testing.assert_array_equal(batch.features, whole["features"][rows])
         np.testing.assert_array_equal(batch.prediction, whole["prediction"][rows])
         np.testing.assert_array_equal(batch.heatmap, heatmaps[rows])
@@ -85,27 +105,66 @@ def test_a_batch_holds_the_rows_asked_for(kind, num_maps):
         assert len(batch.maps) == num_maps
         for item in batch.maps:
             np.testing.assert_array_equal(item, whole["feature_maps_1"][rows])
+        found += 1
+    assert found == 23
+
+
+def test_rows_that_do_not_ascend_are_refused():
+    with pytest.raises(ValueError, match="must ascend"):
+        read_batch(example(), np.array([3, 2]), CPU)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_processes_share_each_batch_of_the_one_order(monkeypatch, processes):
+    monkeypatch.setattr(feed, "world_size", lambda: processes)
+    shares = []
+    for number in range(processes):
+        monkeypatch.setattr(feed, "rank", lambda number=number: number)
+        shares.append(list(batches_of(43, 10, seed=3, epochs=range(2))))
+    order = [epoch_order(43, 3, epoch)[:40].reshape(4, 10) for epoch in range(2)]
+    assert [len(share) for share in shares] == [8] * processes
+    for whole, *parts in zip(np.concatenate(order), *shares, strict=True):
+        assert sorted(np.concatenate(parts)) == sorted(whole)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert all((np.diff(part) > 0).all() for part in parts)
 
 
 def test_an_error_of_the_reader_reaches_the_step():
     with pytest.raises(IndexError):
-        list(StreamingFeed(example(), CPU).batches([np.array([1, 99])]))
+        list(StreamingFeed(example(), CPU, 4).batches([np.array([1, 99])]))
 
 
 def test_a_feed_that_is_left_early_stops_its_thread():
     import threading
 
     before = threading.active_count()
-    for _ in StreamingFeed(example(), CPU).batches([np.arange(4)] * 50):
+    for _ in StreamingFeed(example(), CPU, 4).batches([np.arange(4)] * 50):
         break
     assert threading.active_count() == before
 
 
 def test_the_feed_is_chosen_by_size(monkeypatch):
-    data = example()
+    data, gpu = example(), torch.device("cuda")
     assert data.num_bytes == 18 * (12 + 4 + 64) + 7 * 96
-    monkeypatch.setattr(feed, "available_memory", lambda _: 2 * data.num_bytes + 2)
-    assert choose_feed(data, CPU, "auto") == "resident"
-    monkeypatch.setattr(feed, "available_memory", lambda _: 2 * data.num_bytes)
-    assert choose_feed(data, CPU, "auto") == "streaming"
+    fits = 2 * data.num_bytes + 2
+    free = {"cpu": fits, "cuda": fits}
+    monkeypatch.setattr(feed, "available_memory", lambda device: free[device.type])
+    assert choose_feed(data, CPU, "auto") == choose_feed(data, gpu, "auto") == "resident"
+    free["cuda"] -= 2
+    assert choose_feed(data, gpu, "auto") == "pinned"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process has its own copy on the host
+    assert choose_feed(data, CPU, "auto") == choose_feed(data, gpu, "auto") == "streaming"
     assert choose_feed(data, CPU, "resident") == "resident"
+
+
+@pytest.mark.parametrize("kind", ["resident", "pinned"])
+def test_what_does_not_fit_after_all_is_streamed(monkeypatch, caplog, kind):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(feed, "ResidentFeed", full)
+    monkeypatch.setattr(feed, "in_memory", full)
+    name, found = open_feed(example(), CPU, kind, 4)
+    assert name == "streaming"
+    assert isinstance(found, StreamingFeed)
+    assert f"no memory for the {kind} feed on cpu: going on with streaming" in caplog.text

@@ -1,11 +1,15 @@
 """Stage 3: the decoder learns what it should, the same every time, also when it is stopped."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ood_heatmap.cache.manifest import Manifest, read_manifest
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
@@ -20,7 +24,6 @@ SMALL = {"epochs": 4, "batch_size": 32, "width": 32, "overwrite": True}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "CEILING_SECONDS", 0.0)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
 
 
@@ -117,11 +120,12 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(run, monkeypatch, stop_aft
     assert {path.name: path.read_bytes() for path in (run / "decoder").iterdir()} == unbroken
 
 
-def test_streaming_and_resident_feeds_train_the_same_decoder(run):
+@pytest.mark.parametrize("feed", ["pinned", "streaming"])
+def test_all_feeds_train_the_same_decoder(run, feed):
     train_decoder(run, CPU, TrainConfig(**SMALL, feed="resident"))
     resident = weights(run)
     (run / "decoder" / "manifest.json").unlink()
-    train_decoder(run, CPU, TrainConfig(**SMALL, feed="streaming"))
+    train_decoder(run, CPU, TrainConfig(**SMALL, feed=feed))
     assert weights(run) == resident
 
 
@@ -193,3 +197,94 @@ def test_a_decoder_of_another_index_is_refused(run):
     other = Manifest("index", {"other": 1}, index.content, index.results, index.files)
     with pytest.raises(StaleCacheError, match="made from another index"):
         open_decoder(run, other, CPU)
+
+
+def test_a_step_without_memory_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "make_step", lambda *_: ("plain", full))
+    with pytest.raises(OodHeatmapError, match=r"steps of 32 images .* Use a smaller --batch-size"):
+        train_decoder(run, CPU, TrainConfig(**SMALL))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("step", ["plain", "graph"])
+@pytest.mark.parametrize("feed", ["resident", "pinned", "streaming"])
+def test_an_epoch_never_waits_for_the_gpu(run, monkeypatch, feed, step):
+    run_epoch = module.run_epoch
+
+    def strict(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run_epoch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(module, "run_epoch", strict)
+    config = TrainConfig(**SMALL, feed=feed, step=step)
+    train_decoder(run, torch.device("cuda", 0), config)
+    assert len(history(run)) == 4
+
+
+TRAIN = """
+import os, signal, sys
+from ood_heatmap.cli import main
+from ood_heatmap.pipeline import train as module
+
+module.CHECKPOINT_SECONDS = 0.0
+checkpoint, die_after = module.checkpoint, int(sys.argv[1])
+
+
+def and_die(*arguments):
+    checkpoint(*arguments)
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and os.environ["RANK"] == "1" and len(arguments[-1]) == die_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+module.checkpoint = and_die
+main(["train", *sys.argv[2:]])
+"""
+
+
+def train_with_two_processes(run, *options, die_after=0) -> str:
+    """Start the command under torchrun and return what it says."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-c", TRAIN, die_after, run, "--device", "cpu", *options]
+    found = subprocess.run(
+        [*launcher, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_also_when_one_is_killed(run):
+    """33 images a batch: one process takes 17 of them, the other 16."""
+    alone = TrainConfig(**{**SMALL, "batch_size": 33}, feature_maps=1)
+    train_decoder(run, CPU, alone)
+    wanted, losses = state(run), history(run)
+    options = ["--epochs", 4, "--batch-size", 33, "--width", 32, "--feature-maps", 1]
+    train_decoder(run, CPU, TrainConfig(**SMALL, seed=1))
+    train_with_two_processes(run, *options, "--overwrite")
+    np.testing.assert_allclose(history(run), losses, rtol=1e-5)
+    for name, value in state(run).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=2e-4)
+    together = weights(run)
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["processes"] == 2
+    train_decoder(run, CPU, TrainConfig(**SMALL, seed=1))
+    said = train_with_two_processes(run, *options, "--overwrite", die_after=2)
+    assert "going on after epoch" in said
+    assert weights(run) == together
+
+
+def state(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "decoder" / "decoder.safetensors")

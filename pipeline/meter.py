@@ -1,0 +1,202 @@
+"""How fast a stage is, how close that comes to the classifier alone, and what holds it back."""
+
+import logging
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from ood_heatmap.classifier import Classifier
+from ood_heatmap.distributed import gather, is_main
+from ood_heatmap.images import Batch
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+MAX_PROBE_SECONDS, PROBE_SHARE = 1.5, 0.2  # of the ceiling: at most, and of the stage's own time
+WINDOW = 4  # forward passes between two looks at the clock
+
+
+@dataclass
+class Meter:
+    """Progress of a stage, what each part of it took, and what is worth saying at its end.
+
+    Args:
+        total: Images there are to do.
+        label: Name of the stage.
+        waited: Seconds the main loop waited for each part: ``decode``, ``embed``, ``search``,
+            ``write``, ``finish``.
+        busy: Seconds of work in the threads that decode and write.
+        batch_size: Images the classifier took at once.
+    """
+
+    total: int
+    label: str
+    done: int = 0
+    modes: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
+    waited: Counter[str] = field(default_factory=Counter)
+    busy: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.perf_counter)
+    batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        self.bar = tqdm(
+            total=self.total,
+            desc=self.label,
+            unit=" images",
+            disable=None if is_main() else True,
+            leave=False,
+        )
+
+    def add(self, batch: Batch, count: int) -> None:
+        """Count a batch of ``count`` images asked for."""
+        self.modes.update(batch.modes)
+        self.skipped.extend(batch.skipped)
+        self.busy["decode"] += batch.seconds
+        self.advance(count)
+
+    def advance(self, count: int) -> None:
+        """Count images."""
+        self.done += count
+        self.bar.update(count)
+
+    @contextmanager
+    def waiting(self, part: str) -> Iterator[None]:
+        """Count the time of the block as spent on one part."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited[part] += time.perf_counter() - started
+
+    def each(self, items: Iterable[Item], part: str) -> Iterator[Item]:
+        """Yield the items; waiting for the next one counts as spent on one part."""
+        iterator, nothing = iter(items), object()
+        while True:
+            with self.waiting(part):
+                item: Any = next(iterator, nothing)
+            if item is nothing:
+                return
+            yield item
+
+    def close(self) -> dict[str, Any]:
+        """Say what happened, and return it; of this process alone."""
+        self.bar.close()
+        return say(self.label, [self.figures()])
+
+    def figures(self) -> dict[str, Any]:
+        """Return what this process did so far."""
+        return {
+            "images": self.done,
+            "seconds": time.perf_counter() - self.started,
+            "modes": self.modes,
+            "skipped": self.skipped,
+            "waited": self.waited,
+            "busy": self.busy,
+            "ceiling": 0.0,
+        }
+
+
+def report(meter: Meter, classifier: Classifier) -> dict[str, Any]:
+    """Say how fast all processes were, beside the classifier alone, and return it.
+
+    The classifier alone is measured now, in every process at once: they may share a machine.
+
+    Args:
+        meter: Of this process; its clock ends here.
+        classifier: Still warm from the stage.
+    """
+    meter.bar.close()
+    figures = meter.figures()
+    gather(None)  # all begin together
+    if meter.done:
+        seconds = min(MAX_PROBE_SECONDS, PROBE_SHARE * figures["seconds"])
+        figures["ceiling"] = forward_rate(classifier, meter.batch_size, seconds)
+    everyone = gather(figures)
+    return say(meter.label, everyone) if is_main() else {}
+
+
+def forward_rate(classifier: Classifier, batch_size: int, seconds: float) -> float:
+    """Return the images/s of the classifier on one batch that is on its device already.
+
+    Args:
+        classifier: Has run before in this process: there is no warm-up.
+        batch_size: Images of the batch.
+        seconds: How long to look; the median of windows of a few passes, one at least.
+    """
+    size = classifier.config.transform.size
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, 256, (batch_size, 3, size, size), generator=generator)
+    images = batch.to(torch.uint8).to(classifier.device)
+    windows: list[float] = []
+    while not windows or sum(windows) < seconds:
+        started = time.perf_counter()
+        passes = WINDOW if classifier.device.type == "cuda" else 1
+        for _ in range(passes):
+            classifier(images)
+        if classifier.device.type == "cuda":
+            torch.cuda.synchronize(classifier.device)
+        windows.append(time.perf_counter() - started)
+    return passes * batch_size / statistics.median(windows)
+
+
+def say(label: str, everyone: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say in words what all processes did together, and return the figures."""
+    modes: Counter[str] = sum((one["modes"] for one in everyone), Counter())
+    if modes:
+        kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(modes.items()))
+        log.warning("%s: converted to RGB: %s", label, kinds)
+    num_skipped = sum(len(one["skipped"]) for one in everyone)
+    if num_skipped:
+        log.warning("%s: skipped %d unreadable images", label, num_skipped)
+    figures = together(everyone)
+    if figures["images"]:
+        log.info("%s: %s", label, in_words(figures))
+    return figures
+
+
+def together(everyone: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of all processes as one: what was waited for is their mean."""
+    images = sum(one["images"] for one in everyone)
+    seconds = max(one["seconds"] for one in everyone)
+    figures = {
+        "images": images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 1),
+        "processes": len(everyone),
+    }
+    for kind in ("waited", "busy"):
+        total: Counter[str] = sum((one[kind] for one in everyone), Counter())
+        figures[kind] = {part: round(total[part] / len(everyone), 3) for part in sorted(total)}
+    ceiling = sum(one["ceiling"] for one in everyone)
+    if ceiling:
+        figures["ceiling_images_per_second"] = round(ceiling, 1)
+        figures["share_of_ceiling"] = round(images / seconds / ceiling, 4)
+        figures["held_back_by"] = held_back_by(figures["waited"], images / ceiling)
+    return figures
+
+
+def held_back_by(waited: dict[str, float], alone: float) -> str:
+    """Return the part that cost the most beyond the ``alone`` seconds of the classifier itself."""
+    beyond = {**waited, "embed": waited.get("embed", 0.0) - alone}
+    return max(beyond, key=lambda part: beyond[part])
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """Return the one line for the figures of a stage."""
+    rate = figures["images_per_second"]
+    text = f"{figures['images']} images in {figures['seconds']:.1f} s, {rate:.0f} images/s"
+    if "ceiling_images_per_second" not in figures:
+        return text
+    part = figures["held_back_by"]
+    return (
+        f"{text}, {figures['share_of_ceiling']:.0%} of the classifier alone "
+        f"({figures['ceiling_images_per_second']:.0f} images/s); held back by {part} "
+        f"(waited {figures['waited'][part]:.1f} s)"
+    )

@@ -1,0 +1,234 @@
+"""What a stage would take, before it runs: rows, bytes, time from a probe, and what does not fit.
+
+Nothing is written. A plan is for the whole stage, also where a part of it is done already.
+"""
+
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ood_heatmap.cache.manifest import read_manifest, require_from
+from ood_heatmap.cache.shards import open_rows
+from ood_heatmap.classifier import Classifier
+from ood_heatmap.decoder import Decoder
+from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.embed import embed
+from ood_heatmap.pipeline.feed import (
+    TrainingSet,
+    available_memory,
+    batches_of,
+    choose_feed,
+    read_batch,
+)
+from ood_heatmap.pipeline.index import Index, check_classes
+from ood_heatmap.pipeline.index import bytes_per_row as index_row_bytes
+from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.pipeline.step import adam, make_step, measure_ceiling
+from ood_heatmap.pipeline.targets import bytes_per_row as target_row_bytes
+from ood_heatmap.pipeline.targets import chosen_rows
+from ood_heatmap.pipeline.train import check_maps, decoder_config
+
+PROBE_SECONDS = 2.0
+SHARDS_IN_MEMORY = 3  # one is computed, joined and written at the same time
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage takes.
+
+    Args:
+        rows: Images to go through, once.
+        disk: Bytes it writes.
+        host: Bytes of RAM at the peak, about.
+        on_gpu: Bytes of the GPU's memory at the peak, about; 0 on the CPU.
+        seconds: Expected, on this device.
+        rate: Images/s of the probe.
+        feed: Of the training.
+    """
+
+    rows: int
+    disk: int
+    host: int
+    on_gpu: int
+    seconds: float
+    rate: float
+    feed: str = ""
+
+
+def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) -> Plan:
+    """Return what stage 1 would take.
+
+    Args:
+        images: The ID training set.
+        classifier: On the device that shall compute.
+        config: Settings of the stage.
+    """
+    check_classes(images, classifier, config)
+    rate = embedding_rate(images, np.arange(len(images)), classifier, config)
+    weights = sum(item.nbytes for item in classifier.network.state_dict().values())
+    bank = len(images) * classifier.num_features * 4  # index.faiss; made in memory, then written
+    return Plan(
+        rows=len(images),
+        disk=len(images) * index_row_bytes(classifier) + bank + weights,
+        host=peak_of_host() + SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
+        on_gpu=peak_of_gpu(classifier.device),
+        seconds=len(images) / rate,
+        rate=rate,
+    )
+
+
+def plan_targets(run: Path, images: ImageSet, device: torch.device, config: TargetsConfig) -> Plan:
+    """Return what stage 2 would take.
+
+    Args:
+        run: A run directory with a finished index.
+        images: The OOD training set.
+        device: Where to embed and search.
+        config: Settings of the stage.
+    """
+    index = look_at_index(run)
+    rows = chosen_rows(images, config)
+    rate = embedding_rate(images, rows, index.classifier(device), config)
+    bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
+    count = len(rows) + round(config.patched * len(rows))
+    return Plan(
+        rows=count,
+        disk=count * target_row_bytes(index),
+        host=peak_of_host() + SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
+        on_gpu=peak_of_gpu(device) + bank * on_gpu,
+        seconds=count / rate,  # the search adds a few percent at most
+        rate=rate,
+    )
+
+
+def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
+    """Return what stage 3 would take.
+
+    Args:
+        run: A run directory with finished index and targets.
+        device: Where to train.
+        config: Settings of the stage.
+    """
+    index = look_at_index(run)
+    targets = read_manifest(run, "targets")
+    require_from(targets, index.manifest, run)
+    columns = open_rows(targets.shard_paths(run / "targets"))
+    data = TrainingSet(index.columns, columns, config.feature_maps)
+    check_maps(data, config)
+    config = replace(config, batch_size=min(config.batch_size, len(data)))
+    feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"
+    decoder = Decoder(decoder_config(index, config), index.feature_range).to(device)
+    num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
+    rate = training_rate(decoder, data, device, config)
+    weights = sum(item.nbytes for item in decoder.state_dict().values())
+    return Plan(
+        rows=len(data),
+        disk=4 * weights,  # the decoder; until it is finished a checkpoint with Adam's two moments
+        host=peak_of_host() + data.num_bytes * (feed == ("pinned" if on_gpu else "resident")),
+        on_gpu=peak_of_gpu(device) + data.num_bytes * (on_gpu and feed == "resident"),
+        seconds=num_images / rate,
+        rate=rate,
+        feed=feed,
+    )
+
+
+def look_at_index(run: Path) -> Index:
+    """Open a finished index; its bytes are not read, as a stage would."""
+    manifest = read_manifest(run, "index")
+    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
+
+
+def embedding_rate(
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    classifier: Classifier,
+    config: IndexConfig | TargetsConfig,
+) -> float:
+    """Return the images/s from the disk through the classifier, over about two seconds."""
+    size, meter = config.batch_size, Meter(0, "probe")
+    began, done = time.perf_counter(), 0
+    for number, batch in enumerate(
+        embed(
+            images,
+            [rows[start : start + size] for start in range(0, len(rows), size)],
+            classifier,
+            meter,
+            batch_size=size,
+            workers=config.workers,
+            skip_unreadable=config.skip_unreadable,
+        )
+    ):
+        done += len(batch.rows)
+        if number == 0 and len(rows) > size:  # a first batch warms up
+            began, done = time.perf_counter(), 0
+        elif time.perf_counter() - began > PROBE_SECONDS:
+            break
+    meter.bar.close()
+    return done / (time.perf_counter() - began)
+
+
+def training_rate(
+    decoder: Decoder, data: TrainingSet, device: torch.device, config: TrainConfig
+) -> float:
+    """Return the images/s of the step, over about two seconds; the decoder is used up."""
+    decoder.train().to(memory_format=torch.channels_last)
+    rows = next(batches_of(len(data), config.batch_size, config.seed, [0]))
+    example = read_batch(data, rows, device)
+    _, step = make_step(decoder, adam(decoder, config), config, example)
+    num_steps = config.epochs * (len(data) // config.batch_size)
+    return measure_ceiling(step, example, config.batch_size, num_steps)
+
+
+def peak_of_host() -> int:
+    """Return the most bytes of RAM this process had so far, the probe's included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_of_gpu(device: torch.device) -> int:
+    """Return the most bytes of a GPU this process had so far; 0 for the CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def lines_of(plan: Plan, run: Path, device: torch.device) -> list[str]:
+    """Return a plan in words, with what would not fit on this machine."""
+    on_gpu = f", {megabytes(plan.on_gpu)} of {device}" if device.type == "cuda" else ""
+    minutes, seconds = divmod(round(plan.seconds), 60)
+    return [
+        f"rows    {plan.rows:,}",
+        f"disk    {megabytes(plan.disk)}",
+        f"memory  {megabytes(plan.host)} of the host{on_gpu}, about",
+        *([f"feed    {plan.feed}"] if plan.feed else []),
+        f"time    about {minutes} min {seconds} s on {device}, from {plan.rate:,.0f} images/s",
+        *(problems(plan, run, device) or ["all of it fits"]),
+    ]
+
+
+def problems(plan: Plan, run: Path, device: torch.device) -> list[str]:
+    """Return a line for each thing there is too little of."""
+    place = next(path for path in (run, *run.absolute().parents) if path.exists())
+    room = [
+        (f"the disk of {place}", plan.disk, shutil.disk_usage(place).free),
+        ("RAM", plan.host, available_memory(CPU) + peak_of_host()),
+    ]
+    if device.type == "cuda":
+        room.append((f"{device}", plan.on_gpu, available_memory(device) + peak_of_gpu(device)))
+    return [
+        f"does not fit: {what}: {megabytes(needed)} are needed, {megabytes(free)} are free"
+        for what, needed, free in room
+        if needed > free
+    ]
+
+
+def megabytes(num_bytes: float) -> str:
+    """Return bytes for a reader."""
+    return f"{num_bytes / 1e6:,.0f} MB"

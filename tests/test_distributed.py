@@ -1,0 +1,155 @@
+"""Several processes under torchrun: what they exchange, and that they make what one makes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ood_heatmap import distributed
+from ood_heatmap.devices import choose_device
+from ood_heatmap.errors import UsageError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def started(command: list[str], log: Path, *, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """Start a command of ours in two processes under torchrun; it ends with the block."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    counts = ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*launcher, *counts, *command], env=ENVIRONMENT, stdout=file, stderr=file, text=True
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()  # torchrun ends its processes with it
+            process.wait()
+
+
+def run_in_two(command: list[str], log: Path) -> tuple[int, str]:
+    """Return the exit code of a command under torchrun, and all that it printed."""
+    with started(command, log) as process:
+        code = process.wait(timeout=120)
+    return code, log.read_text()
+
+
+def tree(run: Path) -> dict[str, bytes]:
+    """Return every file but the log, which says when each stage ran."""
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != "log.jsonl"
+    }
+
+
+@pytest.fixture(scope="module")
+def arrays(data, tmp_path_factory) -> Path:
+    """Return a folder with ID and OOD sets of several 1 MB shards."""
+    folder, generator = tmp_path_factory.mktemp("arrays"), np.random.default_rng(0)
+    for name, count in (("id", 3000), ("ood", 1500)):
+        coarse = generator.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+        np.savez(folder / f"{name}.npz", images=coarse.repeat(4, axis=1).repeat(4, axis=2))
+    return folder
+
+
+def commands(run: Path, arrays: Path, data: Path, spec: str) -> list[list[str]]:
+    common = ["--shard-mb", "1", "--batch-size", "64", "--device", "cpu"]
+    classifier = ["--classifier", spec, "--weights", f"{data}/weights.safetensors"]
+    classifier += ["--feature-maps", "1"]
+    program = str(Path(sys.executable).parent / "ood-heatmap")
+    return [
+        [program, "index", str(run), "--id", f"{arrays}/id.npz", *classifier, *common],
+        [program, "targets", str(run), "--ood", f"{arrays}/ood.npz", *common],
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(arrays, data, spec) -> Path:
+    """Return a run with the first two stages made by one process."""
+    for command in commands(arrays / "alone", arrays, data, spec):
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    return arrays / "alone"
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes_byte_for_byte(alone, arrays, data, spec, tmp_path):
+    wanted = tree(alone)
+    assert len([name for name in wanted if name.startswith("index/images")]) > 2
+    for command in commands(tmp_path / "run", arrays, data, spec):
+        code, printed = run_in_two(command, tmp_path / "log")
+        assert code == 0, printed
+        assert printed.count("next: ood-heatmap") == 1  # one process speaks for all
+    assert tree(tmp_path / "run") == wanted
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_ends_all_with_its_name(data, spec, arrays, tmp_path):
+    folder = tmp_path / "id"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(b"broken")
+    command = commands(tmp_path / "run", arrays, data, spec)[0]
+    command[command.index("--id") + 1] = str(folder)
+    code, printed = run_in_two(command, tmp_path / "log")
+    assert code != 0
+    assert "0.png is not a readable image" in printed
+    assert not (tmp_path / "run" / "index" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_the_run_ends_the_same(
+    alone, arrays, data, spec, tmp_path
+):
+    run = tmp_path / "run"
+    index, targets = commands(run, arrays, data, spec)
+    log = tmp_path / "log"
+    with started(index, log, restarts=2) as process:
+        kill_once_it_has_begun(process, run)
+        assert process.wait(timeout=120) == 0, log.read_text()
+    assert "exitcode: -9" in log.read_text()
+    assert run_in_two(targets, log)[0] == 0
+    assert tree(run) == tree(alone)
+
+
+def kill_once_it_has_begun(process: subprocess.Popen[str], run: Path) -> None:
+    """Kill one of a launcher's processes once a stage has begun."""
+    began = run / "index" / "unfinished.json"
+    while process.poll() is None and not began.exists():
+        time.sleep(0.01)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+
+
+def test_one_process_exchanges_nothing():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.gather({"a": 1}) == [{"a": 1}]
+    assert distributed.from_main(3) == 3
+    with distributed.process_group(torch.device("cpu")), distributed.main_first():
+        distributed.barrier()
+
+
+def test_under_torchrun_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match=r"cuda:1 is one GPU for 3 processes\. Use --device cuda"):
+        choose_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match=r"3 processes take one each and this machine has 2 GPUs"):
+        choose_device("auto")

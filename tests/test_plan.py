@@ -1,0 +1,113 @@
+"""A plan says what the stage then takes, and leaves everything as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ood_heatmap.cache.shards import map_shard
+from ood_heatmap.cli import main
+from ood_heatmap.images import open_images
+from ood_heatmap.pipeline import plan as module
+from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.plan import (
+    Plan,
+    lines_of,
+    plan_index,
+    plan_targets,
+    plan_train,
+    problems,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.0)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def array_bytes(run: Path, stage: str) -> int:
+    shards = [map_shard(path) for path in (run / stage).glob("*.h5")]
+    return sum(array.nbytes for shard in shards for array in shard.values())
+
+
+def test_the_index_takes_what_was_planned(run, data, classifier):
+    found = plan_index(open_images(str(data / "id")), classifier, IndexConfig(batch_size=16))
+    weights = sum(item.nbytes for item in classifier.network.state_dict().values())
+    assert found.rows == 80
+    assert found.disk == array_bytes(run, "index") + 80 * 8 * 4 + weights
+    assert found.on_gpu == 0
+    assert found.seconds == pytest.approx(80 / found.rate)
+
+
+def test_the_targets_take_what_was_planned(run, data):
+    images, config = open_images(str(data / "ood")), TargetsConfig(batch_size=16)
+    found = plan_targets(run, images, CPU, config)
+    assert found.rows == 50
+    assert found.disk == array_bytes(run, "targets")
+    patched = plan_targets(run, images, CPU, TargetsConfig(batch_size=16, patched=0.5))
+    assert (patched.rows, patched.disk) == (75, found.disk * 1.5)
+
+
+def test_training_takes_what_was_planned(run):
+    found = plan_train(run, CPU, TrainConfig(epochs=3, batch_size=32, width=32))
+    decoder = (run / "decoder" / "decoder.safetensors").stat().st_size  # of the same width
+    assert found.disk == pytest.approx(4 * decoder, rel=0.1)
+    assert found.rows == 130
+    assert found.seconds == pytest.approx(3 * 128 / found.rate)
+    assert found.feed == "resident"
+
+
+def test_a_resident_feed_counts_as_memory_and_a_streaming_one_does_not(run, monkeypatch):
+    monkeypatch.setattr(module, "peak_of_host", lambda: 0)
+    config = {"epochs": 1, "batch_size": 32, "width": 32}
+    resident, streaming = (
+        plan_train(run, CPU, TrainConfig(**config, feed=feed)) for feed in ("resident", "streaming")
+    )
+    assert streaming.host == 0
+    assert resident.host == 130 * (8 * 4 + 4) + 50 * 3 * 16 * 16 * 2
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    small = Plan(rows=1, disk=1, host=1, on_gpu=0, seconds=75, rate=2)
+    assert problems(small, tmp_path / "run", CPU) == []
+    lines = lines_of(small, tmp_path / "not" / "there", CPU)
+    assert "time    about 1 min 15 s on cpu, from 2 images/s" in lines
+    assert lines[-1] == "all of it fits"
+    large = Plan(rows=1, disk=10**18, host=10**17, on_gpu=0, seconds=1, rate=1)
+    disk, memory = problems(large, tmp_path / "not" / "there", CPU)
+    assert disk.startswith(f"does not fit: the disk of {tmp_path}: 1,000,000,000,000 MB are needed")
+    assert memory.startswith("does not fit: RAM: 100,000,000,000 MB are needed")
+
+
+def test_plan_takes_the_arguments_of_each_stage_and_writes_nothing(run, data, spec, tmp_path):
+    index = [tmp_path / "new", "--id", data / "id", "--classifier", spec]
+    commands = {
+        "index": [*index, "--weights", data / "weights.safetensors"],
+        "targets": [run, "--ood", data / "ood", "--limit", 40],
+        "train": [run, "--epochs", 2, "--width", 32, "--batch-size", 32],
+    }
+    before = tree(tmp_path)
+    for name, arguments in commands.items():
+        assert main.commands["plan"].commands[name].params == main.commands[name].params
+        typed = ["plan", name, *arguments, "--device", "cpu"]
+        result = CliRunner().invoke(main, [str(item) for item in typed])
+        assert result.exit_code == 0, result.output
+        for word in ("rows ", "disk ", "memory ", "time ", "all of it fits"):
+            assert word in result.output
+    assert "feed    resident" in result.output
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_of_what_is_not_there_yet_is_one_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(main, ["plan", "train", str(tmp_path / "empty"), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "has no index stage: run `ood-heatmap index" in result.output
