@@ -11,6 +11,8 @@ device.
 
 import importlib
 import importlib.metadata
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +29,15 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 # after torch (the other way round crashes where both bring a CUDA runtime), and only here
 import faiss  # isort: skip
 
+log = logging.getLogger(__name__)
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 Int64: TypeAlias = NDArray[np.int64]
 NUM_CANDIDATES = 8
 UNIT_ROUNDOFF = 2.0**-24  # of float32; FAISS never uses TF32 on its own
 PIECE_BYTES = 64 << 20
+# of centred rows kept in memory beside the mapped index: a quarter of what the machine has
+KEPT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def check_faiss() -> None:
@@ -74,6 +79,15 @@ class Nearest:
     num_proven: int = 0
     num_scanned: int = 0
 
+    def part(self, queries: slice) -> "Nearest":
+        """Return the answer for some of the queries; the counts stay those of all."""
+        return replace(
+            self,
+            row=self.row[queries],
+            distance=self.distance[queries],
+            same_class=self.same_class[queries],
+        )
+
 
 def squared_distances(queries: NDArray[Any], rows: NDArray[Any]) -> Float64:
     """Return float64 squared distances between the last axes, by plain differences.
@@ -105,10 +119,18 @@ def first_of_equals(features: Float32) -> NDArray[np.bool_]:
     first = np.ones(len(words), dtype=bool)
     order = np.argsort(hashes, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(hashes[order]) != 0])
-    for group in np.split(order, starts[1:]) if len(starts) < len(words) else ():
-        for position, row in enumerate(group[1:], start=1):
-            before = group[:position][first[group[:position]]]
-            first[row] = not (words[before] == words[row]).all(axis=1).any()
+    ends = np.r_[starts[1:], len(words)]
+    for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
+        group = order[start:end]
+        while len(group) > 1:  # more than one round only where two rows share a hash by chance
+            equal = np.concatenate(
+                [
+                    (words[piece] == words[group[0]]).all(axis=1)
+                    for piece in pieces(group, 4 * words.shape[1])
+                ]
+            )
+            first[group[equal][1:]] = False
+            group = group[~equal]
     return first
 
 
@@ -150,26 +172,54 @@ class Bank:
             label: features[part].mean(axis=0, dtype=np.float64)
             for label, part in self.slices.items()
         }
+        # centred rows by class, and the longest of each class
         self.on_gpu: dict[int, torch.Tensor] = {}
+        self.on_host: dict[int, Float32] = {}
+        self.longest: dict[int, float] = {}
         if self.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
             # FAISS then takes tensors, on torch's own stream
             importlib.import_module("faiss.contrib.torch_utils")
             self.resources = faiss.StandardGpuResources()
-            self.on_gpu = {
-                label: torch.from_numpy(self.centred(label)).to(self.device)
-                for label in self.slices
-            }
+            try:
+                for label in self.slices:
+                    centred = torch.from_numpy(self.centred(label))
+                    self.on_gpu[label] = centred.to(self.device)
+            except torch.OutOfMemoryError:
+                self.leave_gpu()
 
     def __len__(self) -> int:
         return len(self.features)
 
+    def leave_gpu(self) -> None:
+        """Search on the CPU from now on; the answers are the same."""
+        log.warning("%s has no memory for the search: going on with it on the CPU", self.device)
+        self.on_gpu = {}
+        self.device = torch.device("cpu")
+        torch.cuda.empty_cache()
+
     def centred(self, label: int) -> Float32:
         """Return the searched rows of a class less their mean, float32."""
-        rows = self.features[self.slices[label]]
-        kept = self.kept[label]
-        rows = rows if len(kept) == len(rows) else rows[kept]
-        centred: Float32 = (rows - self.means[label]).astype(np.float32)
+        rows, kept = self.features[self.slices[label]], self.kept[label]
+        centred = np.empty((len(kept), rows.shape[1]), np.float32)
+        start = 0
+        for piece in pieces(kept, 8 * rows.shape[1]):
+            centred[start : start + len(piece)] = rows[piece] - self.means[label]
+            start += len(piece)
+        squared = np.einsum("nd,nd->n", centred, centred)
+        self.longest[label] = float(np.sqrt(squared.max()))
         return centred
+
+    def centred_on_host(self, label: int) -> Float32:
+        """Return ``centred``, kept for the next search as long as there is memory for it.
+
+        Made anew for every shard, it costs more than the search where a shard has few queries.
+        """
+        if label not in self.on_host:
+            centred = self.centred(label)
+            if sum(item.nbytes for item in self.on_host.values()) + centred.nbytes > KEPT_BYTES:
+                return centred
+            self.on_host[label] = centred
+        return self.on_host[label]
 
     def nearest(self, queries: Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
         """Return the nearest row with the query's predicted class, or of all where that class is
@@ -183,11 +233,17 @@ class Bank:
         squared = np.full(len(queries), np.inf)
         same_class = np.isin(prediction, self.classes)
         proven = scanned = 0
-        for label in self.slices:
-            mine = np.flatnonzero((prediction == label) | ~same_class)
-            if not len(mine):
-                continue
-            found, distance, num_proven, num_scanned = self.nearest_in(label, queries[mine])
+        asked = {
+            label: mine
+            for label in self.slices
+            if len(mine := np.flatnonzero((prediction == label) | ~same_class))
+        }
+        # a GPU has all classes under way before the first answer is looked at
+        searches = {label: self.search(label, queries[mine]) for label, mine in asked.items()}
+        for label, mine in asked.items():
+            found, distance, num_proven, num_scanned = self.nearest_in(
+                label, queries[mine], searches.pop(label)
+            )
             # only a query without a class of its own meets more than one class here
             closer = (distance < squared[mine]) | (
                 (distance == squared[mine]) & (found < row[mine])
@@ -219,11 +275,14 @@ class Bank:
         squared = squared_distances(queries, self.features[position])
         return Nearest(self.row[position], np.sqrt(squared), np.isin(prediction, self.classes))
 
-    def nearest_in(self, label: int, queries: Float32) -> tuple[Int64, Float64, int, int]:
+    def nearest_in(
+        self, label: int, queries: Float32, search: "Search"
+    ) -> tuple[Int64, Float64, int, int]:
         """Return (row, squared distance) of the nearest row of one class, and how many were
         proven and scanned."""
         kept, part = self.kept[label], self.slices[label]
-        rounded, candidates, bound = self.candidates(label, queries)
+        rounded, candidates = (as_array(item) for item in (search.squared, search.positions))
+        rounded, bound = rounded.astype(np.float64), search.bound
         # far enough ahead of the second: no rounding can have swapped them
         best = candidates[:, 0].copy()
         clear = np.ones(len(queries), dtype=bool)
@@ -239,11 +298,12 @@ class Bank:
             )
             best[start] = lowest
             # a row outside the candidates is at least (last candidate - bound) away
-            if near.shape[1] < len(kept):
-                open_still = start[~(exact.min(axis=1) < rounded[start, -1] - bound[start])]
-                for one in open_still:
-                    best[one] = self.scan(label, queries[one])
-                scanned += len(open_still)
+            proven = exact.min(axis=1) < rounded[start, -1] - bound[start]
+            # where the squares do not fit into float32 there are no candidates
+            open_still = start[(near < 0).any(axis=1) | (near.shape[1] < len(kept)) & ~proven]
+            for one in open_still:
+                best[one] = self.scan(label, queries[one])
+            scanned += len(open_still)
         position = part.start + kept[best]
         assert ((position >= part.start) & (position < part.stop)).all(), "a hit of another class"
         exact = np.empty(len(queries))
@@ -251,9 +311,8 @@ class Bank:
             exact[piece] = squared_distances(queries[piece], self.features[position[piece]])
         return self.row[position], exact, int(clear.sum()), scanned
 
-    def candidates(self, label: int, queries: Float32) -> tuple[Float64, Int64, Float64]:
-        """Return float32 distances and positions of the nearest rows of a class, and the bound on
-        the rounding.
+    def search(self, label: int, queries: Float32) -> "Search":
+        """Return the nearest rows of a class by float32 distances, and the bound on the rounding.
 
         The bound: a float32 sum of D products is off by at most ``D u |q| |b|`` (u: unit
         roundoff), in any order of
@@ -262,20 +321,35 @@ class Bank:
         """
         centred_queries = (queries - self.means[label]).astype(np.float32)
         if self.on_gpu:
-            bank: Any = self.on_gpu[label]
-            longest = float(torch.linalg.vector_norm(bank, dim=1).max())
-            count = min(NUM_CANDIDATES, len(bank))
-            asked = torch.from_numpy(centred_queries).to(self.device)
-            found = faiss.knn_gpu(self.resources, asked, bank, count)
-            rounded, positions = (item.cpu().numpy() for item in found)
+            squared, positions = self.search_on_gpu(label, centred_queries)
         else:
-            bank = self.centred(label)
-            longest = float(np.sqrt(np.einsum("nd,nd->n", bank, bank).max()))
-            count = min(NUM_CANDIDATES, len(bank))
-            rounded, positions = faiss.knn(centred_queries, bank, count)
-        norms = np.linalg.norm(centred_queries, axis=1).astype(np.float64) + longest
+            squared, positions = self.search_on_host(label, centred_queries)
+        norms = np.linalg.norm(centred_queries.astype(np.float64), axis=1) + self.longest[label]
         bound = 1.001 * (queries.shape[1] + 8) * UNIT_ROUNDOFF * norms**2
-        return rounded.astype(np.float64), positions, bound
+        return Search(squared, positions, bound)
+
+    def search_on_gpu(self, label: int, centred_queries: Float32) -> tuple[Any, Any]:
+        """Return squared distances and positions as tensors that are still being computed."""
+        bank = self.on_gpu[label]
+        asked = torch.from_numpy(centred_queries).pin_memory()
+        try:
+            with torch.cuda.device(self.device):  # FAISS takes the current device and its stream
+                asked = asked.to(self.device, non_blocking=True)
+                found: tuple[Any, Any] = faiss.knn_gpu(
+                    self.resources, asked, bank, min(NUM_CANDIDATES, len(bank))
+                )
+                return found
+        except RuntimeError as error:  # torch's and FAISS's own, which has no class for it
+            if "memory" not in str(error) and "alloc" not in str(error):
+                raise
+            self.leave_gpu()
+        return self.search_on_host(label, centred_queries)
+
+    def search_on_host(self, label: int, centred_queries: Float32) -> tuple[Any, Any]:
+        """Return squared distances and positions as arrays."""
+        bank = self.centred_on_host(label)
+        found: tuple[Any, Any] = faiss.knn(centred_queries, bank, min(NUM_CANDIDATES, len(bank)))
+        return found
 
     def scan(self, label: int, query: Float32) -> int:
         """Return the position among the searched rows of the nearest one, in float64, the lowest
@@ -285,6 +359,27 @@ class Bank:
             [squared_distances(query, rows[piece]) for piece in pieces(kept, 16 * rows.shape[1])]
         )
         return int(distances.argmin())
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a float32 search of one class found for B queries: arrays, or tensors on a GPU.
+
+    Args:
+        squared: ``(B, K)`` float32 squared distances, ascending.
+        positions: ``(B, K)`` int64 positions among the class's searched rows, -1 where none.
+        bound: ``(B,)`` float64, how far a squared distance can be off.
+    """
+
+    squared: Any
+    positions: Any
+    bound: Float64
+
+
+def as_array(item: Any) -> NDArray[Any]:
+    """Return an array, or a tensor once it is computed, as an array."""
+    array: NDArray[Any] = item.cpu().numpy() if isinstance(item, torch.Tensor) else item
+    return array
 
 
 def pieces(items: Int64, bytes_each: int) -> Sequence[Int64]:

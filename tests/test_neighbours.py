@@ -71,9 +71,10 @@ def test_two_tight_clusters_in_one_class_need_and_get_a_float64_scan():
 
 
 @pytest.mark.parametrize("spread", [0.2, 2e-4])
-@pytest.mark.parametrize("batch_size", [1, 7, 250])
+@pytest.mark.parametrize("batch_size", [1, 7, 250, 4096])
 def test_the_answer_does_not_depend_on_the_batch(spread, batch_size):
-    query, query_class, bank, bank_class = clusters(spread)
+    # 4096: more than one class of them is beyond the 128,000 numbers where FAISS turns to BLAS
+    query, query_class, bank, bank_class = clusters(spread, num_queries=max(500, batch_size + 9))
     searched = bank_of(bank, bank_class)
     whole = searched.nearest(query, query_class)
     starts = range(0, len(query), batch_size)
@@ -82,6 +83,32 @@ def test_the_answer_does_not_depend_on_the_batch(spread, batch_size):
     ]
     np.testing.assert_array_equal(whole.row, np.concatenate([part.row for part in parts]))
     np.testing.assert_array_equal(whole.distance, np.concatenate([part.distance for part in parts]))
+
+
+def test_values_whose_squares_do_not_fit_into_float32_are_compared_in_float64():
+    generator = np.random.default_rng(0)
+    for num_rows in (1, 5, 40):
+        bank = (1e30 * generator.normal(size=(num_rows, 6))).astype("f4")
+        query = (1e30 * generator.normal(size=(20, 6))).astype("f4")
+        one_class = np.zeros(num_rows, int)
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = bank_of(bank, one_class).nearest(query, np.zeros(20, int))
+        np.testing.assert_array_equal(
+            found.row, brute_force(query, np.zeros(20, int), bank, one_class)
+        )
+
+
+def test_centred_rows_are_kept_up_to_a_limit_and_the_answer_is_the_same(monkeypatch):
+    query, query_class, bank, bank_class = clusters(2e-3)
+    whole = bank_of(bank, bank_class)
+    wanted = whole.nearest(query, query_class).row
+    assert sorted(whole.on_host) == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(neighbours, "KEPT_BYTES", bank.nbytes // 3)
+    monkeypatch.setattr(neighbours, "PIECE_BYTES", 50_000)
+    scarce = bank_of(bank, bank_class)
+    for _ in range(2):
+        np.testing.assert_array_equal(scarce.nearest(query, query_class).row, wanted)
+    assert sum(item.nbytes for item in scarce.on_host.values()) <= bank.nbytes // 3
 
 
 @settings(max_examples=60, deadline=None)
