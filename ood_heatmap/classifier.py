@@ -221,7 +221,7 @@ def find_maps(network: nn.Module, probe: Tensor, count: int) -> tuple[str, ...]:
     if len(ends) < count:
         raise OodHeatmapError(
             f"the network has spatial feature maps of {len(ends)} sizes, --feature-maps asks for "
-            f"{count}."
+            f"{count}: use --feature-maps {len(ends)}, and the same with train."
         )
     return tuple(ends[:count])
 

@@ -174,8 +174,8 @@ def main(context: click.Context, verbose: bool) -> None:
     "--feature-maps",
     "num_maps",
     type=click.IntRange(0, 3),
-    default=0,
-    help="Cache this many spatial feature maps as well.",
+    default=TrainConfig.feature_maps,
+    help="Cache this many of the classifier's spatial feature maps, the deepest first.",
 )
 @click.option("--ignore-labels", is_flag=True, help="Take class folders for folders only.")
 @embed_options
@@ -333,7 +333,25 @@ def targets(
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=TrainConfig.lr, help="Learning rate."
 )
-@click.option("--seed", default=TrainConfig.seed, help="Of the first weights and of the order.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "constant"]),
+    default=TrainConfig.schedule,
+    help="Of the learning rate: up in a tenth of the steps and down to 0, or the same throughout.",
+)
+@click.option(
+    "--noise",
+    type=click.FloatRange(0),
+    default=TrainConfig.noise,
+    help="On the inputs in training, in standard deviations; for the plain stack.",
+)
+@click.option("--seed", default=TrainConfig.seed, help="Of first weights, order and noise.")
+@click.option(
+    "--stack",
+    type=click.Choice(["plain", "dcgan"]),
+    default=TrainConfig.stack,
+    help="Without batch norm and with noise, or with batch norm, as in the paper.",
+)
 @click.option(
     "--target",
     type=click.Choice(["signed", "magnitude"]),
@@ -377,7 +395,10 @@ def train(
     epochs: int,
     batch_size: int,
     lr: float,
+    schedule: str,
+    noise: float,
     seed: int,
+    stack: str,
     target: str,
     width: int,
     feature_maps: int,
@@ -397,7 +418,20 @@ def train(
     from ood_heatmap.pipeline.train import train_decoder
 
     config = TrainConfig(
-        epochs, batch_size, lr, seed, target, width, feature_maps, feed, precision, step, overwrite
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+        noise=noise,
+        seed=seed,
+        stack=stack,
+        target=target,
+        width=width,
+        feature_maps=feature_maps,
+        feed=feed,
+        precision=precision,
+        step=step,
+        overwrite=overwrite,
     )
     with stage_device(device) as place:
         results = train_decoder(run, place, config).results

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
@@ -12,6 +15,9 @@ from torch.nn import functional
 from ood_heatmap.distributed import world_size
 
 SIGNED, MAGNITUDE = "signed", "magnitude"
+PLAIN, DCGAN = "plain", "dcgan"
+HIDDEN = 256
+Numbers: TypeAlias = float | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,10 @@ class DecoderConfig:
         width: Channels of the first map; found from D when 0.
         map_shapes: ``(C, h, w)`` of each of the classifier's feature maps that it takes.
         num_channels: Channels of the heatmap.
+        stack: ``dcgan``, the paper's: batch norm after each convolution; or ``plain``: no batch
+            norm, a hidden layer before the first map, and the spread of the deepest feature map
+            beside the features. It trains with noise on its inputs, which batch norm does not bear:
+            its statistics would be those of noisy inputs, and the images come without.
     """
 
     num_features: int
@@ -35,6 +45,13 @@ class DecoderConfig:
     width: int = 0
     map_shapes: tuple[tuple[int, int, int], ...] = ()
     num_channels: int = 3
+    stack: str = DCGAN
+
+    @property
+    def num_inputs(self) -> int:
+        """Numbers that describe an image beside its class and maps: features, spread of a map."""
+        spread = self.map_shapes[0][0] if self.map_shapes and self.stack == PLAIN else 0
+        return self.num_features + spread
 
     @property
     def num_doublings(self) -> int:
@@ -48,25 +65,27 @@ class DecoderConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels after each step: the power of two at or above D in [256, 2048], then halves.
+        """Channels after each step: from D's power of two, twice D up to 256, then halves.
 
         These are the reference's: 512-256-128-64 for D = 512 at 32 px, 256-128-64-32 for 128, and
         2048-1024-512-256-128 for 2048 at 64 px.
         """
-        first = self.width or min(2048, max(256, 1 << (self.num_features - 1).bit_length()))
+        power = 1 << (self.num_features - 1).bit_length()
+        first = self.width or min(2048, max(power, min(256, 2 * power)))
         return tuple(max(16, first >> step) for step in range(self.num_doublings + 1))
 
 
 class Decoder(nn.Module):
-    """A DCGAN-like stack of transposed convolutions.
+    """A stack of transposed convolutions.
 
     Feature maps join at the step whose size is nearest to theirs, each through a 1x1 convolution
     of its own.
 
     Args:
         config: Its shape.
-        feature_range: Minimum and maximum over all ID training features, to scale the input to [0,
-            1].
+        feature_range: What becomes 0 and what becomes 1: one number for all inputs or one for each;
+            the paper's are the minimum and the maximum over all ID training features.
+        map_ranges: The same for the channels of each feature map.
 
     Source: Hornauer and Belagiannis, Heatmap-based Out-of-Distribution Detection, WACV 2023; the
         stack is that of Radford et al., DCGAN, ICLR 2016.
@@ -75,11 +94,17 @@ class Decoder(nn.Module):
     feature_range: Tensor
 
     def __init__(
-        self, config: DecoderConfig, feature_range: tuple[float, float] = (0.0, 1.0)
+        self,
+        config: DecoderConfig,
+        feature_range: tuple[Numbers, Numbers] = (0.0, 1.0),
+        map_ranges: Sequence[tuple[Numbers, Numbers]] = (),
     ) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("feature_range", torch.tensor(feature_range, dtype=torch.float32))
+        self.register_buffer("feature_range", as_range(feature_range, config.num_inputs))
+        for number, shape in enumerate(config.map_shapes):
+            given = map_ranges[number] if map_ranges else (0.0, 1.0)
+            self.register_buffer(f"map_range_{number}", as_range(given, shape[0]))
         widths = config.widths
         sizes = [config.first_size << step for step in range(len(widths))]
         self.joins = tuple(
@@ -88,17 +113,18 @@ class Decoder(nn.Module):
         )
         self.sizes = sizes
         self.maps = nn.ModuleList(
-            block(nn.Conv2d(shape[0], widths[step], 1, bias=False))
+            self.block(nn.Conv2d(shape[0], widths[step], 1, bias=self.is_plain))
             for shape, step in zip(config.map_shapes, self.joins, strict=True)
         )
-        self.first = nn.Linear(
-            config.num_features + config.num_classes, widths[0] * config.first_size**2, bias=False
-        )
-        self.first_norm = nn.Sequential(BatchNorm(widths[0]), nn.ReLU())
+        inputs, first = config.num_inputs + config.num_classes, widths[0] * config.first_size**2
+        self.hidden = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU()) if self.is_plain else None
+        self.first = nn.Linear(HIDDEN if self.is_plain else inputs, first, bias=self.is_plain)
+        norm = nn.Identity() if self.is_plain else BatchNorm(widths[0])
+        self.first_norm = nn.Sequential(norm, nn.ReLU())
         self.steps = nn.ModuleList(
-            block(
+            self.block(
                 nn.ConvTranspose2d(
-                    before * (1 + self.joins.count(step)), after, 4, 2, 1, bias=False
+                    before * (1 + self.joins.count(step)), after, 4, 2, 1, bias=self.is_plain
                 )
             )
             for step, (before, after) in enumerate(pairwise(widths))
@@ -106,23 +132,48 @@ class Decoder(nn.Module):
         self.last = nn.Conv2d(
             widths[-1] * (1 + self.joins.count(len(widths) - 1)), config.num_channels, 1
         )
-        self.apply(initialise)
+        self.apply(initialise_plain if self.is_plain else initialise)
+        if self.is_plain:  # begin near the ID images' target, 0 everywhere
+            nn.init.normal_(self.last.weight, 0.0, 0.02)
+            nn.init.constant_(self.last.bias, 0.0 if config.target == SIGNED else -2.0)
 
-    def forward(self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Tell the stack."""
+        return self.config.stack == PLAIN
+
+    def block(self, convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
+        """Return a convolution with its ReLU, and the norm between them where the stack has it."""
+        if self.is_plain:
+            return nn.Sequential(convolution, nn.ReLU())
+        return nn.Sequential(convolution, BatchNorm(convolution.out_channels), nn.ReLU())
+
+    def forward(
+        self,
+        features: Tensor,
+        prediction: Tensor,
+        maps: Sequence[Tensor] = (),
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Return heatmaps.
 
         Args:
             features: ``(B, D)`` float32.
             prediction: ``(B,)`` predicted class.
             maps: ``(B, C, h, w)`` of each map in the configuration.
+            noise: ``(B, num_inputs)``, added to the scaled inputs in training.
 
         Returns:
             ``(B, num_channels, size, size)`` in [-1, 1] (signed) or [0, 1] (magnitude).
         """
+        inputs = [features, maps[0].std(dim=(2, 3))] if self.is_plain and maps else [features]
         low, high = self.feature_range
+        x = (torch.cat(inputs, dim=1) - low) / (high - low)
+        x = x if noise is None else x + noise
         classes = torch.arange(self.config.num_classes, device=prediction.device)
         one_hot = (prediction[:, None] == classes).to(features.dtype)
-        x = self.first(torch.cat([(features - low) / (high - low), one_hot], dim=1))
+        x = torch.cat([x, one_hot], dim=1)
+        x = self.first(x if self.hidden is None else self.hidden(x))
         x = self.first_norm(x.unflatten(1, (-1, self.config.first_size, self.config.first_size)))
         for step in range(len(self.sizes)):
             x = torch.cat([x, *self.joining(maps, step)], dim=1)
@@ -135,13 +186,17 @@ class Decoder(nn.Module):
     def joining(self, maps: Sequence[Tensor], step: int) -> list[Tensor]:
         """Return the feature maps that join at a step, at its size."""
         size = (self.sizes[step], self.sizes[step])
+        joining = [number for number, joins_at in enumerate(self.joins) if joins_at == step]
+        scaled = [self.maps[number](self.scaled(maps[number], number)) for number in joining]
         return [
-            functional.interpolate(convolve(item), size, mode="bilinear")
-            if item.shape[2:] != size
-            else convolve(item)
-            for item, convolve, joins_at in zip(maps, self.maps, self.joins, strict=True)
-            if joins_at == step
+            functional.interpolate(item, size, mode="bilinear") if item.shape[2:] != size else item
+            for item in scaled
         ]
+
+    def scaled(self, item: Tensor, number: int) -> Tensor:
+        """Return a feature map with each channel in its range."""
+        low, high = self.get_buffer(f"map_range_{number}")[..., None, None]
+        return (item - low) / (high - low)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -192,9 +247,10 @@ def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count[0].float(), mean.float(), (square - mean.square()).float()
 
 
-def block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
-    """Return a convolution with its batch norm and ReLU."""
-    return nn.Sequential(convolution, BatchNorm(convolution.out_channels), nn.ReLU())
+def as_range(ends: tuple[Numbers, Numbers], count: int) -> Tensor:
+    """Return ``(2, count)`` float32: what becomes 0, and what becomes 1."""
+    low, high = (torch.as_tensor(end, dtype=torch.float32).expand(count) for end in ends)
+    return torch.stack([low, torch.where(high > low, high, low + 1)])  # one value alone: not by 0
 
 
 def initialise(module: nn.Module) -> None:
@@ -203,3 +259,14 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def initialise_plain(module: nn.Module) -> None:
+    """Draw weights that keep the variance through a ReLU (He et al., ICCV 2015)."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        fan_in = module.weight[0].numel()
+        if isinstance(module, nn.ConvTranspose2d):  # of 4x4 weights 2x2 meet in a pixel
+            fan_in = module.in_channels * module.weight[0, 0].numel() // 4
+        nn.init.normal_(module.weight, 0.0, (2 / fan_in) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

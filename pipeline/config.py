@@ -6,6 +6,9 @@ Imports nothing heavy: the command line reads it.
 from dataclasses import dataclass
 
 SHARD_MEGABYTES = 128
+FEATURE_MAPS = (
+    1  # the deepest alone: shallower ones see how an image was resized, not what it shows
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class TargetsConfig:
     limit: int | None = None
     seed: int = 0
     pairing: str = "nearest"
-    patched: float = 0.0
+    patched: float = 0.5
     batch_size: int = 256
     workers: int = 2
     shard_mb: int = SHARD_MEGABYTES
@@ -66,7 +69,11 @@ class TrainConfig:
         epochs: Passes over all ID and OOD images.
         batch_size: Images a step, over all devices.
         lr: Learning rate of Adam.
-        seed: Of the decoder's first weights and of the order of images.
+        schedule: ``cosine``: up in a tenth of the steps and down to 0; or ``constant``.
+        noise: Added to the decoder's inputs in training, in their standard deviations; for the
+            ``plain`` stack.
+        seed: Of the decoder's first weights, of the order of images and of the noise.
+        stack: ``plain``, or ``dcgan``: with batch norm, as in the paper.
         target: ``magnitude``, or ``signed``: the difference itself, as in the paper.
         width: Channels of the decoder's first map; found from the features' width when 0.
         feature_maps: How many of the classifier's feature maps the decoder takes as well.
@@ -78,11 +85,14 @@ class TrainConfig:
 
     epochs: int = 20
     batch_size: int = 200
-    lr: float = 2e-4
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    noise: float = 0.5
     seed: int = 0
+    stack: str = "plain"
     target: str = "magnitude"
     width: int = 0
-    feature_maps: int = 0
+    feature_maps: int = FEATURE_MAPS
     feed: str = "auto"
     precision: str = "auto"
     step: str = "auto"

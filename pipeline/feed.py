@@ -38,17 +38,26 @@ class TrainingBatch:
         prediction: ``(B,)`` int32.
         heatmap: ``(B, C, H, W)`` int16, 0 for ID rows.
         maps: Feature maps ``(B, c, h, w)`` float16.
+        noise: ``(B, N)`` float32 for the decoder's scaled inputs, drawn anew for each step.
     """
 
     features: Tensor
     prediction: Tensor
     heatmap: Tensor
     maps: tuple[Tensor, ...] = ()
+    noise: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, always in the same order."""
-        return (self.features, self.prediction, self.heatmap, *self.maps)
+        noise = () if self.noise is None else (self.noise,)
+        return (self.features, self.prediction, self.heatmap, *self.maps, *noise)
+
+    def clone(self) -> "TrainingBatch":
+        """Return a copy in memory of its own."""
+        features, prediction, heatmap, *rest = (item.clone() for item in self.tensors)
+        noise = None if self.noise is None else rest.pop()
+        return TrainingBatch(features, prediction, heatmap, tuple(rest), noise)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     check_maps(data, config)
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"
-    decoder = Decoder(decoder_config(index, config), index.feature_range).to(device)
+    decoder = Decoder(decoder_config(index, config)).to(device)  # its speed alone matters here
     num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
     rate = training_rate(decoder, data, device, config)
     weights = sum(item.nbytes for item in decoder.state_dict().values())

@@ -1,6 +1,7 @@
 """One step of training: plain, compiled, or captured as a CUDA graph; and its ceiling."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -34,10 +35,35 @@ def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
 
 def adam(decoder: nn.Module, config: TrainConfig) -> torch.optim.Adam:
     """Return the reference's optimiser."""
-    on_gpu = next(decoder.parameters()).is_cuda
+    device = next(decoder.parameters()).device
+    on_gpu = device.type == "cuda"
+    # a captured step reads the learning rate from where it is on the GPU
+    lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
     return torch.optim.Adam(
-        decoder.parameters(), config.lr, betas=(0.5, 0.999), fused=True, capturable=on_gpu
+        decoder.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=on_gpu
     )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step, without waiting for a GPU."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def lr_at(step: int, num_steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of a step: constant, or up in a tenth of the steps and then down.
+
+    Source: Loshchilov and Hutter, SGDR, ICLR 2017 (the cosine); Goyal et al., 2017 (the warm-up).
+    """
+    if config.schedule == "constant":
+        return config.lr
+    warm_up = max(1, num_steps // 10)
+    if step < warm_up:
+        return config.lr * (step + 1) / warm_up
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (num_steps - warm_up)))
 
 
 def shared(decoder: nn.Module) -> nn.Module:
@@ -71,7 +97,7 @@ def training_step(
     def loss_of(batch: TrainingBatch) -> Tensor:
         with autocast(device, config):
             maps = [item.float() for item in batch.maps]
-            heatmap = decoder(batch.features, batch.prediction, maps)
+            heatmap = decoder(batch.features, batch.prediction, maps, batch.noise)
         target = target_heatmap(batch.heatmap, signed=config.target == SIGNED)
         share = len(target) * world_size() / config.batch_size  # not 1 where the split is uneven
         return weighted_squared_error(heatmap, target) * share
@@ -101,8 +127,7 @@ def captured(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatc
     Source: PyTorch's documentation, CUDA semantics, "Whole-network capture".
     """
     device = example.features.device
-    features, prediction, heatmap, *maps = (item.clone() for item in example.tensors)
-    static = TrainingBatch(features, prediction, heatmap, tuple(maps))
+    static = example.clone()
     current = torch.cuda.current_stream(device)
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(current)

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
@@ -25,8 +26,9 @@ from ood_heatmap.cache.manifest import (
     read_manifest,
     require_from,
 )
-from ood_heatmap.decoder import Decoder, DecoderConfig
-from ood_heatmap.distributed import from_main, is_main, world_size
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
+from ood_heatmap.distributed import from_main, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.pipeline.config import TrainConfig
@@ -41,13 +43,24 @@ from ood_heatmap.pipeline.feed import (
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.shares import sole_writer
-from ood_heatmap.pipeline.step import Step, adam, make_step, measure_ceiling, shared, snapshot
+from ood_heatmap.pipeline.step import (
+    Step,
+    adam,
+    lr_at,
+    make_step,
+    measure_ceiling,
+    set_lr,
+    shared,
+    snapshot,
+)
 from ood_heatmap.pipeline.targets import open_targets
 
 log = logging.getLogger(__name__)
 
 DECODER, HISTORY = "decoder.safetensors", "history.jsonl"
 CHECKPOINT_SECONDS = 10
+ROWS_AT_ONCE = 4096
+Float32 = NDArray[np.float32]
 
 
 def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manifest:
@@ -80,9 +93,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         if finished is not None:
             log.info("%s is finished already", stage.directory)
             return finished
-        decoder = train(
-            stage, data, decoder_config(index, config), index.feature_range, device, config
-        )
+        decoder = train(stage, data, index, device, config)
         manifest = (
             finish(stage, decoder, data, index, targets.manifest, config) if is_main() else None
         )
@@ -109,7 +120,7 @@ def check_maps(data: TrainingSet, config: TrainConfig) -> None:
                 f"the {stage} stage cached {have} feature maps, --feature-maps asks for "
                 f"{config.feature_maps}. "
                 f"Run `ood-heatmap index` again with --feature-maps {config.feature_maps}, then "
-                f"targets."
+                f"targets; or train with --feature-maps {have}."
             )
 
 
@@ -124,14 +135,55 @@ def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
         target=config.target,
         width=config.width,
         map_shapes=tuple((shape[0], shape[1], shape[2]) for shape in shapes),
+        stack=config.stack,
     )
+
+
+def new_decoder(index: Index, config: TrainConfig) -> Decoder:
+    """Return an untrained decoder with the ranges of an index's features and feature maps."""
+    shape = decoder_config(index, config)
+    if config.stack == DCGAN:
+        return Decoder(shape, index.feature_range)
+    maps = [index.columns[f"feature_maps_{number + 1}"] for number in range(config.feature_maps)]
+    inputs = [spread_of(index.columns["features"])]
+    if maps:
+        inputs.append(spread_of(maps[0], lambda rows: rows.std(axis=(2, 3), ddof=1)))
+    low, high = (np.concatenate(ends) for ends in zip(*inputs, strict=True))
+    return Decoder(shape, (low, high), [spread_of(item, as_locations) for item in maps])
+
+
+def as_locations(maps: Float32) -> Float32:
+    """Return feature maps ``(B, C, h, w)`` as ``(B h w, C)``."""
+    return maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def spread_of(
+    column: Rows, numbers: Callable[[Float32], Float32] = lambda rows: rows
+) -> tuple[Float32, Float32]:
+    """Return the mean of each number over all rows, and the mean plus one standard deviation.
+
+    In float64, a piece at a time.
+
+    Args:
+        column: Of the index.
+        numbers: Rows to ``(M, N)``.
+    """
+    count, total, squares = 0, np.float64(0), np.float64(0)
+    for part in column:
+        for start in range(0, len(part), ROWS_AT_ONCE):
+            rows = numbers(part[start : start + ROWS_AT_ONCE].astype(np.float32))
+            count += len(rows)
+            total = total + rows.sum(axis=0, dtype=np.float64)
+            squares = squares + np.square(rows, dtype=np.float64).sum(axis=0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return np.float32(mean), np.float32(mean + deviation)  # type: ignore[return-value]
 
 
 def train(
     stage: Stage,
     data: TrainingSet,
-    shape: DecoderConfig,
-    feature_range: tuple[float, float],
+    index: Index,
     device: torch.device,
     config: TrainConfig,
 ) -> Decoder:
@@ -142,7 +194,7 @@ def train(
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     # channels_last: what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time,
     # widths 256-128-64-32, batch 100)
-    decoder = Decoder(shape, feature_range).to(device)
+    decoder = new_decoder(index, config).to(device)
     decoder.to(memory_format=torch.channels_last)
     optimizer = adam(decoder, config)
     history = resume(stage, decoder, optimizer)
@@ -152,7 +204,7 @@ def train(
     log.info(
         "train: %d ID and %d OOD images, %s feed (%.0f MB), decoder %s, %s target",
         *(data.num_id, len(data) - data.num_id, kind, data.num_bytes / 1e6),
-        *("-".join(map(str, shape.widths)), config.target),
+        *("-".join(map(str, decoder.config.widths)), config.target),
     )
     try:
         speed = run_epochs(stage, data, feed, decoder, optimizer, history, config)
@@ -207,6 +259,7 @@ def run_epochs(
     model = shared(decoder.train())
     restore = snapshot(decoder, optimizer)
     example = read_batch(data, next(batches_of(len(data), size, config.seed, [0])), device)
+    example = next(with_noise(iter([example]), decoder, config, 0))
     kind, step = make_step(model, optimizer, config, example)
     ceiling = measure_ceiling(step, example, size, (config.epochs - first) * num_batches)
     restore()
@@ -214,7 +267,10 @@ def run_epochs(
     batches = feed.batches(batches_of(len(data), size, config.seed, range(first, config.epochs)))
     started = saved = time.perf_counter()
     for epoch in range(first, config.epochs):
-        total = run_epoch(step, islice(batches, num_batches), device, epoch, config, num_batches)
+        begun = epoch * num_batches
+        rates = [lr_at(begun + i, config.epochs * num_batches, config) for i in range(num_batches)]
+        noisy = with_noise(islice(batches, num_batches), decoder, config, epoch)
+        total = run_epoch(step, noisy, optimizer, rates, device, epoch, config)
         history.append({"epoch": epoch + 1, "loss": mean_of_all(total).item() / num_batches})
         check_loss(history, stage)
         images = (epoch + 1 - first) * num_batches * size
@@ -232,27 +288,49 @@ def run_epochs(
 def run_epoch(
     step: Step,
     batches: Iterator[TrainingBatch],
+    optimizer: torch.optim.Optimizer,
+    rates: list[float],
     device: torch.device,
     epoch: int,
     config: TrainConfig,
-    num_batches: int,
 ) -> Tensor:
     """Take the steps of one epoch and return the sum of their losses, left on the device.
 
     Nothing in here waits for a GPU.
     """
     total = torch.zeros((), device=device)
-    for batch in tqdm(
+    shown = tqdm(
         batches,
         f"train {epoch + 1}/{config.epochs}",
-        num_batches,
+        len(rates),
         leave=False,
         disable=None if is_main() else True,
         unit_scale=config.batch_size,
         unit=" images",
-    ):
+    )
+    for batch, lr in zip(shown, rates, strict=True):
+        set_lr(optimizer, lr)
         total += step(batch)
     return total
+
+
+def with_noise(
+    batches: Iterator[TrainingBatch], decoder: Decoder, config: TrainConfig, epoch: int
+) -> Iterator[TrainingBatch]:
+    """Yield the batches with noise for the decoder's inputs.
+
+    A function of seed and epoch alone: the same after a stop, and for any number of processes.
+    """
+    if not (config.noise and decoder.is_plain):
+        yield from batches
+        return
+    device = decoder.feature_range.device
+    generator = torch.Generator(device)
+    generator.manual_seed(int(np.random.default_rng([config.seed, epoch, 1]).integers(2**62)))
+    shape = (config.batch_size, decoder.config.num_inputs)
+    for batch in batches:
+        noise = torch.randn(shape, generator=generator, device=device)
+        yield replace(batch, noise=config.noise * noise[rank() :: world_size()])
 
 
 def mean_of_all(loss: Tensor) -> Tensor:
