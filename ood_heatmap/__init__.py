@@ -4,7 +4,7 @@ from ood_heatmap import HeatmapDetector
 
 detector = HeatmapDetector.load("runs/cifar10")
 result = detector(images)  # uint8 arrays or PIL images of any size
-result.score, result.heatmap, result.prediction
+result.score, result.is_ood, result.p_value, result.heatmap, result.prediction
 """
 
 from typing import TYPE_CHECKING
