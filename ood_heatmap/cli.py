@@ -140,7 +140,16 @@ def main(context: click.Context, verbose: bool) -> None:
         level = logging.ERROR
         context.with_resource(contextlib.redirect_stdout(io.StringIO()))
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    quiet = ("matplotlib", "PIL", "h5py", "faiss", "asyncio", "pytorch_ood", "onnxscript", "onnx_ir")
+    quiet = (
+        "matplotlib",
+        "PIL",
+        "h5py",
+        "faiss",
+        "asyncio",
+        "pytorch_ood",
+        "onnxscript",
+        "onnx_ir",
+    )
     for noisy in quiet:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
