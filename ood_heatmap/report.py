@@ -378,11 +378,15 @@ def colored(strength: NDArray[np.float32], color_max: float) -> Image.Image:
 
 
 def image_tag(picture: Image.Image, alt: str) -> str:
-    """Return a picture as an ``<img>`` that holds its own bytes."""
+    """Return a picture as an ``<img>`` that holds its own bytes.
+
+    Exact, but for photos that were made smaller: as PNG they would be most of the page.
+    """
+    kind = "JPEG" if picture.mode == "RGB" and max(picture.size) == PICTURE_SIZE else "PNG"
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, kind, optimize=True, quality=85)
     source = base64.b64encode(buffer.getvalue()).decode("ascii")
     return (
-        f'<img src="data:image/png;base64,{source}" width="{picture.width}" '
+        f'<img src="data:image/{kind.lower()};base64,{source}" width="{picture.width}" '
         f'height="{picture.height}" alt="{escape(alt)}">'
     )

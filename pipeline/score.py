@@ -16,7 +16,6 @@ from ood_heatmap.baselines import FeatureScore
 from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.manifest import Stage, fingerprint_of
 from ood_heatmap.cache.neighbours import mean_distance_to_kth
-from ood_heatmap.cache.shards import Rows
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.detector import HeatmapDetector, detector_of
 from ood_heatmap.images import ImageSet
@@ -104,13 +103,14 @@ def make_scorers(
 def fit_baselines(index: Index, classifier: Classifier, seed: int) -> dict[str, FeatureScore]:
     """Return the baselines that look at features, by name, fitted on what the caches hold."""
     columns, manifest = index.columns, index.manifest
-    rows = sample(columns["features"], seed)
+    rows = sample(np.arange(len(columns["row"])), seed)
     features, prediction, label = (
         columns[name].take(rows) for name in ("features", "prediction", "label")
     )
     known = bool(manifest.results["classes"]) and bool((label >= 0).all())
-    auxiliary = open_targets(index.run, index).columns["features"]
-    ood_features = auxiliary.take(sample(auxiliary, seed))
+    auxiliary = open_targets(index.run, index).columns
+    paired = np.flatnonzero(auxiliary["patched"].read() == 0)  # the others are ID images in part
+    ood_features = auxiliary["features"].take(sample(paired, seed))
     head = copy.deepcopy(classifier.network.get_submodule(classifier.head)).cpu()
     assert isinstance(head, nn.Linear), "what find_head looks for"
     return {
@@ -123,12 +123,11 @@ def fit_baselines(index: Index, classifier: Classifier, seed: int) -> dict[str, 
     }
 
 
-def sample(features: Rows, seed: int) -> NDArray[np.int64]:
+def sample(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """Return the rows to fit on, ascending: all if they are few, or a seeded draw."""
-    if len(features) <= MAX_FIT:
-        return np.arange(len(features))
-    generator = np.random.default_rng(seed)
-    return np.sort(generator.choice(len(features), MAX_FIT, replace=False))
+    if len(rows) <= MAX_FIT:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, MAX_FIT, replace=False))
 
 
 def batches_of(piece: Embedded, batch_size: int, device: torch.device) -> list[Output]:

@@ -24,9 +24,10 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import open_images
 from ood_heatmap.metrics import METRICS
-from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TrainConfig
+from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
-from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.index import build_index, open_index
+from ood_heatmap.pipeline.score import fit_baselines
 from ood_heatmap.pipeline.table import (
     HEADLINES,
     METHODS,
@@ -34,6 +35,7 @@ from ood_heatmap.pipeline.table import (
     format_table,
     metrics_table,
 )
+from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 
 CPU = torch.device("cpu")
@@ -130,6 +132,18 @@ def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finis
     model = LogisticRegression(max_iter=1000).fit((both - mean) / deviation, is_ood)
     odds = model.decision_function((queries - mean) / deviation)
     np.testing.assert_allclose(scores(finished_run, "far")["logistic_regression"], odds, atol=0.02)
+
+
+def test_controls_do_not_take_patched_id_images_for_ood(data, run):
+    def odds():
+        index = open_index(run)
+        return fit_baselines(index, index.classifier(CPU), 0)["logistic_regression"](queries)
+
+    queries = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    before = odds()
+    config = TargetsConfig(batch_size=16, patched=1.0, overwrite=True)
+    assert build_targets(run, open_images(str(data / "ood")), CPU, config).results["num_patched"]
+    np.testing.assert_array_equal(odds(), before)
 
 
 def test_pictures_and_sources_are_there(data, finished_run):

@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from ood_heatmap.figures import Card
+from ood_heatmap.pipeline.gallery import MAX_CARDS
 from ood_heatmap.report import colored, slider_range, write_report
 
 NASTY = "<script>alert(1)</script>\"'&{{ data }}</td>"
@@ -126,7 +127,7 @@ def embedded(text):
 
 def picture(source):
     head, content = source.split(",")
-    assert head == "data:image/png;base64"
+    assert head in ("data:image/png;base64", "data:image/jpeg;base64")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
 
@@ -166,6 +167,15 @@ def test_a_large_report_stays_small(tmp_path):
     cards = make_cards(scores, each=20, size=32)  # 200, of noise, which no PNG can make smaller
     write_report(tmp_path / "report.html", **make_arguments(scores=scores, cards=cards))
     assert (tmp_path / "report.html").stat().st_size < 5e6
+
+
+def test_a_full_gallery_of_photos_stays_below_ten_megabytes(tmp_path):
+    """Of noise, which nothing can make smaller; as many cards as an evaluation shows at most."""
+    scores = make_scores()
+    cards = make_cards(scores, each=8, size=224)
+    cards = (cards * (MAX_CARDS // len(cards) + 1))[:MAX_CARDS]
+    write_report(tmp_path / "report.html", **make_arguments(cards=cards))
+    assert (tmp_path / "report.html").stat().st_size < 10e6
 
 
 def test_large_pictures_are_made_smaller(tmp_path):
