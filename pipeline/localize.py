@@ -32,7 +32,6 @@ from ood_heatmap.localization import METRICS, localization_metrics
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig
 from ood_heatmap.pipeline.embed import classify, content_of
-from ood_heatmap.pipeline.evaluate import ID
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.train import open_decoder
@@ -42,7 +41,7 @@ UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 Strengths = dict[str, Float32]  # method to (B, H, W), larger is more OOD
 
-HEATMAP = "heatmap"
+ID, HEATMAP = "id", "heatmap"
 CENTRE, DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
 SHUFFLED, SWAPPED = "shuffled weights", "swapped class"
 MEAN = "mean"

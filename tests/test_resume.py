@@ -22,7 +22,8 @@ common = ["--device", "cpu"]
 for command in (
     ["index", run, "--id", f"{data}/id.npz", "--classifier", spec, "--shard-mb", "1"]
     + ["--weights", f"{data}/weights.safetensors", "--feature-maps", "1", "--batch-size", "64"],
-    ["targets", run, "--ood", f"{data}/ood.npz", "--shard-mb", "1", "--batch-size", "64"],
+    ["targets", run, "--ood", f"{data}/ood.npz", "--shard-mb", "1", "--batch-size", "64"]
+    + ["--patched", "0.5"],
     ["train", run, "--epochs", "4", "--width", "32", "--feature-maps", "1"],
     ["evaluate", run, *sets],
 ):
