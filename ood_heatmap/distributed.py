@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from ood_heatmap.errors import OodHeatmapError
 
@@ -51,8 +52,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # torchrun keeps one store over all its restarts, and the addresses of dead processes in it:
     # without a name of its own for each start, the processes of the second wait for them forever
-    store, own_rank, size = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
-    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store, own_rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(start, store)  # type: ignore[attr-defined]
     distributed.init_process_group(
         backend, store=store, rank=own_rank, world_size=size, timeout=TIMEOUT
     )

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,12 @@ class Embedded:
     logits: NDArray[np.float32]
     maps: tuple[NDArray[np.float16], ...]
     content: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays: list[NDArray[Any]] = [self.rows, self.images, self.features, self.logits]
+        return sum(array.nbytes for array in [*arrays, *self.maps])
 
     @property
     def prediction(self) -> NDArray[np.int32]:

@@ -148,7 +148,8 @@ def bytes_per_row(classifier: Classifier) -> int:
     """Return the bytes of one ID image in a shard."""
     maps = sum(math.prod(shape) * 2 for shape in classifier.map_shapes)
     pixels = 3 * classifier.config.transform.size * classifier.config.transform.size
-    return pixels + 4 * classifier.num_features + maps + 16
+    num_bytes: int = pixels + 4 * classifier.num_features + maps + 16
+    return num_bytes
 
 
 def map_arrays(shard: Embedded) -> dict[str, NDArray[Any]]:

@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,8 +40,8 @@ class Meter:
     done: int = 0
     modes: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
-    waited: Counter[str] = field(default_factory=Counter)
-    busy: Counter[str] = field(default_factory=Counter)
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     started: float = field(default_factory=time.perf_counter)
     batch_size: int = 0
 
@@ -97,8 +97,8 @@ class Meter:
             "seconds": time.perf_counter() - self.started,
             "modes": self.modes,
             "skipped": self.skipped,
-            "waited": self.waited,
-            "busy": self.busy,
+            "waited": dict(self.waited),
+            "busy": dict(self.busy),
             "ceiling": 0.0,
         }
 
@@ -172,14 +172,21 @@ def together(everyone: list[dict[str, Any]]) -> dict[str, Any]:
         "processes": len(everyone),
     }
     for kind in ("waited", "busy"):
-        total: Counter[str] = sum((one[kind] for one in everyone), Counter())
-        figures[kind] = {part: round(total[part] / len(everyone), 3) for part in sorted(total)}
+        parts = sorted(set().union(*(one[kind] for one in everyone)))
+        figures[kind] = {
+            part: mean([one[kind].get(part, 0.0) for one in everyone]) for part in parts
+        }
     ceiling = sum(one["ceiling"] for one in everyone)
     if ceiling:
         figures["ceiling_images_per_second"] = round(ceiling, 1)
         figures["share_of_ceiling"] = round(images / seconds / ceiling, 4)
         figures["held_back_by"] = held_back_by(figures["waited"], images / ceiling)
     return figures
+
+
+def mean(seconds: list[float]) -> float:
+    """Return the mean to a millisecond."""
+    return round(sum(seconds) / len(seconds), 3)
 
 
 def held_back_by(waited: dict[str, float], alone: float) -> str:

@@ -5,7 +5,7 @@ patches of OOD images into ID images, whose target is the change they made.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ood_heatmap.pipeline.shares import (
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
+QUERIES_PER_CLASS, WAITING_BYTES = 256, 512 << 20  # of a search: as many, or as much in memory
 PAIRED, PATCHED = "targets", "targets-patched"  # what the shards' names begin with
 NOTES: dict[str, dict[str, str | float]] = {
     "heatmap": {
@@ -199,15 +200,38 @@ def pair_all(
     config: TargetsConfig,
     meter: Meter,
 ) -> None:
-    """Embed, search and write, shard by shard: as many queries at once as a shard has rows."""
+    """Embed, search and write: shards are searched together, and written one by one."""
     transform = classifier.config.transform
     shards = embedded_shards(stage, todo, images, classifier, config, transform, meter)
     with Writer(meter) as writer:
-        for path, shard in shards:
+        for group in grouped(shards, QUERIES_PER_CLASS * len(bank.classes)):
             with meter.waiting("search"):
-                pairs = pair(shard, index, bank, config)
-            arrays = arrays_of(shard, shard.rows, pairs, index, patched=False)
-            writer.write(path, arrays, attributes_of(stage, shard), NOTES)
+                pairs = pair([shard for _, shard in group], index, bank, config)
+            for (path, shard), found in zip(group, pairs, strict=True):
+                arrays = arrays_of(shard, shard.rows, found, index, patched=False)
+                writer.write(path, arrays, attributes_of(stage, shard), NOTES)
+
+
+def grouped(
+    shards: Iterable[tuple[Path, Embedded]], num_queries: int
+) -> Iterator[list[tuple[Path, Embedded]]]:
+    """Yield shards in groups of ``num_queries`` images at least, as far as memory allows.
+
+    A search for a handful of queries in each of many classes waits for its own starts and reads
+    the whole bank for little.
+    """
+    group: list[tuple[Path, Embedded]] = []
+    for path, shard in shards:
+        group.append((path, shard))
+        waiting = [item for _, item in group]
+        if (
+            sum(len(item.rows) for item in waiting) >= num_queries
+            or sum(item.num_bytes for item in waiting) >= WAITING_BYTES
+        ):
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def paste_all(
@@ -241,14 +265,26 @@ def attributes_of(stage: Stage, shard: Embedded) -> dict[str, str | int]:
     return {"fingerprint": stage.settings_fingerprint, "content": shard.content}
 
 
-def pair(shard: Embedded, index: Index, bank: Bank, config: TargetsConfig) -> Nearest:
-    """Return the ID partner of each OOD image."""
+def pair(
+    shards: Sequence[Embedded], index: Index, bank: Bank, config: TargetsConfig
+) -> list[Nearest]:
+    """Return the ID partner of each OOD image of each shard."""
+    features = np.concatenate([shard.features for shard in shards])
+    prediction = np.concatenate([shard.prediction for shard in shards])
     if config.pairing == "random":
-        return bank.random(shard.features, shard.prediction, shard.rows, config.seed)
-    if config.pairing == "any":
-        return bank.nearest_of_all(shard.features, shard.prediction)
-    found = bank.nearest(shard.features, shard.prediction)
-    return scrambled(found, shard, index) if config.pairing == "scrambled" else found
+        rows = np.concatenate([shard.rows for shard in shards])
+        found = bank.random(features, prediction, rows, config.seed)
+    elif config.pairing == "any":
+        found = bank.nearest_of_all(features, prediction)
+    else:
+        found = bank.nearest(features, prediction)
+    ends = np.cumsum([len(shard.rows) for shard in shards]).tolist()
+    parts = [
+        found.part(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    if config.pairing == "scrambled":
+        return [scrambled(part, shard, index) for part, shard in zip(parts, shards, strict=True)]
+    return parts
 
 
 def scrambled(found: Nearest, shard: Embedded, index: Index) -> Nearest:

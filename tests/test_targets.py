@@ -183,19 +183,31 @@ def test_without_an_index_the_first_command_is_named(data, tmp_path):
         build_targets(tmp_path, open_images(str(data / "ood")), CPU, TargetsConfig())
 
 
-def test_no_more_than_a_shard_is_searched_at_once(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("per_class", "waiting_bytes", "wanted"),
+    [(1, 2**30, [32] * 9 + [12]), (100, 2**30, [224, 76]), (100, 1, [32] * 9 + [12])],
+)
+def test_shards_wait_for_enough_queries_or_until_memory_is_full(
+    run, monkeypatch, per_class, waiting_bytes, wanted
+):
     monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
+    monkeypatch.setattr(module, "QUERIES_PER_CLASS", per_class)
+    monkeypatch.setattr(module, "WAITING_BYTES", waiting_bytes)
     sizes, pair = [], module.pair
 
-    def counting(shard, index, bank, config):
-        sizes.append(len(shard.rows))
-        return pair(shard, index, bank, config)
+    def counting(shards, index, bank, config):
+        assert len(bank.classes) == 2
+        sizes.append(sum(len(shard.rows) for shard in shards))
+        return pair(shards, index, bank, config)
 
     monkeypatch.setattr(module, "pair", counting)
     pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3)).astype(np.uint8)
     config = TargetsConfig(batch_size=16, shard_mb=1, overwrite=True)
     build_targets(run, from_array(pixels), CPU, config)
-    assert sizes == [32] * 9 + [12]
+    assert sizes == wanted
+    index, columns = columns_of(run)
+    found = index.bank(CPU).nearest(columns["features"].read(), columns["prediction"].read())
+    np.testing.assert_array_equal(columns["nearest"].read(), found.row)
 
 
 def build_patched(run, images, **options) -> dict[str, np.ndarray]:

@@ -1,0 +1,129 @@
+"""Images through the classifier: halved batches, and what the meter says of a stage."""
+
+import logging
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.images import from_array
+from ood_heatmap.pipeline import meter as module
+from ood_heatmap.pipeline.embed import Forward, embed
+from ood_heatmap.pipeline.meter import Meter, forward_rate, held_back_by, report, together
+
+
+def pixels(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+
+
+def limited(classifier, monkeypatch, limit: int) -> list[int]:
+    """Let the network take ``limit`` images at most; return the sizes that it was asked for."""
+    forward, sizes = classifier.network.forward, []
+
+    def guarded(images):
+        sizes.append(len(images))
+        if len(images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", guarded)
+    return sizes
+
+
+def embedded(classifier, count: int, *, batch_size: int, shard: int, meter: Meter | None = None):
+    rows = np.arange(count)
+    shards = [rows[start : start + shard] for start in range(0, count, shard)]
+    meter = meter or Meter(count, "test")
+    options = {"batch_size": batch_size, "workers": 2, "skip_unreadable": False}
+    return list(embed(from_array(pixels(count)), shards, classifier, meter, **options))
+
+
+def test_shards_hold_each_image_with_its_own_output(classifier):
+    shards = embedded(classifier, 50, batch_size=8, shard=24)
+    wanted = classifier(torch.from_numpy(pixels(50).transpose(0, 3, 1, 2).copy()))
+    assert [len(shard.rows) for shard in shards] == [24, 24, 2]
+    for name in ("features", "logits"):
+        found = np.concatenate([getattr(shard, name) for shard in shards])
+        np.testing.assert_allclose(found, getattr(wanted, name), rtol=1e-5, atol=1e-6)
+    for number, item in enumerate(wanted.maps):
+        found = np.concatenate([shard.maps[number] for shard in shards])
+        np.testing.assert_allclose(found, item, rtol=2e-3, atol=1e-4)
+
+
+def test_a_halved_batch_is_remembered_and_changes_rounding_alone(classifier, monkeypatch, caplog):
+    wanted = embedded(classifier, 64, batch_size=16, shard=32)
+    sizes = limited(classifier, monkeypatch, 5)
+    meter = Meter(64, "test")
+    found = embedded(classifier, 64, batch_size=16, shard=32, meter=meter)
+    assert sizes == [16, 8] + [4] * 16  # each size that does not fit is tried once in a run
+    assert caplog.text.count("out of memory") == 2
+    assert meter.batch_size == 4
+    for before, after in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(after.features, before.features, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(after.images, before.images)
+        assert after.content == before.content
+
+
+def test_a_device_without_memory_for_one_image_is_refused(classifier, monkeypatch):
+    limited(classifier, monkeypatch, 0)
+    with pytest.raises(OodHeatmapError, match="no memory for a single image"):
+        Forward(classifier, 4).start(pixels(4).transpose(0, 3, 1, 2).copy())
+
+
+def test_every_batch_has_the_same_size_so_a_row_does_not_depend_on_its_neighbours(classifier):
+    images = np.ascontiguousarray(pixels(16).transpose(0, 3, 1, 2))
+    whole = Forward(classifier, 16).start(images).wait()[0]
+    part = Forward(classifier, 16).start(images[:3]).wait()[0]
+    assert len(part.features) == 3
+    torch.testing.assert_close(part.features, whole.features[:3], rtol=0, atol=0)
+
+
+def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypatch):
+    forward = classifier.network.forward
+    monkeypatch.setattr(
+        classifier.network, "forward", lambda images: (time.sleep(0.05), forward(images))[1]
+    )
+    assert 32 / 0.08 < forward_rate(classifier, 32, seconds=0.3) < 32 / 0.05
+
+
+def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplog):
+    """A slow network is its own ceiling; decoding that is slower still shows as what was waited
+    for."""
+    forward = classifier.network.forward
+    monkeypatch.setattr(
+        classifier.network, "forward", lambda images: (time.sleep(0.02), forward(images))[1]
+    )
+    monkeypatch.setattr(module, "PROBE_SHARE", 1.0)
+    quick = from_array(pixels(64))
+    images = replace(quick, array=None, read=lambda row: (time.sleep(0.01), quick.read(row))[1])
+    meter, options = Meter(64, "test"), {"workers": 1, "skip_unreadable": False}
+    with caplog.at_level(logging.INFO):
+        list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
+        figures = report(meter, classifier)
+    assert figures["held_back_by"] == "decode"
+    assert figures["waited"]["decode"] > 0.3  # 0.64 s of decoding, 0.16 s of it hidden
+    assert figures["busy"]["decode"] > 0.6
+    assert 0.1 < figures["share_of_ceiling"] < 0.5
+    assert "held back by decode" in caplog.text
+    assert "% of the classifier alone" in caplog.text
+
+
+def test_embedding_counts_only_beyond_the_classifier_alone():
+    waited = {"decode": 2.0, "embed": 10.0, "write": 1.0}
+    assert held_back_by(waited, alone=9.5) == "decode"
+    assert held_back_by(waited, alone=5.0) == "embed"
+
+
+def test_several_processes_are_reported_as_one():
+    one = Meter(10, "test")
+    one.done, one.waited = 10, {"decode": 1.0, "embed": 3.0}
+    first = {**one.figures(), "seconds": 4.0, "ceiling": 5.0}
+    second = {**first, "images": 30, "seconds": 5.0, "waited": {"embed": 5.0}, "ceiling": 11.0}
+    figures = together([first, second])
+    assert figures["images_per_second"] == 8.0
+    assert figures["share_of_ceiling"] == 0.5
+    assert figures["waited"] == {"decode": 0.5, "embed": 4.0}
+    assert figures["processes"] == 2
