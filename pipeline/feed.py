@@ -343,10 +343,10 @@ class Place:
             torch.cuda.current_stream(stream.device).wait_event(self.copied)
         return batch_of(self.device, self.count)
 
-    def release(self) -> None:
-        """Mark the end of what the step was given to do with the batch."""
+    def release(self, device: torch.device) -> None:
+        """Mark the end of what the device was given to do with the batch."""
         if self.on_gpu:
-            self.used.record()
+            self.used.record(torch.cuda.current_stream(device))
 
 
 class StreamingFeed:
@@ -373,14 +373,14 @@ class StreamingFeed:
                 if isinstance(item, BaseException):
                     raise item
                 yield item.bring(self.stream)
-                item.release()
+                item.release(self.device)
                 free.put(item)
         finally:
             # a reader that is ahead takes its free places first, then this, and stops
             free.put(None)
             thread.join()
             for place in self.ring:
-                place.release()
+                place.release(self.device)
 
     def read(
         self,

@@ -137,7 +137,7 @@ def captured(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatc
     current.wait_stream(side)
     optimizer.zero_grad(set_to_none=True)  # so that the capture makes gradients in its own pool
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         loss = step(static)
 
     def replay(batch: TrainingBatch) -> Tensor:
@@ -244,22 +244,22 @@ def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int)
 
 def time_windows(step: Step, batch: TrainingBatch, windows: int, steps: int) -> list[float]:
     """Return the seconds of a step in each window of several; a GPU is waited for at the end."""
-    on_gpu = batch.features.is_cuda
-    marks = [now(on_gpu=on_gpu)]
+    device = batch.features.device
+    marks = [now(device)]
     for _ in range(windows):
         for _ in range(steps):
             step(batch)
-        marks.append(now(on_gpu=on_gpu))
-    if not on_gpu:
+        marks.append(now(device))
+    if device.type != "cuda":
         return [(end - start) / steps for start, end in pairwise(marks)]
-    torch.cuda.synchronize(batch.features.device)
+    torch.cuda.synchronize(device)
     return [start.elapsed_time(end) / 1000 / steps for start, end in pairwise(marks)]
 
 
-def now(*, on_gpu: bool) -> Any:
-    """Return seconds, or an event: the moment when the GPU has done what it was given so far."""
-    if not on_gpu:
+def now(device: torch.device) -> Any:
+    """Return seconds; for a GPU an event: the moment when it has done what it was given so far."""
+    if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
