@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/ood-heatmap demo runs/demo
@@ -28,6 +28,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 $(VENV)/tested: $(VENV)/installed
 	$(RUN)/pip install --editable '.[test]'
 	touch $@
+
+# ratios within one run; writes benchmarks/results.md and .json
+bench: $(VENV)/tested
+	$(RUN)/python benchmarks/run.py
 
 clean:
 	rm -rf build runs/demo *.egg-info

@@ -136,6 +136,16 @@ class Pending:
         return self.outputs
 
 
+def classify(classifier: Classifier, images: UInt8, batch_size: int) -> Output:
+    """Return what the classifier says of some images, on the host."""
+    outputs = Forward(classifier, batch_size).start(images).wait()
+    return Output(
+        torch.cat([item.features for item in outputs]),
+        torch.cat([item.logits for item in outputs]),
+        tuple(torch.cat(maps) for maps in zip(*(item.maps for item in outputs), strict=True)),
+    )
+
+
 def embed(
     images: ImageSet,
     shards: Sequence[Int64],
