@@ -31,9 +31,10 @@ from ood_heatmap.images import ImageSet, Transform, batches
 from ood_heatmap.localization import METRICS, localization_metrics
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig
-from ood_heatmap.pipeline.embed import classify, content_of
+from ood_heatmap.pipeline.embed import classify
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.shares import content_of
 from ood_heatmap.pipeline.train import open_decoder
 
 log = logging.getLogger(__name__)
