@@ -135,6 +135,7 @@ class Decoder(nn.Module):
         self.apply(initialise_plain if self.is_plain else initialise)
         if self.is_plain:  # begin near the ID images' target, 0 everywhere
             nn.init.normal_(self.last.weight, 0.0, 0.02)
+            assert self.last.bias is not None
             nn.init.constant_(self.last.bias, 0.0 if config.target == SIGNED else -2.0)
 
     @property
@@ -196,7 +197,8 @@ class Decoder(nn.Module):
     def scaled(self, item: Tensor, number: int) -> Tensor:
         """Return a feature map with each channel in its range."""
         low, high = self.get_buffer(f"map_range_{number}")[..., None, None]
-        return (item - low) / (high - low)
+        scaled: Tensor = (item - low) / (high - low)
+        return scaled
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -154,7 +154,8 @@ def new_decoder(index: Index, config: TrainConfig) -> Decoder:
 
 def as_locations(maps: Float32) -> Float32:
     """Return feature maps ``(B, C, h, w)`` as ``(B h w, C)``."""
-    return maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    locations: Float32 = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    return locations
 
 
 def spread_of(
@@ -177,7 +178,7 @@ def spread_of(
             squares = squares + np.square(rows, dtype=np.float64).sum(axis=0)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return np.float32(mean), np.float32(mean + deviation)  # type: ignore[return-value]
+    return np.float32(mean), np.float32(mean + deviation)
 
 
 def train(

@@ -95,8 +95,10 @@ def finished_run(data: Path, spec: str, tmp_path_factory: pytest.TempPathFactory
     classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
     device = torch.device("cpu")
     build_index(run, open_images(str(data / "id")), classifier, IndexConfig(batch_size=16))
-    build_targets(run, open_images(str(data / "ood")), device, TargetsConfig(batch_size=16))
-    train_decoder(run, device, TrainConfig(epochs=2, batch_size=32, width=32))
+    build_targets(
+        run, open_images(str(data / "ood")), device, TargetsConfig(batch_size=16, patched=0.0)
+    )
+    train_decoder(run, device, TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=0))
     evaluate(
         run,
         open_images(str(data / "test")),

@@ -47,7 +47,7 @@ def test_the_index_takes_what_was_planned(run, data, classifier):
 
 
 def test_the_targets_take_what_was_planned(run, data):
-    images, config = open_images(str(data / "ood")), TargetsConfig(batch_size=16)
+    images, config = open_images(str(data / "ood")), TargetsConfig(batch_size=16, patched=0.0)
     found = plan_targets(run, images, CPU, config)
     assert found.rows == 50
     assert found.disk == array_bytes(run, "targets")
@@ -66,7 +66,7 @@ def test_training_takes_what_was_planned(run):
 
 def test_a_resident_feed_counts_as_memory_and_a_streaming_one_does_not(run, monkeypatch):
     monkeypatch.setattr(module, "peak_of_host", lambda: 0)
-    config = {"epochs": 1, "batch_size": 32, "width": 32}
+    config = {"epochs": 1, "batch_size": 32, "width": 32, "feature_maps": 0}
     resident, streaming = (
         plan_train(run, CPU, TrainConfig(**config, feed=feed)) for feed in ("resident", "streaming")
     )

@@ -61,18 +61,25 @@ def test_the_ood_images_come_back_exactly_from_the_shards_alone(data, classifier
 
 def test_a_limit_draws_the_same_rows_every_time(data, run, tmp_path):
     images = open_images(str(data / "ood"))
-    draws = [module.chosen_rows(images, TargetsConfig(limit=20, seed=seed)) for seed in (0, 0, 1)]
+    draws = [
+        module.chosen_rows(images, TargetsConfig(patched=0.0, limit=20, seed=seed))
+        for seed in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert (draws[0] != draws[2]).any()
     assert len(np.unique(draws[0])) == 20
     assert (np.diff(draws[0]) > 0).all()
-    build_targets(run, images, CPU, TargetsConfig(limit=20, batch_size=16, overwrite=True))
+    build_targets(
+        run, images, CPU, TargetsConfig(patched=0.0, limit=20, batch_size=16, overwrite=True)
+    )
     np.testing.assert_array_equal(columns_of(run)[1]["row"].read(), draws[0])
 
 
 def test_fewer_images_than_asked_for_is_one_line(data, run):
     with pytest.raises(OodHeatmapError, match="has 50 images, --limit asks for 51"):
-        build_targets(run, open_images(str(data / "ood")), CPU, TargetsConfig(limit=51))
+        build_targets(
+            run, open_images(str(data / "ood")), CPU, TargetsConfig(patched=0.0, limit=51)
+        )
 
 
 def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monkeypatch):
@@ -88,7 +95,7 @@ def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monke
         return bank
 
     monkeypatch.setattr(module.Index, "bank", without_the_class)
-    config = TargetsConfig(batch_size=8, overwrite=True, seed=1)
+    config = TargetsConfig(patched=0.0, batch_size=8, overwrite=True, seed=1)
     manifest = build_targets(run, open_images(str(data / "ood")), CPU, config)
     columns = columns_of(run)[1]
     mine = columns["prediction"].read() == lost
@@ -106,7 +113,7 @@ def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monke
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_pairs_do_not_depend_on_the_batch_size(data, run, batch_size):
     before = {name: rows.read() for name, rows in columns_of(run)[1].items()}
-    config = TargetsConfig(batch_size=batch_size, overwrite=True, seed=9)
+    config = TargetsConfig(patched=0.0, batch_size=batch_size, overwrite=True, seed=9)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
     after = columns_of(run)[1]
     for name in ("nearest", "heatmap", "prediction", "same_class"):
@@ -115,7 +122,7 @@ def test_the_pairs_do_not_depend_on_the_batch_size(data, run, batch_size):
 
 
 def test_pairing_over_all_classes_matches_brute_force(data, run):
-    config = TargetsConfig(pairing="any", batch_size=16, overwrite=True)
+    config = TargetsConfig(patched=0.0, pairing="any", batch_size=16, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
     index, columns = columns_of(run)
     bank = index.columns["features"].read().astype(np.float64)
@@ -127,7 +134,7 @@ def test_pairing_over_all_classes_matches_brute_force(data, run):
 
 def test_scrambled_pairing_reads_a_list_by_class_in_the_order_of_images(data, run):
     before = {name: rows.read() for name, rows in columns_of(run)[1].items()}
-    config = TargetsConfig(pairing="scrambled", batch_size=16, overwrite=True)
+    config = TargetsConfig(patched=0.0, pairing="scrambled", batch_size=16, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
     index, columns = columns_of(run)
     appended = []
@@ -141,7 +148,7 @@ def test_scrambled_pairing_reads_a_list_by_class_in_the_order_of_images(data, ru
 
 
 def test_random_pairing_keeps_the_class(data, run):
-    config = TargetsConfig(pairing="random", batch_size=16, overwrite=True)
+    config = TargetsConfig(patched=0.0, pairing="random", batch_size=16, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
     index, columns = columns_of(run)
     partner = index.columns["prediction"].take(columns["nearest"].read())
@@ -151,10 +158,10 @@ def test_random_pairing_keeps_the_class(data, run):
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        (TargetsConfig(seed=1), "options.seed"),
-        (TargetsConfig(limit=10), "options.limit"),
-        (TargetsConfig(pairing="random"), "options.pairing"),
-        (TargetsConfig(shard_mb=1), "options.shard_mb"),
+        (TargetsConfig(patched=0.0, seed=1), "options.seed"),
+        (TargetsConfig(patched=0.0, limit=10), "options.limit"),
+        (TargetsConfig(patched=0.0, pairing="random"), "options.pairing"),
+        (TargetsConfig(patched=0.0, shard_mb=1), "options.shard_mb"),
         (TargetsConfig(patched=0.5), "options.patched"),
     ],
 )
@@ -165,7 +172,7 @@ def test_other_options_are_refused_by_name(data, run, config, field):
 
 def test_other_images_are_refused_by_name(data, run):
     with pytest.raises(StaleCacheError, match=r"another images\.num_images \(50, now 25\)"):
-        build_targets(run, open_images(str(data / "far")), CPU, TargetsConfig())
+        build_targets(run, open_images(str(data / "far")), CPU, TargetsConfig(patched=0.0))
 
 
 def test_an_index_made_anew_makes_the_targets_stale(run, tmp_path, data, classifier):
@@ -180,7 +187,7 @@ def test_an_index_made_anew_makes_the_targets_stale(run, tmp_path, data, classif
 
 def test_without_an_index_the_first_command_is_named(data, tmp_path):
     with pytest.raises(OodHeatmapError, match="no index stage: run `ood-heatmap index"):
-        build_targets(tmp_path, open_images(str(data / "ood")), CPU, TargetsConfig())
+        build_targets(tmp_path, open_images(str(data / "ood")), CPU, TargetsConfig(patched=0.0))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_shards_wait_for_enough_queries_or_until_memory_is_full(
 
     monkeypatch.setattr(module, "pair", counting)
     pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3)).astype(np.uint8)
-    config = TargetsConfig(batch_size=16, shard_mb=1, overwrite=True)
+    config = TargetsConfig(patched=0.0, batch_size=16, shard_mb=1, overwrite=True)
     build_targets(run, from_array(pixels), CPU, config)
     assert sizes == wanted
     index, columns = columns_of(run)

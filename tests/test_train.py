@@ -19,7 +19,7 @@ from ood_heatmap.pipeline.index import open_index
 from ood_heatmap.pipeline.train import open_decoder, train_decoder
 
 CPU = torch.device("cpu")
-SMALL = {"epochs": 4, "batch_size": 32, "width": 32, "overwrite": True}
+SMALL = {"epochs": 4, "batch_size": 32, "width": 32, "feature_maps": 0, "overwrite": True}
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_all_feeds_train_the_same_decoder(run, feed):
 
 
 def test_feature_maps_are_taken_when_asked_for(run):
-    manifest = train_decoder(run, CPU, TrainConfig(**SMALL, feature_maps=2))
+    manifest = train_decoder(run, CPU, TrainConfig(**{**SMALL, "feature_maps": 2}))
     assert manifest.results["decoder"]["map_shapes"] == ((8, 4, 4), (6, 8, 8))
     decoder = open_decoder(run, read_manifest(run, "index"), CPU).decoder
     assert len(decoder.maps) == 2
@@ -138,7 +138,7 @@ def test_feature_maps_are_taken_when_asked_for(run):
 
 def test_feature_maps_that_were_not_cached_are_one_line(run):
     with pytest.raises(OodHeatmapError, match="cached 2 feature maps, --feature-maps asks for 3"):
-        train_decoder(run, CPU, TrainConfig(**SMALL, feature_maps=3))
+        train_decoder(run, CPU, TrainConfig(**{**SMALL, "feature_maps": 3}))
 
 
 def test_bfloat16_trains_near_float32(run):
@@ -158,8 +158,11 @@ def test_a_larger_batch_than_there_are_images_is_all_images(run):
 
 @pytest.mark.parametrize("option", ["epochs", "batch_size", "lr", "seed", "target", "width"])
 def test_other_settings_are_refused_by_name(run, option):
-    other = {"epochs": 9, "batch_size": 9, "lr": 1e-3, "seed": 9, "target": "signed", "width": 64}
-    settings = {**TrainConfig(epochs=2, batch_size=32, width=32).__dict__, option: other[option]}
+    other = {"epochs": 9, "batch_size": 9, "lr": 5e-3, "seed": 9, "target": "signed", "width": 64}
+    settings = {
+        **TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=0).__dict__,
+        option: other[option],
+    }
     with pytest.raises(StaleCacheError, match=f"another options.{option} "):
         train_decoder(run, CPU, TrainConfig(**settings))
 
@@ -268,7 +271,7 @@ def train_with_two_processes(run, *options, die_after=0) -> str:
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains_also_when_one_is_killed(run):
     """33 images a batch: one process takes 17 of them, the other 16."""
-    alone = TrainConfig(**{**SMALL, "batch_size": 33}, feature_maps=1)
+    alone = TrainConfig(**{**SMALL, "batch_size": 33, "feature_maps": 1})
     train_decoder(run, CPU, alone)
     wanted, losses = state(run), history(run)
     options = ["--epochs", 4, "--batch-size", 33, "--width", 32, "--feature-maps", 1]
