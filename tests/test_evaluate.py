@@ -27,7 +27,7 @@ from ood_heatmap.metrics import METRICS
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index, open_index
-from ood_heatmap.pipeline.score import fit_baselines
+from ood_heatmap.pipeline.score import fit_baselines, score_set
 from ood_heatmap.pipeline.table import (
     HEADLINES,
     METHODS,
@@ -503,6 +503,26 @@ def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, ru
         (run / "evaluation" / name).unlink()
     evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
     assert tree() == before
+
+
+def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, monkeypatch):
+    folder, test = run / "evaluation", open_images(str(data / "test"))
+    wanted = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder)
+
+    def stop_at_near(stage, name, *rest):
+        if name == "near":
+            raise KeyboardInterrupt
+        return score_set(stage, name, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ood_heatmap.pipeline.evaluate.score_set", stop_at_near)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, test, sets_of(data), CPU, CONFIG)
+    assert (folder / "scores-far.npz").is_file()
+    assert not (folder / "manifest.json").is_file()
+    evaluate(run, test, sets_of(data), CPU, CONFIG)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
 
 
 def test_another_test_set_is_refused_by_name(data, run):
