@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class ClassifierConfig:
         std: Of each channel, in [0, 1] units; divided by.
         head: Name of the last linear layer; found when "".
         num_maps: How many spatial feature maps to return, 0 to 3.
+        autocast: Compute in bfloat16 where PyTorch deems it safe: faster, and other features.
     """
 
     spec: str
@@ -62,6 +63,7 @@ class ClassifierConfig:
     std: tuple[float, ...]
     head: str = ""
     num_maps: int = 0
+    autocast: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
@@ -119,10 +121,17 @@ class Classifier(nn.Module):
         """Classify uint8 images ``(B, 3, H, W)`` of the classifier's input size."""
         modules = dict(self.network.named_modules())
         seen: dict[str, Tensor] = {}
-        with hooked(modules, {self.head: "input"} | dict.fromkeys(self.map_names, "output"), seen):
+        wanted = {self.head: "input"} | dict.fromkeys(self.map_names, "output")
+        with hooked(modules, wanted, seen), self.precision():
             logits = self.network(self.normalised(images))
         maps = tuple(seen[name].float() for name in self.map_names)
         return Output(seen[self.head].float(), logits.float(), maps)
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Return the context in which the network computes."""
+        if not self.config.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Return what the network itself takes: float images less mean, over deviation."""
@@ -337,6 +346,7 @@ def load_classifier(
     size: int | None = None,
     head: str = "",
     num_maps: int = 0,
+    autocast: bool = False,
 ) -> Classifier:
     """Return the classifier that a user names, on the CPU.
 
@@ -348,6 +358,7 @@ def load_classifier(
         size: Pixels of its input; the network's own otherwise.
         head: Name of the last linear layer, found otherwise.
         num_maps: How many spatial feature maps it shall return.
+        autocast: Compute in bfloat16 where PyTorch deems it safe.
 
     Raises:
         UsageError: The spec or an option is wrong.
@@ -360,7 +371,14 @@ def load_classifier(
     if transform is None:
         raise UsageError(f"the input size of {spec} is not known: add --size PX.")
     config = ClassifierConfig(
-        spec, num_classes, transform, mean or own_mean, std or own_std, head, num_maps
+        spec,
+        num_classes,
+        transform,
+        mean or own_mean,
+        std or own_std,
+        head,
+        num_maps,
+        autocast,
     )
     if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
         raise UsageError(

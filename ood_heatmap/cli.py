@@ -187,6 +187,7 @@ def main(context: click.Context, verbose: bool) -> None:
     default=TrainConfig.feature_maps,
     help="Cache this many of the classifier's spatial feature maps, the deepest first.",
 )
+@click.option("--autocast", is_flag=True, help="Classify in bfloat16, for every stage of RUN.")
 @click.option("--ignore-labels", is_flag=True, help="Take class folders for folders only.")
 @embed_options
 @shard_option
@@ -203,6 +204,7 @@ def index(
     size: int | None,
     head: str,
     num_maps: int,
+    autocast: bool,
     ignore_labels: bool,
     device: str,
     batch_size: int,
@@ -236,6 +238,7 @@ def index(
                 size=size,
                 head=head,
                 num_maps=num_maps,
+                autocast=autocast,
             ).to(place)
             images = open_images(source, data_root=data_root, download=download)
         click.echo(

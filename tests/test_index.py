@@ -81,6 +81,19 @@ def test_other_weights_are_refused_by_name(data, spec, run):
         build_index(run, open_images(str(data / "id")), other, CONFIG)
 
 
+def test_autocast_changes_the_features_a_little_and_the_fingerprint(data, spec, run, tmp_path):
+    other = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2, autocast=True)
+    images = open_images(str(data / "id"))
+    with pytest.raises(StaleCacheError, match=r"another classifier\.autocast \(False, now True\)"):
+        build_index(run, images, other, CONFIG)
+    build_index(tmp_path / "other", images, other, CONFIG)
+    found, exact = open_index(tmp_path / "other"), open_index(run).columns["features"].read()
+    features = found.columns["features"].read()
+    assert (features != exact).any()
+    np.testing.assert_allclose(features, exact, rtol=0.05, atol=0.02)
+    assert found.classifier(torch.device("cpu")).config.autocast
+
+
 def test_an_image_changed_behind_the_listings_back_is_noticed(data, classifier, run, tmp_path):
     folder = shutil.copytree(data / "id", tmp_path / "id")
     build_index(run, open_images(str(folder)), classifier, CONFIG)  # the same images elsewhere
