@@ -67,7 +67,10 @@ class ClassifierConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        content = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if not self.autocast:  # named only where it is used: runs from before it stay valid
+            del content["autocast"]
+        return content
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "ClassifierConfig":
