@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from ood_heatmap.cache.files import make_directory, replacing
-from ood_heatmap.classifier import Output, check_finite
+from ood_heatmap.classifier import Output
 from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import overlay, with_legend
@@ -37,7 +37,8 @@ from ood_heatmap.images import (
     read_file,
 )
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.embed import Meter, classify
+from ood_heatmap.pipeline.embed import Forward, classified
+from ood_heatmap.pipeline.meter import Meter
 
 log = logging.getLogger(__name__)
 
@@ -124,18 +125,22 @@ def predict(
         for start in range(0, len(paths), config.batch_size)
     )
     batches = ahead(lambda rows: read_batch(paths, rows, transform), pieces, workers=config.workers)
-    results = (detect(detector, paths, batch, config.batch_size) for batch in batches)
+    forward = Forward(detector.classifier, config.batch_size)
+    results = (
+        found
+        for batch, outputs in classified(batches, forward, meter, [str(path) for path in paths])
+        for found in decoded(detector, batch, outputs)
+    )
     table = out / f"scores.{config.format}"
     with replacing(table) as scratch, open_table(scratch) as file:
         write = writer_of(file, config.format)
-        for found, records in ahead(
-            lambda found: (found, write_batch(detector, found, paths, names, out, config)),
+        for records in ahead(
+            lambda found: write_batch(detector, found, paths, names, out, config),
             results,
             workers=config.workers,
         ):
             for record in records:
                 write(record)
-            meter.add(found.batch, len(found.batch.rows) + len(found.batch.skipped))
     meter.close()
     unreadable = [Path(name) for name in meter.skipped]
     return len(paths) - len(unreadable), unreadable
@@ -170,20 +175,27 @@ def reason_of(error: UnreadableImageError) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """Decoded images, and what the detector says of them; None when none could be read."""
+    """Some decoded images, and what the detector says of them.
 
-    batch: Batch
-    result: Result | None
+    Args:
+        rows: ``(B,)`` their places in the list of images.
+        pixels: ``(B, 3, H, W)`` uint8.
+        result: Of the detector.
+    """
+
+    rows: NDArray[np.int64]
+    pixels: NDArray[np.uint8]
+    result: Result
 
 
-def detect(detector: HeatmapDetector, paths: Sequence[Path], batch: Batch, size: int) -> Found:
-    """Run the detector on a batch, in smaller ones when the device's memory is too small."""
-    if not len(batch.rows):
-        return Found(batch, None)
-    output = classify(detector.classifier, batch.pixels, size)
-    names = [str(paths[row]) for row in batch.rows]
-    check_finite(output.features.numpy(), np.arange(len(names)), names)
-    return Found(batch, detector.decode(on_device(output, detector.classifier.device)))
+def decoded(detector: HeatmapDetector, batch: Batch, outputs: Sequence[Output]) -> Iterator[Found]:
+    """Yield the heatmaps of a batch, in as many pieces as the classifier took it."""
+    start = 0
+    for output in outputs:
+        here = slice(start, start + len(output.features))
+        result = detector.decode(on_device(output, detector.classifier.device))
+        yield Found(batch.rows[here], batch.pixels[here], result)
+        start = here.stop
 
 
 def on_device(output: Output, device: torch.device) -> Output:
@@ -201,10 +213,8 @@ def write_batch(
     config: PredictConfig,
 ) -> list[Record]:
     """Write the pictures of one batch, and return its lines of the table."""
-    if found.result is None:
-        return []
     records = []
-    for i, row in enumerate(found.batch.rows):
+    for i, row in enumerate(found.rows):
         record = record_of(detector, found.result, i, paths[row])
         if config.pictures:
             record |= {"overlay": f"{names[row]}.png", "heatmap": f"{names[row]}.npy"}
@@ -231,9 +241,8 @@ def write_pictures(
     detector: HeatmapDetector, found: Found, i: int, record: Record, out: Path
 ) -> None:
     """Write an image's overlay with its legend, and its raw heatmap."""
-    assert found.result is not None
     heatmap = found.result.heatmap[i]
-    picture = overlay(found.batch.pixels[i], np.abs(heatmap).max(axis=0), detector.color_max)
+    picture = overlay(found.pixels[i], np.abs(heatmap).max(axis=0), detector.color_max)
     picture = with_legend(picture, legend(record), detector.color_max)
     with replacing(out / str(record["overlay"])) as scratch:
         picture.save(scratch, "png", compress_level=1)

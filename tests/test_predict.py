@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -108,15 +109,15 @@ def test_images_of_any_size_and_mode_go_through_the_transform(detector, tmp_path
 
 
 def test_an_interruption_leaves_whole_files_only(detector, paths, tmp_path, monkeypatch):
-    detect, calls = predict_module.detect, []
+    decoded, calls = predict_module.decoded, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return detect(*arguments)
+        return decoded(*arguments)
 
-    monkeypatch.setattr(predict_module, "detect", interrupted)
+    monkeypatch.setattr(predict_module, "decoded", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict(detector, paths, tmp_path, PredictConfig(batch_size=4))
     written = sorted(path.name for path in tmp_path.iterdir())
@@ -150,6 +151,32 @@ def test_memory_holds_a_few_batches_however_many_images_there_are(
     config = PredictConfig(batch_size=1, workers=2, pictures=False)
     predict(detector, paths * 4, tmp_path, config)
     assert len(read) == len(written) == 100
+
+
+def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
+    detector, paths, tmp_path, monkeypatch, caplog
+):
+    predict(detector, paths, tmp_path, PredictConfig(batch_size=16))
+    wanted = read_csv(tmp_path)
+    forward = detector.classifier.forward
+
+    def small(images):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(detector.classifier, "forward", small)
+    predict(detector, paths, tmp_path, PredictConfig(batch_size=16))
+    assert "going on with batches of 4" in caplog.text
+    for line, other in zip(read_csv(tmp_path), wanted, strict=True):
+        assert float(line.pop("score")) == pytest.approx(float(other.pop("score")), abs=2e-6)
+        assert line == other
+    with Image.open(tmp_path / wanted[9]["overlay"]) as picture:
+        shown = np.asarray(picture)[:4, :4]
+    heatmap = np.load(tmp_path / wanted[9]["heatmap"])
+    pixels = detector.classifier.config.transform(Image.open(paths[9]))
+    own = overlay(pixels, np.abs(heatmap).max(axis=0), detector.color_max)
+    np.testing.assert_array_equal(shown, np.asarray(own)[:4, :4])
 
 
 def test_missing_places_are_named(tmp_path):
