@@ -196,6 +196,8 @@ def test_made_again_it_is_the_same_byte_for_byte_and_verified(measured, data, tm
 
 
 def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch):
+    config = TrainConfig(epochs=1, batch_size=32, width=32, feature_maps=0, overwrite=True)
+    train_decoder(run, CPU, config)
     measure(run, data, LocalizeConfig(count=2, batch_size=16))
     assert set(row["method"] for row in table(run)[0]["table"]) == set(METHODS)
 

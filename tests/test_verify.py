@@ -23,11 +23,13 @@ def test_a_whole_run_is_said_to_be_whole(run):
         "index",
         "targets",
         "targets",
+        "targets",
         "decoder",
         "evaluation",
         "localization",
     ]
     assert "50 of 50 paired again, all equal" in lines[2]
+    assert "25 of 25 pasted again, all equal" in lines[3]
 
 
 @pytest.mark.parametrize("stage", ["index", "targets", "decoder", "evaluation"])
