@@ -83,7 +83,13 @@ class Forward:
                 self.halve()
                 continue
             start += step
-        return Pending(outputs, torch.cuda.current_stream().record_event() if self.on_gpu else None)
+        return Pending(outputs, self.event())
+
+    def event(self) -> torch.cuda.Event | None:
+        """Return what tells that all work so far is done; on a CPU it is."""
+        if not self.on_gpu:
+            return None
+        return torch.cuda.current_stream(self.classifier.device).record_event()
 
     def halve(self) -> None:
         """Go on with smaller batches.
