@@ -89,7 +89,8 @@ class Forward:
         """Return what tells that all work so far is done; on a CPU it is."""
         if not self.on_gpu:
             return None
-        return torch.cuda.current_stream(self.classifier.device).record_event()
+        event: torch.cuda.Event = torch.cuda.current_stream(self.classifier.device).record_event()
+        return event
 
     def halve(self) -> None:
         """Go on with smaller batches.
