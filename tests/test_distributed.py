@@ -39,7 +39,7 @@ def started(command: list[str], log: Path, *, restarts: int = 0) -> Iterator[sub
 def run_in_two(command: list[str], log: Path) -> tuple[int, str]:
     """Return the exit code of a command under torchrun, and all that it printed."""
     with started(command, log) as process:
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=300)
     return code, log.read_text()
 
 
@@ -115,21 +115,23 @@ def test_a_killed_process_is_started_again_and_the_run_ends_the_same(
     log = tmp_path / "log"
     with started(index, log, restarts=2) as process:
         kill_once_it_has_begun(process, run)
-        assert process.wait(timeout=120) == 0, log.read_text()
+        assert process.wait(timeout=300) == 0, log.read_text()
     assert "exitcode: -9" in log.read_text()
     assert run_in_two(targets, log)[0] == 0
     assert tree(run) == tree(alone)
 
 
 def kill_once_it_has_begun(process: subprocess.Popen[str], run: Path) -> None:
-    """Kill one of a launcher's processes once a stage has begun."""
-    began = run / "index" / "unfinished.json"
-    while process.poll() is None and not began.exists():
-        time.sleep(0.01)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+    """Kill the second of a launcher's processes as soon as the stage has begun."""
+    children: list[str] = []
+    while len(children) < 2:  # looked up before: the stage is over in a moment
+        asked = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+        children = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+        assert process.poll() is None
+    while not (run / "index" / "unfinished.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(int(children[1]), signal.SIGKILL)
 
 
 def test_one_process_exchanges_nothing():
