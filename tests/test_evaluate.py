@@ -436,7 +436,7 @@ def test_the_papers_protocol_takes_one_ood_image_for_five_id_images(data, run, c
 def other_run(run, tmp_path):
     """Return a run that differs from ``run`` in the seed of training."""
     other = Path(shutil.copytree(run, tmp_path / "other"))
-    config = TrainConfig(epochs=2, batch_size=32, width=32, seed=5, overwrite=True)
+    config = TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=0, seed=5, overwrite=True)
     train_decoder(other, CPU, config)
     return other
 
@@ -469,7 +469,7 @@ def test_the_same_seed_twice_is_refused(data, run, tmp_path):
 
 
 def test_a_run_that_was_trained_otherwise_is_refused_by_name(data, run, other_run):
-    config = TrainConfig(epochs=1, batch_size=32, width=32, seed=5, overwrite=True)
+    config = TrainConfig(epochs=1, batch_size=32, width=32, feature_maps=0, seed=5, overwrite=True)
     train_decoder(other_run, CPU, config)
     test = open_images(str(data / "test"))
     with pytest.raises(OodHeatmapError, match=r"other has another decoder options\.epochs \(1, "):
