@@ -16,7 +16,7 @@ from ood_heatmap.distributed import world_size
 
 SIGNED, MAGNITUDE = "signed", "magnitude"
 PLAIN, DCGAN = "plain", "dcgan"
-HIDDEN = 256
+HIDDEN, PLACES = 256, 64  # of the plain stack: neurons; channels that tell places apart
 Numbers: TypeAlias = float | NDArray[np.float32]
 
 
@@ -33,9 +33,10 @@ class DecoderConfig:
         map_shapes: ``(C, h, w)`` of each of the classifier's feature maps that it takes.
         num_channels: Channels of the heatmap.
         stack: ``dcgan``, the paper's: batch norm after each convolution; or ``plain``: no batch
-            norm, a hidden layer before the first map, and the spread of the deepest feature map
-            beside the features. It trains with noise on its inputs, which batch norm does not bear:
-            its statistics would be those of noisy inputs, and the images come without.
+            norm, a hidden layer before the first map, the spread of the deepest feature map beside
+            the features, and 3x3 convolutions that see each place among its neighbours. It trains
+            with noise on its inputs, which batch norm does not bear: its statistics would be those
+            of noisy inputs, and the images come without.
     """
 
     num_features: int
@@ -78,8 +79,8 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """A stack of transposed convolutions.
 
-    Feature maps join at the step whose size is nearest to theirs, each through a 1x1 convolution
-    of its own.
+    Feature maps join at the step whose size is nearest to theirs, each through convolutions of its
+    own.
 
     Args:
         config: Its shape.
@@ -113,9 +114,31 @@ class Decoder(nn.Module):
         )
         self.sizes = sizes
         self.maps = nn.ModuleList(
-            self.block(nn.Conv2d(shape[0], widths[step], 1, bias=self.is_plain))
+            nn.Sequential(
+                self.block(nn.Conv2d(shape[0], PLACES, 3, padding=1)),
+                self.block(nn.Conv2d(PLACES, PLACES, 3, padding=1)),
+            )
+            if self.is_plain
+            else self.block(nn.Conv2d(shape[0], widths[step], 1, bias=False))
             for shape, step in zip(config.map_shapes, self.joins, strict=True)
         )
+        self.mixes = nn.ModuleDict(
+            {
+                str(step): nn.Sequential(
+                    self.block(
+                        nn.Conv2d(
+                            widths[step] + PLACES * self.joins.count(step), PLACES, 3, padding=1
+                        )
+                    ),
+                    self.block(nn.Conv2d(PLACES, widths[step], 1)),
+                )
+                for step in sorted(set(self.joins) if self.is_plain else ())
+            }
+        )
+        # without the mix what joins at a step goes on beside what was there
+        counts = [
+            1 + (0 if self.is_plain else self.joins.count(step)) for step in range(len(sizes))
+        ]
         inputs, first = config.num_inputs + config.num_classes, widths[0] * config.first_size**2
         self.hidden = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU()) if self.is_plain else None
         self.first = nn.Linear(HIDDEN if self.is_plain else inputs, first, bias=self.is_plain)
@@ -123,15 +146,11 @@ class Decoder(nn.Module):
         self.first_norm = nn.Sequential(norm, nn.ReLU())
         self.steps = nn.ModuleList(
             self.block(
-                nn.ConvTranspose2d(
-                    before * (1 + self.joins.count(step)), after, 4, 2, 1, bias=self.is_plain
-                )
+                nn.ConvTranspose2d(before * counts[step], after, 4, 2, 1, bias=self.is_plain)
             )
             for step, (before, after) in enumerate(pairwise(widths))
         )
-        self.last = nn.Conv2d(
-            widths[-1] * (1 + self.joins.count(len(widths) - 1)), config.num_channels, 1
-        )
+        self.last = nn.Conv2d(widths[-1] * counts[-1], config.num_channels, 1)
         self.apply(initialise_plain if self.is_plain else initialise)
         if self.is_plain:  # begin near the ID images' target, 0 everywhere
             nn.init.normal_(self.last.weight, 0.0, 0.02)
@@ -177,7 +196,8 @@ class Decoder(nn.Module):
         x = self.first(x if self.hidden is None else self.hidden(x))
         x = self.first_norm(x.unflatten(1, (-1, self.config.first_size, self.config.first_size)))
         for step in range(len(self.sizes)):
-            x = torch.cat([x, *self.joining(maps, step)], dim=1)
+            joined = torch.cat([x, *self.joining(maps, step)], dim=1)
+            x = x + self.mixes[str(step)](joined) if str(step) in self.mixes else joined
             if step < len(self.steps):
                 x = self.steps[step](x)
         over = (x.shape[2] - self.config.size) // 2

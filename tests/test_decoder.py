@@ -1,5 +1,6 @@
 """The decoder's shape, its input, and what it returns."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -107,3 +108,32 @@ def test_batch_norm_of_two_processes_is_that_of_their_batches_together(monkeypat
         torch.testing.assert_close(ours(part), value, rtol=1e-4, atol=1e-4)
         for name, item in whole.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], item)
+
+
+def test_the_plain_stack_sees_places_spread_and_noise():
+    torch.manual_seed(0)
+    config = DecoderConfig(4, 2, 16, width=32, map_shapes=((6, 4, 4), (5, 8, 8)), stack="plain")
+    assert config.num_inputs == 4 + 6
+    decoder = Decoder(config).eval()
+    torch.nn.init.normal_(decoder.last.weight)
+    features, prediction = torch.rand(1, 4), torch.tensor([1])
+    maps = [torch.rand(1, *shape) for shape in config.map_shapes]
+    heatmap = decoder(features, prediction, maps)
+    assert heatmap.shape == (1, 3, 16, 16)
+    moved = [maps[0], maps[1].roll(4, dims=3)]
+    assert not torch.equal(decoder(features, prediction, moved), heatmap)
+    none, some = torch.zeros(1, 10), torch.ones(1, 10)
+    torch.testing.assert_close(decoder(features, prediction, maps, none), heatmap)
+    assert not torch.equal(decoder(features, prediction, maps, some), heatmap)
+
+
+def test_inputs_are_scaled_one_by_one_and_a_constant_one_stays_finite():
+    config = DecoderConfig(2, 2, 8, width=16, stack="plain")
+    low, high = np.array([1, 5], np.float32), np.array([3, 5], np.float32)
+    decoder = Decoder(config, (low, high))
+    np.testing.assert_array_equal(decoder.feature_range, [[1, 5], [3, 6]])
+    inputs = []
+    assert decoder.hidden is not None
+    decoder.hidden.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    decoder(torch.tensor([[2.0, 5.0]]), torch.tensor([1]))
+    assert inputs[0].tolist() == [[0.5, 0.0, 0.0, 1.0]]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from ood_heatmap.cache.manifest import Manifest, read_manifest
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.feed import TrainingBatch
 from ood_heatmap.pipeline.index import open_index
+from ood_heatmap.pipeline.step import lr_at
 from ood_heatmap.pipeline.train import open_decoder, train_decoder
 
 CPU = torch.device("cpu")
@@ -291,3 +294,43 @@ def test_two_processes_train_what_one_trains_also_when_one_is_killed(run):
 
 def state(run) -> dict[str, torch.Tensor]:
     return load_file(run / "decoder" / "decoder.safetensors")
+
+
+def test_ranges_of_the_plain_stack_are_mean_and_deviation_of_the_id_images(run):
+    index = open_index(run)
+    decoder = module.new_decoder(index, TrainConfig(feature_maps=2, width=32))
+    features, maps = (
+        index.columns[name].read().astype(np.float64) for name in ("features", "feature_maps_1")
+    )
+    inputs = np.concatenate([features, maps.std(axis=(2, 3), ddof=1)], axis=1)
+    spread = np.where(inputs.std(axis=0) > 0, inputs.std(axis=0), 1)  # a dead one stays as it is
+    wanted = np.stack([inputs.mean(axis=0), inputs.mean(axis=0) + spread])
+    np.testing.assert_allclose(decoder.feature_range, wanted, rtol=1e-4, atol=1e-5)
+    mean, deviation = maps.mean(axis=(0, 2, 3)), maps.std(axis=(0, 2, 3))
+    np.testing.assert_allclose(decoder.map_range_0, [mean, mean + deviation], rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_a_function_of_seed_and_epoch(run):
+    index = open_index(run)
+    config = TrainConfig(feature_maps=0, width=32, batch_size=6, noise=0.5)
+    decoder = module.new_decoder(index, config)
+    empty = TrainingBatch(torch.zeros(6, 8), torch.zeros(6), torch.zeros(6))
+
+    def drawn(seed: int, epoch: int) -> torch.Tensor:
+        batches = module.with_noise(iter([empty] * 400), decoder, replace(config, seed=seed), epoch)
+        return torch.stack([batch.noise for batch in batches])
+
+    torch.testing.assert_close(drawn(0, 1), drawn(0, 1), rtol=0, atol=0)
+    assert not torch.equal(drawn(0, 1), drawn(0, 2))
+    assert not torch.equal(drawn(0, 1), drawn(1, 1))
+    assert drawn(0, 1).std() == pytest.approx(0.5, rel=0.02)
+
+
+def test_the_cosine_schedule_rises_for_a_tenth_and_ends_near_nothing():
+    config = TrainConfig(lr=2.0)
+    rates = [lr_at(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)  # half of the way down
+    assert 0 < rates[99] < 0.001
+    assert {lr_at(step, 100, replace(config, schedule="constant")) for step in (0, 50, 99)} == {2.0}
