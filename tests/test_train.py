@@ -303,11 +303,14 @@ def test_ranges_of_the_plain_stack_are_mean_and_deviation_of_the_id_images(run):
         index.columns[name].read().astype(np.float64) for name in ("features", "feature_maps_1")
     )
     inputs = np.concatenate([features, maps.std(axis=(2, 3), ddof=1)], axis=1)
-    spread = np.where(inputs.std(axis=0) > 0, inputs.std(axis=0), 1)  # a dead one stays as it is
-    wanted = np.stack([inputs.mean(axis=0), inputs.mean(axis=0) + spread])
-    np.testing.assert_allclose(decoder.feature_range, wanted, rtol=1e-4, atol=1e-5)
-    mean, deviation = maps.mean(axis=(0, 2, 3)), maps.std(axis=(0, 2, 3))
-    np.testing.assert_allclose(decoder.map_range_0, [mean, mean + deviation], rtol=1e-4, atol=1e-5)
+
+    def wanted(values: np.ndarray) -> np.ndarray:
+        spread = np.where(values.std(axis=0) > 0, values.std(axis=0), 1)  # a dead one stays
+        return np.stack([values.mean(axis=0), values.mean(axis=0) + spread])
+
+    np.testing.assert_allclose(decoder.feature_range, wanted(inputs), rtol=1e-4, atol=1e-5)
+    places = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    np.testing.assert_allclose(decoder.map_range_0, wanted(places), rtol=1e-4, atol=1e-5)
 
 
 def test_noise_is_a_function_of_seed_and_epoch(run):
