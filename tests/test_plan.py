@@ -56,7 +56,7 @@ def test_the_targets_take_what_was_planned(run, data):
 
 
 def test_training_takes_what_was_planned(run):
-    found = plan_train(run, CPU, TrainConfig(epochs=3, batch_size=32, width=32))
+    found = plan_train(run, CPU, TrainConfig(epochs=3, batch_size=32, width=32, feature_maps=0))
     decoder = (run / "decoder" / "decoder.safetensors").stat().st_size  # of the same width
     assert found.disk == pytest.approx(4 * decoder, rel=0.1)
     assert found.rows == 130
