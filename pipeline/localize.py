@@ -35,6 +35,7 @@ from ood_heatmap.pipeline.embed import classify
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.shares import content_of
+from ood_heatmap.pipeline.table import aligned
 from ood_heatmap.pipeline.train import open_decoder
 
 log = logging.getLogger(__name__)
@@ -480,11 +481,4 @@ def format_table(content: Mapping[str, Any]) -> str:
         by_side = [figures_of[method, name, side]["pixel_auroc"] for side in SIDES]
         means = [figures_of[method, name, MEAN][key] for key in METRICS]
         lines.append([method, name, *(f"{100 * share:.1f}" for share in by_side + means)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines)

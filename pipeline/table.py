@@ -247,6 +247,11 @@ def format_table(content: Mapping[str, Any]) -> str:
         numbers[0] += f" {margin(row, 'auroc')}"
         prevalence = f"{100 * row['prevalence_ood']:.1f}" if "prevalence_ood" in row else ""
         lines.append((row["method"], row["set"], *numbers, prevalence))
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return cells in columns: the first two, which are names, to the left; numbers, right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
