@@ -82,12 +82,16 @@ def test_every_batch_has_the_same_size_so_a_row_does_not_depend_on_its_neighbour
 
 
 def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypatch):
-    forward = classifier.network.forward
-    monkeypatch.setattr(
-        classifier.network, "forward", lambda images: (time.sleep(0.05), forward(images))[1]
-    )
-    # it cannot be faster than the network sleeps; how much slower is up to the machine
-    assert 32 / 5 < forward_rate(classifier, 32, seconds=0.3) < 32 / 0.05
+    forward, clock = classifier.network.forward, [0.0]
+
+    def half_a_second(images: torch.Tensor) -> torch.Tensor:
+        clock[0] += 0.5
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", half_a_second)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    assert forward_rate(classifier, 32, seconds=2.0) == 32 / 0.5
+    assert clock[0] == 2.0
 
 
 def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplog):
