@@ -117,6 +117,7 @@ shard_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Discard what was made from something else."
 )
+SHARED = ("index", "targets", "train", "evaluate")  # the commands that torchrun may start
 false_alarm_option = click.option(
     "--false-alarm",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -135,6 +136,11 @@ def main(context: click.Context, verbose: bool) -> None:
     The four stages, in order: index, targets, train, evaluate. Each goes on where it was when it is
     started again.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in SHARED:
+        raise UsageError(
+            f"{context.invoked_subcommand} runs in one process: start it without torchrun. "
+            f"Those that share their work are {', '.join(SHARED)}."
+        )
     level = logging.DEBUG if verbose else logging.INFO
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         level = logging.ERROR
@@ -542,16 +548,12 @@ def evaluate(
     """
     import json
 
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
+    from ood_heatmap.distributed import main_first
     from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.evaluate import evaluate as run_stage
     from ood_heatmap.pipeline.table import format_decisions, format_table
 
-    id_images = open_images(source, data_root=data_root, download=download)
-    ood_sets = open_sets(ood_sources, data_root, download)
-    held_out = None
-    if calibration_source is not None:
-        held_out = open_images(calibration_source, data_root=data_root, download=download)
     config = EvaluateConfig(
         near=near,
         protocol=protocol,
@@ -564,15 +566,22 @@ def evaluate(
         skip_unreadable=skip_unreadable,
         overwrite=overwrite,
     )
-    run_stage(
-        run,
-        id_images,
-        ood_sets,
-        choose_device(device),
-        config,
-        calibration_images=held_out,
-        more_runs=more_runs,
-    )
+    with stage_device(device) as place:
+        with main_first():
+            id_images = open_images(source, data_root=data_root, download=download)
+            ood_sets = open_sets(ood_sources, data_root, download)
+            held_out = None
+            if calibration_source is not None:
+                held_out = open_images(calibration_source, data_root=data_root, download=download)
+        run_stage(
+            run,
+            id_images,
+            ood_sets,
+            place,
+            config,
+            calibration_images=held_out,
+            more_runs=more_runs,
+        )
     content = json.loads((run / "evaluation" / "metrics.json").read_text("utf-8"))
     if content["id_accuracy"] is not None:
         click.echo(f"accuracy on the ID test set {content['id_accuracy']:.2%}")

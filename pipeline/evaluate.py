@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import locked, replacing, sha256_of, write_json
+from ood_heatmap.cache.files import replacing, sha256_of, write_json
 from ood_heatmap.cache.manifest import (
     Manifest,
     Stage,
@@ -25,6 +25,7 @@ from ood_heatmap.cache.manifest import (
 )
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.distributed import barrier, from_main, is_main
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig
@@ -37,6 +38,7 @@ from ood_heatmap.pipeline.score import (
     open_detectors,
     score_set,
 )
+from ood_heatmap.pipeline.shares import sole_writer
 from ood_heatmap.pipeline.table import HEATMAP, ID, Scores, decisions, metrics_table, report
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,8 @@ def evaluate(
 ) -> Manifest:
     """Score the ID test set and each OOD set; write numbers, thresholds, pictures and a report.
 
-    Finished sets are kept, so a stopped run goes on where it was.
+    Finished sets are kept, so a stopped run goes on where it was. Several processes share the
+    images; the first of them writes.
 
     Args:
         run: A run directory with a trained decoder.
@@ -76,30 +79,46 @@ def evaluate(
         OodHeatmapError: See the design: stale or damaged caches, unreadable images and so on.
     """
     check_names(ood_sets, config)
-    with locked(run):
+    with sole_writer(run):
         index = open_index(run)
         decoders = check_runs([run, *more_runs])
         parts = choose_images(id_images, ood_sets, calibration_images, config)
         detectors = open_detectors([run, *more_runs], index, device)
         stage = Stage(run, "evaluation", inputs_of(decoders, parts, config))
-        finished = stage.begin(overwrite=config.overwrite)
+        finished = from_main(stage.begin(overwrite=config.overwrite) if is_main() else None)
         if finished is not None:
             log.info("%s is finished already", stage.directory)
             return finished
-        everything = score_sets(stage, parts, detectors, index, config)
-        scores = {name: item for name, item in everything.items() if name != CALIBRATION}
-        metrics = report(metrics_table(scores, config), scores, detectors[0].classes, config)
-        metrics["runs"] = [describe_decoder(decoder) for decoder in decoders]
-        metrics["sets"] = {
-            name: write_names(stage, name, part.images, everything[name])
-            for name, part in parts.items()
-        }
-        calibration = calibrate(stage, everything.get(CALIBRATION))
-        if calibration is not None:
-            metrics["decisions"] = decisions(scores, calibration, config.false_alarm)
-        write_json(stage.directory / "metrics.json", metrics)
-        draw(stage, metrics, parts, scores, detectors[0], index, calibration, config)
-        return finish(stage, everything, calibration, config)
+        scores = score_sets(stage, parts, detectors, index, config)
+        if is_main():
+            publish(stage, scores, parts, decoders, detectors[0], index, config)
+        barrier()
+        return read_manifest(run, "evaluation")
+
+
+def publish(
+    stage: Stage,
+    everything: Mapping[str, Scores],
+    parts: Mapping[str, Part],
+    decoders: Sequence[Manifest],
+    detector: HeatmapDetector,
+    index: Index,
+    config: EvaluateConfig,
+) -> None:
+    """Write the table, the thresholds, the pictures and the report, then the manifest."""
+    scores = {name: item for name, item in everything.items() if name != CALIBRATION}
+    metrics = report(metrics_table(scores, config), scores, detector.classes, config)
+    metrics["runs"] = [describe_decoder(decoder) for decoder in decoders]
+    metrics["sets"] = {
+        name: write_names(stage, name, part.images, everything[name])
+        for name, part in parts.items()
+    }
+    calibration = calibrate(stage, everything.get(CALIBRATION))
+    if calibration is not None:
+        metrics["decisions"] = decisions(scores, calibration, config.false_alarm)
+    write_json(stage.directory / "metrics.json", metrics)
+    draw(stage, metrics, parts, scores, detector, index, calibration, config)
+    finish(stage, everything, calibration, config)
 
 
 def check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:
@@ -231,7 +250,8 @@ def score_sets(
     config: EvaluateConfig,
 ) -> dict[str, Scores]:
     """Return the scores of all sets; those that a stopped run has finished are read back."""
-    scores = {name: finished_scores(stage, name) for name in parts}
+    # as the first process sees them: all must score the same sets
+    scores = from_main({name: finished_scores(stage, name) for name in parts} if is_main() else {})
     todo = [name for name, finished in scores.items() if finished is None]
     if todo:
         scorers = make_scorers(index, detectors, config)

@@ -86,9 +86,10 @@ class Meter:
             yield item
 
     def close(self) -> dict[str, Any]:
-        """Say what happened, and return it; of this process alone."""
+        """Say what all processes did, and return it; nothing in any but the first."""
         self.bar.close()
-        return say(self.label, [self.figures()])
+        everyone = gather(self.figures())
+        return say(self.label, everyone) if is_main() else {}
 
     def figures(self) -> dict[str, Any]:
         """Return what this process did so far."""

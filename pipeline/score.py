@@ -18,6 +18,7 @@ from ood_heatmap.cache.manifest import Stage, fingerprint_of
 from ood_heatmap.cache.neighbours import mean_distance_to_kth
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.detector import HeatmapDetector, detector_of
+from ood_heatmap.distributed import gather, is_main, rank, world_size
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
@@ -27,7 +28,7 @@ from ood_heatmap.pipeline.table import Scores, name_of_run
 from ood_heatmap.pipeline.targets import open_targets
 from ood_heatmap.pipeline.train import open_decoder
 
-PIECE = 4096  # images whose heatmaps are in memory at once
+PIECE = 1024  # images whose heatmaps are in memory at once, about; and what processes are dealt
 MAX_FIT = 50_000  # images of each kind that a baseline is fitted on, at most
 
 
@@ -162,29 +163,38 @@ def finished_scores(stage: Stage, name: str) -> Scores | None:
 def score_set(
     stage: Stage, name: str, part: Part, scorers: Scorers, config: EvaluateConfig
 ) -> Scores:
-    """Return all scores of a set and write them."""
-    meter = Meter(len(part.rows), f"evaluate {name}")
+    """Return all scores of a set and write them; every process scores a share of the images."""
+    pieces = dict(enumerate(pieces_of(part.rows, config.batch_size)))
+    mine = list(pieces)[rank() :: world_size()]
+    meter = Meter(sum(len(pieces[number]) for number in mine), f"evaluate {name}")
     classifier = scorers.detectors[0].classifier
-    pieces = [part.rows[start : start + PIECE] for start in range(0, len(part.rows), PIECE)]
-    parts = [
-        scorers(piece, config)
-        for piece in embed(
-            part.images,
-            pieces,
-            classifier,
-            meter,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            skip_unreadable=config.skip_unreadable,
-        )
-    ]
-    log_event(stage.run, "evaluate", set=name, **meter.close(), device=str(classifier.device))
+    embedded = embed(
+        part.images,
+        [pieces[number] for number in mine],
+        classifier,
+        meter,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    )
+    own = {number: scorers(piece, config) for number, piece in zip(mine, embedded, strict=True)}
+    figures = meter.close()
+    done = {number: piece for share in gather(own) for number, piece in share.items()}
+    parts = [done[number] for number in pieces]  # as one process has them
     scores: Scores = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     scores["label"] = part.images.labels[scores["row"]]
     scores["content"] = np.array(fingerprint_of([str(item) for item in scores.pop("contents")]))
     scores["fingerprint"] = np.array(stage.settings_fingerprint)
-    buffer = io.BytesIO()
-    np.savez(buffer, **scores)  # type: ignore[arg-type]
-    with replacing(scores_path(stage, name)) as scratch:
-        scratch.write_bytes(buffer.getbuffer())
+    if is_main():
+        log_event(stage.run, "evaluate", set=name, **figures, device=str(classifier.device))
+        buffer = io.BytesIO()
+        np.savez(buffer, **scores)  # type: ignore[arg-type]
+        with replacing(scores_path(stage, name)) as scratch:
+            scratch.write_bytes(buffer.getbuffer())
     return scores
+
+
+def pieces_of(rows: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Split rows into pieces of whole batches, so that a batch is the same in any process."""
+    size = max(batch_size, PIECE // batch_size * batch_size)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,6 +1,8 @@
 """Several processes under torchrun: what they exchange, and that they make what one makes."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ood_heatmap import distributed
+from ood_heatmap.cli import main
 from ood_heatmap.devices import choose_device
 from ood_heatmap.errors import UsageError
 
@@ -90,6 +94,44 @@ def test_two_processes_make_what_one_makes_byte_for_byte(alone, arrays, data, sp
         assert code == 0, printed
         assert printed.count("next: ood-heatmap") == 1  # one process speaks for all
     assert tree(tmp_path / "run") == wanted
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does_byte_for_byte(alone, arrays, data, tmp_path):
+    program, one, two = commands(alone, arrays, data, "")[0][0], tmp_path / "one", tmp_path / "two"
+    train = ["--epochs", "1", "--width", "16", "--device", "cpu"]
+    shutil.copytree(alone, one)
+    subprocess.run(
+        [program, "train", str(one), *train], check=True, capture_output=True, env=ENVIRONMENT
+    )
+    shutil.copytree(one, two)
+    sets = ["--id", f"{arrays}/id.npz", "--ood", f"ood={arrays}/ood.npz", "--near", "ood"]
+    options = [*sets, "--batch-size", "100", "--gallery", "4", "--device", "cpu"]
+    subprocess.run(
+        [program, "evaluate", str(one), *options], check=True, capture_output=True, env=ENVIRONMENT
+    )
+    code, printed = run_in_two([program, "evaluate", str(two), *options], tmp_path / "log")
+    assert code == 0, printed
+    assert printed.count("next: ood-heatmap") == 1
+    assert tree(two) == tree(one)
+    figures = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
+    scored = {line["set"]: line for line in figures if line["stage"] == "evaluate"}
+    assert {name: line["processes"] for name, line in scored.items()} == {
+        "id": 2,
+        "calibration": 2,
+        "ood": 2,
+    }
+    assert sum(line["images"] for line in scored.values()) == 3000 + 1500
+
+
+def test_what_runs_in_one_process_says_so_under_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(main, ["predict", str(tmp_path), str(tmp_path)])
+    assert result.exit_code != 0
+    assert (
+        "predict runs in one process: start it without torchrun"
+        in str(result.exception) + result.output
+    )
 
 
 @pytest.mark.slow
