@@ -53,11 +53,20 @@ class TrainingBatch:
         noise = () if self.noise is None else (self.noise,)
         return (self.features, self.prediction, self.heatmap, *self.maps, *noise)
 
-    def clone(self) -> "TrainingBatch":
-        """Return a copy in memory of its own."""
-        features, prediction, heatmap, *rest = (item.clone() for item in self.tensors)
+    def like(self, tensors: Iterable[Tensor]) -> "TrainingBatch":
+        """Return a batch of these tensors, in the order of ``tensors``."""
+        features, prediction, heatmap, *rest = tensors
         noise = None if self.noise is None else rest.pop()
         return TrainingBatch(features, prediction, heatmap, tuple(rest), noise)
+
+    def clone(self) -> "TrainingBatch":
+        """Return a copy in memory of its own."""
+        return self.like(item.clone() for item in self.tensors)
+
+    def split(self, size: int) -> "list[TrainingBatch]":
+        """Return the batch in parts of ``size`` images; the last may be smaller."""
+        parts = zip(*(item.split(size) for item in self.tensors), strict=True)
+        return [self.like(part) for part in parts]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ood_heatmap.decoder import SIGNED
+from ood_heatmap.decoder import PLAIN, SIGNED
 from ood_heatmap.distributed import from_main, world_size
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import target_heatmap, weighted_squared_error
@@ -85,6 +85,9 @@ def training_step(
     """Return the function that takes one step and returns the loss, left on the device.
 
     The mean of the loss over processes is the loss of the whole batch, as is that of the gradients.
+    When the device runs out of memory a batch goes through in halves from then on, whose gradients
+    add up to the same. Not with batch norm, whose statistics would be those of a half; and not
+    with several processes, of which the others would not know.
 
     Args:
         decoder: With ``channels_last`` weights.
@@ -93,6 +96,8 @@ def training_step(
         device: Where all of it is.
         compiled: Through ``torch.compile``; needs a C++ compiler.
     """
+
+    can_halve = config.stack == PLAIN and world_size() == 1
 
     def loss_of(batch: TrainingBatch) -> Tensor:
         with autocast(device, config):
@@ -103,13 +108,31 @@ def training_step(
         return weighted_squared_error(heatmap, target) * share
 
     run = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
+    size = config.batch_size  # of what goes through the decoder at once
+
+    def take(batch: TrainingBatch) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=device)
+        for part in batch.split(size):
+            loss = run(part)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        optimizer.step()
+        return total
 
     def step(batch: TrainingBatch) -> Tensor:
-        loss = run(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return loss.detach()
+        nonlocal size
+        while True:
+            try:
+                return take(batch)
+            except torch.OutOfMemoryError:
+                if not (can_halve and size > 1):
+                    raise
+            # out here the error no longer holds on to what the step has computed
+            size = -(-min(size, len(batch.features)) // 2)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("out of memory on %s: steps go on in parts of %d images", device, size)
 
     return step
 

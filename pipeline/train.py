@@ -212,8 +212,8 @@ def train(
     except torch.OutOfMemoryError as error:
         raise OodHeatmapError(
             f"{device} has no memory for steps of {config.batch_size} images beside the {kind} "
-            f"feed. Use a smaller --batch-size or --feed streaming; halves would not train "
-            f"the same decoder, so nothing is halved by itself."
+            f"feed. Use a smaller --batch-size, --feed streaming, or --stack plain in one process: "
+            f"its steps can be halved."
         ) from error
     report(stage, speed, kind, device)
     return decoder

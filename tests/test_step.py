@@ -1,11 +1,12 @@
 """The step: every way to launch it trains the same, and measuring it leaves no trace."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.decoder import DCGAN, PLAIN, Decoder, DecoderConfig
 from ood_heatmap.errors import UsageError
 from ood_heatmap.pipeline import step as module
 from ood_heatmap.pipeline.config import TrainConfig
@@ -149,6 +150,46 @@ def test_the_ceiling_takes_a_tenth_of_a_short_training_and_two_seconds_of_a_long
     rate = measure_ceiling(clock.step(2**-7), example(), 6, num_steps)
     assert rate == pytest.approx(6 * 2**7)
     assert clock.seconds == (module.WARM_UP + counted) * 2**-7
+
+
+class Small:
+    """Stands in for a decoder on a device with memory for a few images only."""
+
+    def __init__(self, decoder: Decoder, memory: int) -> None:
+        self.decoder, self.memory, self.sizes = decoder, memory, []
+
+    def __call__(self, features: torch.Tensor, *inputs: object) -> torch.Tensor:
+        self.sizes.append(len(features))
+        if len(features) > self.memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.decoder(features, *inputs)
+
+
+def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(8, 3, 8, width=16, stack=PLAIN)).train()
+    return decoder, adam(decoder, CONFIG)
+
+
+def test_without_memory_for_a_step_its_halves_train_the_same(caplog):
+    decoder, optimizer = plain_stack()
+    wanted = losses(training_step(decoder, optimizer, CONFIG, CPU))
+    halved, optimizer = plain_stack()
+    small = Small(halved, 2)
+    found = losses(training_step(small, optimizer, CONFIG, CPU))
+    assert small.sizes == [6, 3, *[2, 2, 2] * 5]  # remembered
+    assert "steps go on in parts of 2 images" in caplog.text
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for ours, theirs in zip(halved.parameters(), decoder.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "stack"), [(0, PLAIN), (5, DCGAN)])
+def test_a_step_that_halves_would_not_help_is_an_error(memory, stack):
+    decoder, optimizer = plain_stack()
+    config = replace(CONFIG, stack=stack)
+    with pytest.raises(torch.OutOfMemoryError):
+        training_step(Small(decoder, memory), optimizer, config, CPU)(example())
 
 
 @pytest.mark.parametrize("size", [4, 6])
