@@ -378,6 +378,13 @@ def targets(
     help="The difference, as in the paper, or its absolute value.",
 )
 @click.option(
+    "--region-weight",
+    type=click.FloatRange(0, 1),
+    default=TrainConfig.region_weight,
+    help="How much more a patched image counts the smaller its patch: (image / patch) to this "
+    "power. 0: not at all, as in the paper.",
+)
+@click.option(
     "--width",
     type=click.IntRange(0),
     default=TrainConfig.width,
@@ -419,6 +426,7 @@ def train(
     seed: int,
     stack: str,
     target: str,
+    region_weight: float,
     width: int,
     feature_maps: int,
     feed: str,
@@ -445,6 +453,7 @@ def train(
         seed=seed,
         stack=stack,
         target=target,
+        region_weight=region_weight,
         width=width,
         feature_maps=feature_maps,
         feed=feed,

@@ -16,7 +16,8 @@ from ood_heatmap.distributed import world_size
 
 SIGNED, MAGNITUDE = "signed", "magnitude"
 PLAIN, DCGAN = "plain", "dcgan"
-HIDDEN, PLACES = 256, 64  # of the plain stack: neurons; channels that tell places apart
+HIDDEN = 256  # neurons of the plain stack
+PLACES = 64  # channels that tell places apart, in the plain stack
 Numbers: TypeAlias = float | NDArray[np.float32]
 
 
@@ -34,9 +35,9 @@ class DecoderConfig:
         num_channels: Channels of the heatmap.
         stack: ``dcgan``, the paper's: batch norm after each convolution; or ``plain``: no batch
             norm, a hidden layer before the first map, the spread of the deepest feature map beside
-            the features, and 3x3 convolutions that see each place among its neighbours. It trains
-            with noise on its inputs, which batch norm does not bear: its statistics would be those
-            of noisy inputs, and the images come without.
+            the features, and feature maps that say where and not how much, see ``Places``. It
+            trains with noise on its inputs, which batch norm does not bear: its statistics would
+            be those of noisy inputs, and the images come without.
     """
 
     num_features: int
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
     """A stack of transposed convolutions.
 
     Feature maps join at the step whose size is nearest to theirs, each through convolutions of its
-    own.
+    own: beside what is there (``dcgan``), or to be added at the end (``plain``).
 
     Args:
         config: Its shape.
@@ -113,29 +114,17 @@ class Decoder(nn.Module):
             for _, height, _ in config.map_shapes
         )
         self.sizes = sizes
-        self.maps = nn.ModuleList(
-            nn.Sequential(
-                self.block(nn.Conv2d(shape[0], PLACES, 3, padding=1)),
-                self.block(nn.Conv2d(PLACES, PLACES, 3, padding=1)),
-            )
-            if self.is_plain
-            else self.block(nn.Conv2d(shape[0], widths[step], 1, bias=False))
+        joined = [
+            (shape[0], widths[step])
             for shape, step in zip(config.map_shapes, self.joins, strict=True)
+        ]
+        self.maps = nn.ModuleList(
+            Places(*channels, config.num_channels)
+            if self.is_plain
+            else self.block(nn.Conv2d(*channels, 1, bias=False))
+            for channels in joined
         )
-        self.mixes = nn.ModuleDict(
-            {
-                str(step): nn.Sequential(
-                    self.block(
-                        nn.Conv2d(
-                            widths[step] + PLACES * self.joins.count(step), PLACES, 3, padding=1
-                        )
-                    ),
-                    self.block(nn.Conv2d(PLACES, widths[step], 1)),
-                )
-                for step in sorted(set(self.joins) if self.is_plain else ())
-            }
-        )
-        # without the mix what joins at a step goes on beside what was there
+        # what joins at a step goes on beside what was there
         counts = [
             1 + (0 if self.is_plain else self.joins.count(step)) for step in range(len(sizes))
         ]
@@ -153,8 +142,8 @@ class Decoder(nn.Module):
         self.last = nn.Conv2d(widths[-1] * counts[-1], config.num_channels, 1)
         self.apply(initialise_plain if self.is_plain else initialise)
         if self.is_plain:  # begin near the ID images' target, 0 everywhere
-            nn.init.normal_(self.last.weight, 0.0, 0.02)
-            assert self.last.bias is not None
+            for last in (self.last, *(places.last for places in self.maps)):
+                nn.init.normal_(last.weight, 0.0, 0.02)
             nn.init.constant_(self.last.bias, 0.0 if config.target == SIGNED else -2.0)
 
     @property
@@ -195,30 +184,67 @@ class Decoder(nn.Module):
         x = torch.cat([x, one_hot], dim=1)
         x = self.first(x if self.hidden is None else self.hidden(x))
         x = self.first_norm(x.unflatten(1, (-1, self.config.first_size, self.config.first_size)))
+        places = torch.zeros(())
         for step in range(len(self.sizes)):
-            joined = torch.cat([x, *self.joining(maps, step)], dim=1)
-            x = x + self.mixes[str(step)](joined) if str(step) in self.mixes else joined
+            for number in self.joining(step):
+                item = resized(self.scaled(maps[number], number), self.sizes[step])
+                if self.is_plain:
+                    places = places + resized(self.maps[number](item, x), self.sizes[-1])
+                else:
+                    x = torch.cat([x, self.maps[number](item)], dim=1)
             if step < len(self.steps):
                 x = self.steps[step](x)
+        x = self.last(x) + places
         over = (x.shape[2] - self.config.size) // 2
-        x = self.last(x)[:, :, over : over + self.config.size, over : over + self.config.size]
+        x = x[:, :, over : over + self.config.size, over : over + self.config.size]
         return torch.tanh(x) if self.config.target == SIGNED else torch.sigmoid(x)
 
-    def joining(self, maps: Sequence[Tensor], step: int) -> list[Tensor]:
-        """Return the feature maps that join at a step, at its size."""
-        size = (self.sizes[step], self.sizes[step])
-        joining = [number for number, joins_at in enumerate(self.joins) if joins_at == step]
-        scaled = [self.maps[number](self.scaled(maps[number], number)) for number in joining]
-        return [
-            functional.interpolate(item, size, mode="bilinear") if item.shape[2:] != size else item
-            for item in scaled
-        ]
+    def joining(self, step: int) -> list[int]:
+        """Return the numbers of the feature maps that join at a step."""
+        return [number for number, joins_at in enumerate(self.joins) if joins_at == step]
 
     def scaled(self, item: Tensor, number: int) -> Tensor:
         """Return a feature map with each channel in its range."""
         low, high = self.get_buffer(f"map_range_{number}")[..., None, None]
         scaled: Tensor = (item - low) / (high - low)
         return scaled
+
+
+class Places(nn.Module):
+    """Where in an image, from a feature map beside the decoder's own map of its size.
+
+    The mean over places is taken out, so that a feature map moves the heatmap about and makes it
+    neither stronger nor weaker: how much is for the features to say, which know it better.
+
+    Args:
+        num_channels: Of the feature map.
+        num_beside: Of the decoder's map.
+        num_outputs: Of the heatmap.
+    """
+
+    def __init__(self, num_channels: int, num_beside: int, num_outputs: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(num_channels + num_beside, PLACES, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(PLACES, PLACES, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.last = nn.Conv2d(PLACES, num_outputs, 1, bias=False)  # a bias is taken out again
+
+    def forward(self, feature_map: Tensor, beside: Tensor) -> Tensor:
+        """Return what to add to the heatmap before its tanh or sigmoid.
+
+        Args:
+            feature_map: ``(B, C, h, w)``.
+            beside: ``(B, num_beside, h, w)``.
+
+        Returns:
+            ``(B, num_outputs, h, w)``, each channel with mean 0.
+        """
+        x = self.last(self.convolutions(torch.cat([feature_map, beside], dim=1)))
+        centred: Tensor = x - x.mean(dim=(2, 3), keepdim=True)
+        return centred
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -267,6 +293,13 @@ def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count, mean, square = sums[:1], *sums[1:].view(2, -1)
     mean, square = mean / count, square / count
     return count[0].float(), mean.float(), (square - mean.square()).float()
+
+
+def resized(maps: Tensor, size: int) -> Tensor:
+    """Return maps ``(B, C, h, w)`` with ``size`` pixels a side."""
+    if maps.shape[2] == maps.shape[3] == size:
+        return maps
+    return functional.interpolate(maps, (size, size), mode="bilinear")
 
 
 def as_range(ends: tuple[Numbers, Numbers], count: int) -> Tensor:

@@ -47,20 +47,39 @@ def target_heatmap(stored: Tensor, *, signed: bool) -> Tensor:
     return target if signed else target.abs()
 
 
-def weighted_squared_error(heatmap: Tensor, target: Tensor) -> Tensor:
+def weighted_squared_error(heatmap: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the mean over the batch of ``sum(w (heatmap - target)^2)``, ``w = 1 + 5 |target|``.
 
     Args:
         heatmap: ``(B, C, H, W)`` from the decoder.
         target: Same shape.
+        weight: ``(B,)``, how much each image counts; 1 when None.
 
     Raises:
         ValueError: The shapes differ.
     """
     if heatmap.shape != target.shape:
         raise ValueError(f"heatmap {tuple(heatmap.shape)} and target {tuple(target.shape)} differ")
-    weight = 1 + 5 * target.abs()
-    return (weight * (heatmap.float() - target).square()).sum() / len(target)
+    each = ((1 + 5 * target.abs()) * (heatmap.float() - target).square()).sum(dim=(1, 2, 3))
+    return each.mean() if weight is None else (weight * each).mean()
+
+
+def region_weight(stored: Tensor, power: float) -> Tensor:
+    """Return how much each image counts in the loss: the more, the smaller its OOD region.
+
+    A patch has few pixels, and would hardly count beside an image that is OOD all over, whose
+    every pixel has an error.
+
+    Args:
+        stored: ``(B, C, H, W)`` int16 differences; 0 outside the region.
+        power: 0 for the same weight, 1 for the same of each region, whatever its size.
+
+    Returns:
+        ``(B,)`` float32: (pixels of the image / pixels of the region) to this power; 1 for ID
+        images, which have no region.
+    """
+    share = (stored != 0).any(dim=1).float().mean(dim=(1, 2))
+    return torch.where(share > 0, share, 1.0).pow(-power)
 
 
 def score(heatmap: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ class TrainConfig:
         seed: Of the decoder's first weights, of the order of images and of the noise.
         stack: ``plain``, or ``dcgan``: with batch norm, as in the paper.
         target: ``magnitude``, or ``signed``: the difference itself, as in the paper.
+        region_weight: The power of (pixels of the image / pixels of its OOD region) by which an
+            image counts in the loss, so that patches are not lost in it; 0 is the paper's loss.
         width: Channels of the decoder's first map; found from the features' width when 0.
         feature_maps: How many of the classifier's feature maps the decoder takes as well.
         feed: ``auto``, ``resident``, ``pinned`` or ``streaming``; the result is the same.
@@ -91,6 +93,7 @@ class TrainConfig:
     seed: int = 0
     stack: str = "plain"
     target: str = "magnitude"
+    region_weight: float = 0.5
     width: int = 0
     feature_maps: int = FEATURE_MAPS
     feed: str = "auto"

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ood_heatmap.decoder import PLAIN, SIGNED
 from ood_heatmap.distributed import from_main, world_size
 from ood_heatmap.errors import UsageError
-from ood_heatmap.heatmap import target_heatmap, weighted_squared_error
+from ood_heatmap.heatmap import region_weight, target_heatmap, weighted_squared_error
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch
 
@@ -105,7 +105,8 @@ def training_step(
             heatmap = decoder(batch.features, batch.prediction, maps, batch.noise)
         target = target_heatmap(batch.heatmap, signed=config.target == SIGNED)
         share = len(target) * world_size() / config.batch_size  # not 1 where the split is uneven
-        return weighted_squared_error(heatmap, target) * share
+        weight = region_weight(batch.heatmap, config.region_weight)
+        return weighted_squared_error(heatmap, target, weight) * share
 
     run = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
     size = config.batch_size  # of what goes through the decoder at once

@@ -120,8 +120,12 @@ def test_the_plain_stack_sees_places_spread_and_noise():
     maps = [torch.rand(1, *shape) for shape in config.map_shapes]
     heatmap = decoder(features, prediction, maps)
     assert heatmap.shape == (1, 3, 16, 16)
+    says: list[torch.Tensor] = []
+    decoder.maps[1].register_forward_hook(lambda _, given, found: says.append(found))
     moved = [maps[0], maps[1].roll(4, dims=3)]
     assert not torch.equal(decoder(features, prediction, moved), heatmap)
+    assert says[0].abs().max() > 1e-3  # where, but not how much
+    torch.testing.assert_close(says[0].mean(dim=(2, 3)), torch.zeros(1, 3), rtol=0, atol=1e-6)
     none, some = torch.zeros(1, 10), torch.ones(1, 10)
     torch.testing.assert_close(decoder(features, prediction, maps, none), heatmap)
     assert not torch.equal(decoder(features, prediction, maps, some), heatmap)

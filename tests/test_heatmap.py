@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ood_heatmap.heatmap import difference, score, strength, target_heatmap, weighted_squared_error
+from ood_heatmap.heatmap import (
+    difference,
+    region_weight,
+    score,
+    strength,
+    target_heatmap,
+    weighted_squared_error,
+)
 
 PAIRS = hnp.arrays(np.uint8, (2, 2, 3, 4, 4))
 
@@ -49,6 +56,21 @@ def test_the_loss_is_the_sum_over_pixels_and_the_mean_over_images(seed, batch):
             total += (1 + 5 * abs(wanted)) * (found - wanted) ** 2
     loss = weighted_squared_error(torch.tensor(heatmap).float(), torch.tensor(target).float())
     np.testing.assert_allclose(loss.item(), total / batch, rtol=1e-5)
+
+
+def test_a_small_region_counts_more_and_an_id_image_as_one():
+    stored = torch.zeros(4, 3, 8, 8, dtype=torch.int16)
+    stored[0, 1, :4, :4] = -7  # a quarter of a quarter: one channel is enough
+    stored[1, :, 2:3, 2:6] = 9
+    stored[2] = 1
+    assert region_weight(stored, 0.5).tolist() == [2, 4, 1, 1]
+    assert region_weight(stored, 1.0).tolist() == [4, 16, 1, 1]
+    assert region_weight(stored, 0.0).tolist() == [1, 1, 1, 1]
+    heatmap, target = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    weight = torch.tensor([2.0, 4.0, 1.0, 0.0])
+    each = [weighted_squared_error(heatmap[i : i + 1], target[i : i + 1]) for i in range(4)]
+    found = weighted_squared_error(heatmap, target, weight)
+    torch.testing.assert_close(found, (2 * each[0] + 4 * each[1] + each[2]) / 4)
 
 
 def test_a_loss_of_two_shapes_is_refused():

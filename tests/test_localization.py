@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ood_heatmap.localization import aupro, localization_metrics, pointing
+from ood_heatmap import localization as module
+from ood_heatmap.localization import aupro, localization_metrics, pointing, resampled_metrics
 
 
 def by_hand(strength, masks, limit=0.3):
@@ -91,3 +92,32 @@ def test_images_without_a_patch_or_without_anything_else_are_refused():
             localization_metrics(strength[: len(wrong)], wrong)
     with pytest.raises(ValueError, match="must be one"):
         localization_metrics(strength[:, :2], masks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), levels=st.sampled_from([1, 2, 3, 10, 1000]))
+def test_resampled_figures_are_those_of_the_images_drawn(seed, levels):
+    strength, masks = some_images(seed, levels)
+    drawn = np.random.default_rng(seed).integers(0, 3, (4, 3))
+    weights = np.stack([np.bincount(rows, minlength=3) for rows in drawn]).astype(np.float64)
+    found = resampled_metrics(strength, masks, weights)
+    for figures, rows in zip(found, drawn, strict=True):
+        wanted = localization_metrics(strength[rows], masks[rows])
+        np.testing.assert_allclose(
+            figures, (wanted.pixel_auroc, wanted.aupro, wanted.pointing), atol=1e-9
+        )
+
+
+def test_many_levels_of_strength_cost_resampled_figures_little(monkeypatch):
+    generator = np.random.default_rng(0)
+    masks = np.zeros((20, 32, 32), dtype=bool)
+    masks[:, 4:20, 8:24] = True
+    strength = (generator.normal(size=masks.shape) + masks).astype(np.float32)
+    wanted = localization_metrics(strength, masks)
+    exact = (wanted.pixel_auroc, wanted.aupro, wanted.pointing)
+    found = resampled_metrics(strength, masks, np.ones((1, 20)))[0]
+    np.testing.assert_allclose(found, exact, atol=1e-4)
+    assert tuple(found) != exact  # there were more levels
+    monkeypatch.setattr(module, "NUM_LEVELS", strength.size)
+    found = resampled_metrics(strength, masks, np.ones((1, 20)))[0]
+    np.testing.assert_allclose(found, exact, atol=1e-9)
