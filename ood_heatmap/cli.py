@@ -673,7 +673,14 @@ def localize(
 
     id_images = open_images(source, data_root=data_root, download=download)
     ood_sets = open_sets(ood_sources, data_root, download)
-    config = LocalizeConfig(count, seed, batch_size, workers, skip_unreadable, overwrite)
+    config = LocalizeConfig(
+        count=count,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
+    )
     run_stage(run, id_images, ood_sets, choose_device(device), config)
     folder = run / "localization"
     click.echo(format_table(json.loads((folder / "localization.json").read_text("utf-8"))))

@@ -161,7 +161,8 @@ class LocalizeConfig:
 
     Args:
         count: ID images, and images of each OOD set; each pair for every size and kind of edges.
-        seed: Of images, places, ID locations and shuffled weights.
+        seed: Of images, places, ID locations, shuffled weights and the bootstrap.
+        resamples: Of the bootstrap.
         batch_size: Images the classifier takes at once.
         workers: Threads that decode images.
         skip_unreadable: Leave out images that cannot be read instead of stopping.
@@ -170,6 +171,7 @@ class LocalizeConfig:
 
     count: int = 100
     seed: int = 0
+    resamples: int = 1000
     batch_size: int = 256
     workers: int = 2
     skip_unreadable: bool = False

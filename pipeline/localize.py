@@ -28,19 +28,21 @@ from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.images import ImageSet, Transform, batches
-from ood_heatmap.localization import METRICS, localization_metrics
+from ood_heatmap.localization import METRICS, localization_metrics, resampled_metrics
+from ood_heatmap.metrics import bootstrap_weights, interval
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig
 from ood_heatmap.pipeline.embed import classify
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.shares import content_of
-from ood_heatmap.pipeline.table import aligned
+from ood_heatmap.pipeline.table import aligned, margin
 from ood_heatmap.pipeline.train import open_decoder
 
 log = logging.getLogger(__name__)
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Strengths = dict[str, Float32]  # method to (B, H, W), larger is more OOD
 
 ID, HEATMAP = "id", "heatmap"
@@ -85,6 +87,7 @@ def localize(
             "options": {
                 "count": config.count,
                 "seed": config.seed,
+                "resamples": config.resamples,
                 "skip_unreadable": config.skip_unreadable,
             },
         }
@@ -302,6 +305,7 @@ class Row:
         side: The patch's side as a share of the image's, or ``mean``.
         edges: ``hard``, ``blended`` or ``mean``.
         figures: Metric to share in [0, 1].
+        resampled: The same of resampled images, ``(R, METRICS)``; of a mean the mean.
     """
 
     method: str
@@ -309,6 +313,14 @@ class Row:
     side: float | str
     edges: str
     figures: Mapping[str, float]
+    resampled: Float64
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row for ``localization.json``, with 95 % intervals."""
+        where = {key: getattr(self, key) for key in ("method", "set", "side", "edges")}
+        columns = dict(zip(METRICS, self.resampled.T, strict=True))
+        intervals = {key: interval(column) for key, column in columns.items()}
+        return {**where, **self.figures, "intervals": intervals}
 
 
 @dataclass(frozen=True)
@@ -326,7 +338,8 @@ def measure(
 ) -> tuple[list[Row], list[Example]]:
     """Return the figures of every set, size and kind of edges, and an image of each set and size.
 
-    The same ID images, places and sizes in all of them; what is pasted differs.
+    The same ID images, places and sizes in all of them; what is pasted differs. Resampled, an
+    image that is drawn is drawn for all methods, sizes and edges.
     """
     rows, examples = [], []
     for (name, sample), side, edges in product(samples.items(), SIDES, EDGES):
@@ -337,10 +350,11 @@ def measure(
         patches = [draw_patch(size, config.seed, row, (side,), (edges,)) for row in range(count)]
         images, masks = paste_all(samples[ID].pixels[:count], sample.pixels[:count], patches)
         strengths = judge(images)
-        rows += [
-            Row(method, name, side, edges, asdict(localization_metrics(values, masks)))
-            for method, values in strengths.items()
-        ]
+        weights = bootstrap_weights(count, config.resamples, np.random.default_rng(config.seed))
+        for method, values in strengths.items():
+            figures = asdict(localization_metrics(values, masks))
+            resampled = resampled_metrics(values, masks, weights)
+            rows.append(Row(method, name, side, edges, figures, resampled))
         # hard and blended in turn, another image each time
         number = SIDES.index(side)
         if edges == EDGES[number % len(EDGES)]:
@@ -357,15 +371,16 @@ def with_means(cells: Sequence[Row], names: Sequence[str]) -> list[Row]:
     table = []
     for method, name, side, edges in product(methods, [*names, MEAN], sides, [*EDGES, MEAN]):
         mine = [
-            row.figures
+            row
             for row in cells
             if row.method == method
             and name in (row.set, MEAN)
             and side in (row.side, MEAN)
             and edges in (row.edges, MEAN)
         ]
-        means = {key: float(np.mean([figures[key] for figures in mine])) for key in METRICS}
-        table.append(Row(method, name, side, edges, means))
+        means = {key: float(np.mean([row.figures[key] for row in mine])) for key in METRICS}
+        resampled = np.mean([row.resampled for row in mine], axis=0)
+        table.append(Row(method, name, side, edges, means, resampled))
     return table
 
 
@@ -408,10 +423,12 @@ def report(
         "image's. pixel_auroc over all pixels of a set, size and kind of edges (0.5 by chance); "
         "aupro: per-region overlap up to a false positive rate of 0.3 (0.15 by chance); pointing: "
         "the strongest pixel lies in the patch. A mean is over sets, sizes or edges. Shares in "
-        f"[0, 1]. {DISTANCE}: to the nearest of at most {NUM_LOCATIONS} places in {NUM_IMAGES} ID "
+        "[0, 1]; intervals: bootstrap over images, 95 %, percentiles. "
+        f"{DISTANCE}: to the nearest of at most {NUM_LOCATIONS} places in {NUM_IMAGES} ID "
         "training images, Euclidean, in the deepest feature map.",
         "count": config.count,
         "seed": config.seed,
+        "resamples": config.resamples,
         "sets": {
             name: {
                 "source": images.source,
@@ -420,16 +437,7 @@ def report(
             }
             for name, images in sets.items()
         },
-        "table": [
-            {
-                "method": row.method,
-                "set": row.set,
-                "side": row.side,
-                "edges": row.edges,
-                **row.figures,
-            }
-            for row in table
-        ],
+        "table": [row.to_json() for row in table],
     }
 
 
@@ -468,7 +476,7 @@ def outline(axes: Any, mask: NDArray[np.bool_]) -> None:
 
 
 def format_table(content: Mapping[str, Any]) -> str:
-    """Return ``localization.json`` as the table that the terminal shows, in percent."""
+    """Return ``localization.json`` as the table of the terminal, in percent, with intervals."""
     figures_of = {
         (row["method"], row["set"], row["side"]): row
         for row in content["table"]
@@ -479,6 +487,13 @@ def format_table(content: Mapping[str, Any]) -> str:
     lines = [[*heads, "AUROC", "AUPRO", "pointing"]]
     for method, name in sorted(pairs, key=lambda pair: pair[1] == MEAN):
         by_side = [figures_of[method, name, side]["pixel_auroc"] for side in SIDES]
-        means = [figures_of[method, name, MEAN][key] for key in METRICS]
-        lines.append([method, name, *(f"{100 * share:.1f}" for share in by_side + means)])
+        whole = figures_of[method, name, MEAN]
+        lines.append(
+            [
+                method,
+                name,
+                *(f"{100 * share:.1f}" for share in by_side),
+                *(f"{100 * whole[key]:.1f} {margin(whole, key, 1)}" for key in METRICS),
+            ]
+        )
     return aligned(lines)

@@ -262,12 +262,12 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def margin(row: Mapping[str, Any], key: str) -> str:
+def margin(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
     """Return how far to trust a figure, in percent: its spread over runs, or else its interval."""
     if "spread" in row:
-        return f"± {100 * row['spread'][key]:.2f}"
+        return f"± {100 * row['spread'][key]:.{digits}f}"
     low, high = row["intervals"][key]
-    return f"[{100 * low:.2f}, {100 * high:.2f}]"
+    return f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def format_decisions(found: Mapping[str, Any]) -> str:

@@ -164,7 +164,7 @@ def test_the_centre_prior_looks_at_no_image(measured, data):
 
 def test_a_sanity_check_that_lowers_nothing_is_said(measured, caplog):
     rows = [
-        module.Row(method, "mean", "mean", "mean", {"pixel_auroc": value})
+        module.Row(method, "mean", "mean", "mean", {"pixel_auroc": value}, np.zeros((0, 3)))
         for method, value in [("heatmap", 0.8), ("shuffled weights", 0.6), ("swapped class", 0.9)]
     ]
     lowered = module.sanity(rows)["lowered_pixel_auroc"]
@@ -235,6 +235,25 @@ def test_the_table_has_a_line_for_each_method_and_set(measured):
     assert len(lines) == 1 + len(METHODS) * 3
     assert lines[0].split()[:3] == ["method", "set", "AUROC"]
     mean = next(line for line in lines if line.startswith("heatmap") and " mean " in line)
-    figures = rows["heatmap", "mean", "mean", "mean"]
-    wanted = [f"{100 * figures[key]:.1f}".rjust(4) for key in ("pixel_auroc", "aupro", "pointing")]
-    assert mean.split()[-3:] == [text.strip() for text in wanted]
+    row = rows["heatmap", "mean", "mean", "mean"]
+    for key in ("pixel_auroc", "aupro", "pointing"):
+        low, high = row["intervals"][key]
+        assert f"{100 * row[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in mean
+
+
+def test_intervals_are_those_of_drawing_images_again(measured, data):
+    """The interval of a cell against sklearn's figures of images drawn with NumPy."""
+    images, masks = patched(data, measured, "far", 0.5, "hard")
+    strengths = judge_of(measured)[1](images)["heatmap"]
+    generator, drawn = np.random.default_rng(1), []
+    for _ in range(400):
+        rows = generator.integers(0, 12, 12)
+        drawn.append(localization_metrics(strengths[rows], masks[rows]))
+    row = table(measured)[1]["heatmap", "far", 0.5, "hard"]
+    for key in ("pixel_auroc", "aupro", "pointing"):
+        values = np.array([getattr(one, key) for one in drawn])
+        low, high = row["intervals"][key]
+        assert low <= row[key] <= high
+        np.testing.assert_allclose(
+            (low, high), np.quantile(values, [0.025, 0.975]), atol=0.25 * np.ptp(values) + 1e-6
+        )
