@@ -3,7 +3,8 @@
 python benchmarks/pairing.py RUN --ood-train DIR --id DIR --ood NAME=DIR --ood NAME=DIR
 
 RUN has a finished index, with a feature map to compare decoders with and without. It is not written
-into. Detection: mean AUROC over the OOD sets; localisation: pixel AUROC of pasted patches.
+into. Detection: AUROC; localisation: pixel AUROC of pasted patches of all sizes; both the mean over
+the OOD sets.
 """
 
 import argparse
@@ -17,22 +18,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import harness
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ood_heatmap.cli import named_source
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
-from ood_heatmap.images import ImageSet, open_images
+from ood_heatmap.images import open_images
+from ood_heatmap.localization import localization_metrics
 from ood_heatmap.metrics import detection_metrics
+from ood_heatmap.patches import draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig, TrainConfig
-from ood_heatmap.pipeline.localize import HEATMAP, MEAN, localize, read_sample
+from ood_heatmap.pipeline.index import open_index
+from ood_heatmap.pipeline.localize import read_sample
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 
+UInt8 = NDArray[np.uint8]
 PAIRINGS = ("nearest", "random", "any", "scrambled")
 IN_WORDS = {
     "nearest": "nearest of the class",
@@ -71,11 +76,10 @@ def main() -> None:
     options = parse()
     device = choose_device(options.device)
     ood_train = open_images(options.ood_train)
-    id_images = open_images(options.id)
-    ood_sets = {name: open_images(place) for name, place in map(named_source, options.ood)}
+    samples = samples_of(options)
     lines: list[Line] = []
     print(HEAD, flush=True)
-    for pairing in PAIRINGS:
+    for pairing in options.pairing or PAIRINGS:
         with tempfile.TemporaryDirectory(prefix="pairing-", dir=options.scratch) as scratch:
             run = Path(scratch) / "run"
             # links: an index is large, and nobody writes into it
@@ -84,13 +88,25 @@ def main() -> None:
             build_targets(run, ood_train, device, config)
             for target, num_maps in product(TARGETS, (0, options.feature_maps)):
                 figures = [
-                    measure(run, id_images, ood_sets, device, train_config, options.count)
+                    measure(run, samples, device, train_config)
                     for train_config in configs(options, target, num_maps)
                 ]
                 detection, localization = map(list, zip(*figures, strict=True))
                 lines.append(Line(pairing, target, num_maps, detection, localization))
                 print(lines[-1].to_markdown(), flush=True)
                 write(options.out, lines, device)
+
+
+def samples_of(options: argparse.Namespace) -> dict[str, UInt8]:
+    """Return some images of the ID test set, and of each OOD set, at the input size."""
+    index = open_index(options.run)
+    transform = index.classifier(torch.device("cpu")).config.transform
+    sample = LocalizeConfig(options.count)
+    sources = {"": options.id, **dict(map(named_source, options.ood))}
+    return {
+        name: read_sample(open_images(place), transform, sample).pixels
+        for name, place in sources.items()
+    }
 
 
 def configs(options: argparse.Namespace, target: str, num_maps: int) -> list[TrainConfig]:
@@ -109,51 +125,30 @@ def configs(options: argparse.Namespace, target: str, num_maps: int) -> list[Tra
 
 
 def measure(
-    run: Path,
-    id_images: ImageSet,
-    ood_sets: Mapping[str, ImageSet],
-    device: torch.device,
-    config: TrainConfig,
-    count: int,
+    run: Path, samples: Mapping[str, UInt8], device: torch.device, config: TrainConfig
 ) -> tuple[float, float]:
-    """Train one decoder; return its mean AUROC and its pixel AUROC."""
+    """Train one decoder; return its mean AUROC and its mean pixel AUROC."""
     train_decoder(run, device, config)
     detector = HeatmapDetector.load(run, str(device))
-    sample = LocalizeConfig(count, overwrite=True)
-    scores = {
-        name: scores_of(detector, images, sample)
-        for name, images in {"": id_images, **ood_sets}.items()
-    }
-    id_scores = scores.pop("")
-    detection = [detection_metrics(id_scores, own).auroc for own in scores.values()]
-    localize(run, id_images, ood_sets, device, LocalizeConfig(min(count, 100), overwrite=True))
-    content = json.loads((run / "localization" / "localization.json").read_text("utf-8"))
-    return float(np.mean(detection)), heatmap_figure(content)
+    id_pixels, *ood_sets = samples.values()
+    id_scores = strengths_of(detector, id_pixels).mean(axis=(1, 2))
+    detection, localization = [], []
+    for pixels in ood_sets:
+        scores = strengths_of(detector, pixels).mean(axis=(1, 2))
+        detection.append(detection_metrics(id_scores, scores).auroc)
+        count = min(len(id_pixels), len(pixels))
+        patches = [draw_patch(pixels.shape[-1], 0, row) for row in range(count)]
+        images, masks = paste_all(id_pixels[:count], pixels[:count], patches)
+        strengths = strengths_of(detector, images)
+        localization.append(localization_metrics(strengths, masks).pixel_auroc)
+    return float(np.mean(detection)), float(np.mean(localization))
 
 
-def scores_of(
-    detector: HeatmapDetector, images: ImageSet, sample: LocalizeConfig
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the scores of a sample of a set."""
-    pixels = read_sample(images, detector.classifier.config.transform, sample).pixels
-    size = sample.batch_size
-    return np.concatenate(
-        [
-            detector.detect(pixels[start : start + size])[0].score
-            for start in range(0, len(pixels), size)
-        ]
-    )
-
-
-def heatmap_figure(content: Mapping[str, Any]) -> float:
-    """Return the heatmap's overall pixel AUROC out of ``localization.json``."""
-    wanted = (HEATMAP, MEAN, MEAN, MEAN)
-    keys = ("method", "set", "side", "edges")
-    return next(
-        float(row["pixel_auroc"])
-        for row in content["table"]
-        if tuple(row[key] for key in keys) == wanted
-    )
+def strengths_of(detector: HeatmapDetector, pixels: UInt8) -> NDArray[np.float32]:
+    """Return how OOD each pixel is, batch by batch."""
+    size = LocalizeConfig.batch_size
+    starts = range(0, len(pixels), size)
+    return np.concatenate([detector(pixels[start : start + size]).strength for start in starts])
 
 
 def write(out: Path, lines: list[Line], device: torch.device) -> None:
@@ -179,6 +174,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--id", required=True, help="ID test images")
     parser.add_argument(
         "--ood", required=True, action="append", help="[NAME=]SOURCE, may be repeated"
+    )
+    parser.add_argument(
+        "--pairing", action="append", choices=PAIRINGS, help="this one alone; may be repeated"
     )
     parser.add_argument("--seeds", type=int, default=3, help="decoders of each kind")
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)

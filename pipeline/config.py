@@ -53,7 +53,7 @@ class TargetsConfig:
     limit: int | None = None
     seed: int = 0
     pairing: str = "nearest"
-    patched: float = 1.0
+    patched: float = 2.0
     batch_size: int = 256
     workers: int = 2
     shard_mb: int = SHARD_MEGABYTES
