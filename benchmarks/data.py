@@ -20,6 +20,7 @@ from ood_heatmap.pipeline.feed import TrainingSet
 from ood_heatmap.pipeline.shares import split_rows
 
 SIZE, NUM_CLASSES, NUM_FEATURES = 32, 10, 512
+MAP_SHAPE = (64, 8, 8)  # of a feature map
 SMALL, RESNET18 = "small", "cifar-resnet18"
 
 
@@ -79,11 +80,19 @@ def write_columns(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str,
     return open_rows(sorted(folder.glob("*.h5")))
 
 
-def shared_columns(count: int, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
+def shared_columns(
+    count: int, generator: np.random.Generator, num_maps: int = 0
+) -> dict[str, NDArray[Any]]:
     """Return what ID and OOD rows both have."""
     return {
         "features": generator.random((count, NUM_FEATURES), np.float32),
         "prediction": generator.integers(0, NUM_CLASSES, count, np.int32),
+        **{
+            f"feature_maps_{number + 1}": generator.random((count, *MAP_SHAPE), np.float32).astype(
+                np.float16
+            )
+            for number in range(num_maps)
+        },
     }
 
 
@@ -92,9 +101,9 @@ def heatmaps(count: int, generator: np.random.Generator) -> NDArray[np.int16]:
     return generator.integers(-255, 256, (count, 3, SIZE, SIZE), np.int16)
 
 
-def training_set(folder: Path, num_id: int, num_ood: int) -> TrainingSet:
+def training_set(folder: Path, num_id: int, num_ood: int, num_maps: int = 0) -> TrainingSet:
     """Return ID and OOD rows in memory-mapped shards, as stages 1 and 2 leave them."""
     generator = np.random.default_rng(0)
-    id_columns = write_columns(folder / "id", shared_columns(num_id, generator))
-    ood = shared_columns(num_ood, generator) | {"heatmap": heatmaps(num_ood, generator)}
-    return TrainingSet(id_columns, write_columns(folder / "ood", ood))
+    id_columns = write_columns(folder / "id", shared_columns(num_id, generator, num_maps))
+    ood = shared_columns(num_ood, generator, num_maps) | {"heatmap": heatmaps(num_ood, generator)}
+    return TrainingSet(id_columns, write_columns(folder / "ood", ood), num_maps)

@@ -30,7 +30,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     run = setting.scratch / "memory-run"
     classifier = data.make_classifier(data.SMALL, setting.scratch)
     build_index(run, from_array(data.random_images(1_000, seed=1)), classifier, IndexConfig())
-    few = setting.pick(quick=512, cpu=5_120)
+    few = setting.pick(quick=512, cpu=2_560)
     shard_mb = setting.pick(quick=1, cpu=8)
     folders = [
         data.write_pngs(setting.scratch / f"ood{many}", many, seed=2, distinct=512)

@@ -1,6 +1,8 @@
 """The training loop against its own ceiling, and against the released code's loop."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.decoder import DCGAN, SIGNED, Decoder, DecoderConfig
 from ood_heatmap.heatmap import weighted_squared_error
 from ood_heatmap.networks import cifar_resnet18
 from ood_heatmap.pipeline.config import TrainConfig
@@ -25,51 +27,65 @@ from ood_heatmap.pipeline.feed import (
     read_batch,
 )
 from ood_heatmap.pipeline.step import Step, adam, make_step
+from ood_heatmap.pipeline.train import with_noise
 
+PAPER = TrainConfig(
+    stack=DCGAN, target=SIGNED, feature_maps=0, noise=0, region_weight=0, schedule="constant"
+)
+CONFIGS = {"the paper's decoder": PAPER, "the default decoder": TrainConfig()}
 BARS = {"resident": 0.98, "pinned": 0.95, "streaming": 0.95}
 BAR_CPU, BAR_GPU = 10, 30
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare both feeds with the ceiling, then an epoch with the released code's."""
-    training_set = data.training_set(
-        setting.scratch / "train",
-        setting.pick(quick=2_000, cpu=50_000),
-        setting.pick(quick=400, cpu=10_000),
-    )
-    yield from against_ceiling(setting, training_set)
-    yield against_reference(setting, training_set)
+    """Compare all feeds with the ceiling, then an epoch with the released code's."""
+    sizes = setting.pick(quick=2_000, cpu=50_000), setting.pick(quick=400, cpu=10_000)
+    for name, config in CONFIGS.items():
+        folder = setting.scratch / name.replace(" ", "-")
+        training_set = data.training_set(folder, *sizes, config.feature_maps)
+        yield from against_ceiling(setting, training_set, name, config)
+        if config is PAPER:
+            yield against_reference(setting, training_set)
+        shutil.rmtree(folder)
 
 
 def make_decoder(config: TrainConfig, device: torch.device) -> Decoder:
     """Return a fresh decoder for 32-pixel heatmaps."""
     torch.manual_seed(config.seed)
     shape = DecoderConfig(
-        data.NUM_FEATURES, data.NUM_CLASSES, data.SIZE, target=config.target, width=config.width
+        data.NUM_FEATURES,
+        data.NUM_CLASSES,
+        data.SIZE,
+        target=config.target,
+        width=config.width,
+        map_shapes=(data.MAP_SHAPE,) * config.feature_maps,
+        stack=config.stack,
     )
     return Decoder(shape).to(device).train()
 
 
 def prepared(
     config: TrainConfig, training_set: TrainingSet, device: torch.device
-) -> tuple[str, Step, TrainingBatch]:
-    """Return the step that stage 3 takes, its kind, and a batch on the device."""
+) -> tuple[str, Step, TrainingBatch, Decoder]:
+    """Return the step that stage 3 takes, its kind, a batch on the device, and the decoder."""
     decoder = make_decoder(config, device)
     decoder.to(memory_format=torch.channels_last)
     rows = next(batches_of(len(training_set), config.batch_size, config.seed, [0]))
-    batch = read_batch(training_set, rows, device)
+    batch = next(with_noise(iter([read_batch(training_set, rows, device)]), decoder, config, 0))
     kind, step = make_step(decoder, adam(decoder, config), config, batch)
-    return kind, step, batch
+    return kind, step, batch, decoder
 
 
 def looping(
-    feed: Feed, step: Step, size: int, steps: int, num_rows: int, device: torch.device
+    feed: Feed, step: Step, decoder: Decoder, config: TrainConfig, steps: int, num_rows: int
 ) -> Callable[[], int]:
     """Return a function that trains for some steps of the next epochs, as stage 3 does.
 
     As there, one stream of batches goes over all epochs, and so over all windows.
     """
+    size, device = config.batch_size, decoder.feature_range.device
     batches = feed.batches(batches_of(num_rows, size, 0, count()))
+    batches = with_noise(batches, decoder, config, 0)
 
     def work() -> int:
         total = torch.zeros((), device=device)
@@ -81,13 +97,16 @@ def looping(
     return work
 
 
-def against_ceiling(setting: Setting, training_set: TrainingSet) -> Iterator[Row]:
+def against_ceiling(
+    setting: Setting, training_set: TrainingSet, name: str, config: TrainConfig
+) -> Iterator[Row]:
     """Compare each feed with the same step on one fixed batch."""
     device, num_rows = setting.device, len(training_set)
     size = setting.pick(quick=50, cpu=200)
     steps = setting.pick(quick=8, cpu=8, gpu=200)
-    config = TrainConfig(batch_size=size, width=setting.pick(quick=64, cpu=256, gpu=0))
-    step_kind, step, fixed = prepared(config, training_set, device)
+    width = setting.pick(quick=64, cpu=256, gpu=0)
+    config = replace(config, batch_size=size, width=width)
+    step_kind, step, fixed, decoder = prepared(config, training_set, device)
 
     def ceiling() -> int:
         total = torch.zeros((), device=device)
@@ -99,33 +118,34 @@ def against_ceiling(setting: Setting, training_set: TrainingSet) -> Iterator[Row
     variants = {"ceiling": ceiling}
     for kind in BARS:
         _, feed = open_feed(training_set, device, kind, size)
-        variants[kind] = looping(feed, step, size, steps, num_rows, device)
+        variants[kind] = looping(feed, step, decoder, config, steps, num_rows)
     times = interleaved(variants, setting.windows, device)
-    widths = "-".join(map(str, make_decoder(config, device).config.widths))
+    widths = "-".join(map(str, decoder.config.widths))
     for kind, bar in BARS.items():
         note = (
-            f"{num_rows:,} rows, batch {size}, {steps} {step_kind} steps a window, decoder "
-            f"{widths}, {device.type}; {cpu_note(times['ceiling'], times[kind])}"
+            f"{num_rows:,} rows, batch {size}, {steps} {step_kind} steps a window, widths "
+            f"{widths}, feature maps: {config.feature_maps}, {device.type}; "
+            f"{cpu_note(times['ceiling'], times[kind])}"
         )
         ratios = quotients(times["ceiling"].wall, times[kind].wall)
-        yield Row(f"training loop, {kind} feed: share of the ceiling", ratios, bar, note)
+        yield Row(f"training loop of {name}, {kind} feed: share of the ceiling", ratios, bar, note)
 
 
 def against_reference(setting: Setting, training_set: TrainingSet) -> Row:
     """Compare the time per image of an epoch with the released code's loop."""
     size = setting.pick(quick=50, cpu=200)
     steps = setting.pick(quick=1, cpu=1, gpu=20)
-    config = TrainConfig(batch_size=size, width=setting.pick(quick=64, cpu=0))
+    config = replace(PAPER, batch_size=size, width=setting.pick(quick=64, cpu=0))
     device, num_rows = setting.device, len(training_set)
-    step_kind, step, _ = prepared(config, training_set, device)
+    step_kind, step, _, decoder = prepared(config, training_set, device)
     _, feed = open_feed(training_set, device, "resident", size)
     variants = {
-        "ours": looping(feed, step, size, 4 * steps, num_rows, device),
+        "ours": looping(feed, step, decoder, config, 4 * steps, num_rows),
         "reference": reference_loop(setting, config, size, steps),
     }
     times = interleaved(variants, setting.windows, setting.device)
     on_gpu = setting.device.type == "cuda"
-    widths = "-".join(map(str, make_decoder(config, device).config.widths))
+    widths = "-".join(map(str, decoder.config.widths))
     note = (
         f"time per image, batch {size}, {steps} reference steps a window against {4 * steps} "
         f"{step_kind} ones, decoder {widths} in both, cifar-resnet18 in the "
@@ -184,7 +204,7 @@ def reference_loop(
             with torch.no_grad():
                 features = backbone(images)
                 prediction = head(features).argmax(dim=1)
-            target = ((nearest - images) / 2).abs()
+            target = (nearest - images) / 2
             loss = weighted_squared_error(decoder(features, prediction), target)
             optimizer.zero_grad()
             loss.backward()
