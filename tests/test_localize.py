@@ -231,7 +231,8 @@ def test_a_set_with_nothing_readable_is_one_line(run, data, tmp_path):
 
 def test_the_table_has_a_line_for_each_method_and_set(measured):
     content, rows = table(measured)
-    lines = format_table(content).splitlines()
+    text, ahead = format_table(content).split("\n\n")
+    lines = text.splitlines()
     assert len(lines) == 1 + len(METHODS) * 3
     assert lines[0].split()[:3] == ["method", "set", "AUROC"]
     mean = next(line for line in lines if line.startswith("heatmap") and " mean " in line)
@@ -239,6 +240,15 @@ def test_the_table_has_a_line_for_each_method_and_set(measured):
     for key in ("pixel_auroc", "aupro", "pointing"):
         low, high = row["intervals"][key]
         assert f"{100 * row[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in mean
+    lines = ahead.splitlines()
+    assert len(lines) == len(METHODS)
+    lead = content["leads"]["centre prior"]
+    for key in ("pixel_auroc", "aupro", "pointing"):
+        other = rows["centre prior", "mean", "mean", "mean"]
+        assert lead[key] == pytest.approx(row[key] - other[key])
+        low, high = lead["intervals"][key]
+        assert low <= lead[key] <= high
+        assert f"{100 * lead[key]:+.1f} [{100 * low:.1f}, {100 * high:.1f}]" in lines[1]
 
 
 def test_intervals_are_those_of_drawing_images_again(measured, data):
