@@ -1,8 +1,8 @@
 """All four stages on data that come with the dependencies: nothing is fetched.
 
 ID: scikit-learn's handwritten digits. OOD to train with: crops of one of its two sample
-    photographs; to test on: crops of
-the other, and, as the near set, letters drawn with matplotlib's own font.
+photographs; to test on: crops of the other, and, as the near set, letters drawn with matplotlib's
+own font.
 """
 
 import logging
