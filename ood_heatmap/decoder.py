@@ -142,8 +142,10 @@ class Decoder(nn.Module):
         self.last = nn.Conv2d(widths[-1] * counts[-1], config.num_channels, 1)
         self.apply(initialise_plain if self.is_plain else initialise)
         if self.is_plain:  # begin near the ID images' target, 0 everywhere
-            for last in (self.last, *(places.last for places in self.maps)):
+            where = [places.last for places in self.maps if isinstance(places, Places)]
+            for last in (self.last, *where):
                 nn.init.normal_(last.weight, 0.0, 0.02)
+            assert self.last.bias is not None
             nn.init.constant_(self.last.bias, 0.0 if config.target == SIGNED else -2.0)
 
     @property

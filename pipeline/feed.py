@@ -65,7 +65,7 @@ class TrainingBatch:
 
     def split(self, size: int) -> "list[TrainingBatch]":
         """Return the batch in parts of ``size`` images; the last may be smaller."""
-        parts = zip(*(item.split(size) for item in self.tensors), strict=True)
+        parts = zip(*(torch.split(item, size) for item in self.tensors), strict=True)
         return [self.like(part) for part in parts]
 
 
