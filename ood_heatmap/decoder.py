@@ -186,17 +186,17 @@ class Decoder(nn.Module):
         x = torch.cat([x, one_hot], dim=1)
         x = self.first(x if self.hidden is None else self.hidden(x))
         x = self.first_norm(x.unflatten(1, (-1, self.config.first_size, self.config.first_size)))
-        places = torch.zeros(())
+        where: list[Tensor] = []
         for step in range(len(self.sizes)):
             for number in self.joining(step):
                 item = resized(self.scaled(maps[number], number), self.sizes[step])
                 if self.is_plain:
-                    places = places + resized(self.maps[number](item, x), self.sizes[-1])
+                    where.append(resized(self.maps[number](item, x), self.sizes[-1]))
                 else:
                     x = torch.cat([x, self.maps[number](item)], dim=1)
             if step < len(self.steps):
                 x = self.steps[step](x)
-        x = self.last(x) + places
+        x = sum(where, start=self.last(x))
         over = (x.shape[2] - self.config.size) // 2
         x = x[:, :, over : over + self.config.size, over : over + self.config.size]
         return torch.tanh(x) if self.config.target == SIGNED else torch.sigmoid(x)
