@@ -28,7 +28,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Compare decoded arrays, then PNG files; then the share of the search in stage 2."""
     kind = data.SMALL if setting.quick else data.RESNET18
     classifier = data.make_classifier(kind, setting.scratch).to(setting.device)
-    num_images = setting.pick(quick=2 * BATCH, cpu=4 * BATCH, gpu=192 * BATCH)
+    num_images = setting.pick(quick=2 * BATCH, cpu=2 * BATCH, gpu=192 * BATCH)
     about = f"{kind} with random weights, {num_images:,} images of 32 px, {setting.device.type}"
     arrays = [from_array(data.random_images(num_images, seed)) for seed in (1, 2)]
     yield from compare(setting, "arrays", Stages(setting, classifier, *arrays), about)
@@ -73,7 +73,7 @@ class Stages:
         build_index(self.run, self.id_images, self.classifier, IndexConfig())
         return len(self.id_images)
 
-    def targets(self, patched: float = TargetsConfig.patched) -> int:
+    def targets(self, patched: float = 0.5) -> int:
         """Run stage 2 from nothing; count the patched images as well."""
         shutil.rmtree(self.run / "targets", ignore_errors=True)
         config = TargetsConfig(patched=patched)
