@@ -252,7 +252,9 @@ def hash_of_weights(network: nn.Module) -> str:
         ):  # a count of training steps; has no say in eval mode
             continue
         digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

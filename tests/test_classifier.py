@@ -12,6 +12,7 @@ from ood_heatmap.classifier import (
     Classifier,
     ClassifierConfig,
     check_finite,
+    hash_of_weights,
     load_classifier,
     load_weights,
     restore_classifier,
@@ -241,6 +242,17 @@ def test_a_file_keeps_working_from_another_directory(data, tmp_path, monkeypatch
     assert classifier.fingerprint()["spec"] == "network.py:network"
     monkeypatch.chdir(tmp_path)
     restore_classifier(classifier.config, data / "weights.safetensors")
+
+
+def test_weights_hash_the_same_in_any_layout():
+    """A 1x1 convolution is contiguous in both layouts, with other strides."""
+    network = nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+    network.register_buffer("scale", torch.tensor(2.0))
+    before = hash_of_weights(network)
+    assert hash_of_weights(network.to(memory_format=torch.channels_last)) == before
+    with torch.no_grad():
+        network[0].weight[0, 0] += 1
+    assert hash_of_weights(network) != before
 
 
 def test_the_code_of_the_users_file_is_part_of_the_fingerprint(data, spec, tmp_path):
