@@ -84,7 +84,7 @@ def main() -> None:
             run = Path(scratch) / "run"
             # links: an index is large, and nobody writes into it
             shutil.copytree(options.run / "index", run / "index", copy_function=os.link)
-            config = TargetsConfig(options.limit, pairing=pairing, patched=options.patched)
+            config = TargetsConfig(limit=options.limit, pairing=pairing, patched=options.patched)
             build_targets(run, ood_train, device, config)
             for target, num_maps in product(TARGETS, (0, options.feature_maps)):
                 figures = [
@@ -101,7 +101,7 @@ def samples_of(options: argparse.Namespace) -> dict[str, UInt8]:
     """Return some images of the ID test set, and of each OOD set, at the input size."""
     index = open_index(options.run)
     transform = index.classifier(torch.device("cpu")).config.transform
-    sample = LocalizeConfig(options.count)
+    sample = LocalizeConfig(count=options.count)
     sources = {"": options.id, **dict(map(named_source, options.ood))}
     return {
         name: read_sample(open_images(place), transform, sample).pixels

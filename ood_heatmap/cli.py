@@ -256,7 +256,14 @@ def index(
             run,
             images,
             classifier,
-            IndexConfig(batch_size, workers, shard_mb, skip_unreadable, ignore_labels, overwrite),
+            IndexConfig(
+                batch_size=batch_size,
+                workers=workers,
+                shard_mb=shard_mb,
+                skip_unreadable=skip_unreadable,
+                ignore_labels=ignore_labels,
+                overwrite=overwrite,
+            ),
         )
     results = manifest.results
     counts = results["class_counts"]
@@ -324,7 +331,15 @@ def targets(
     from ood_heatmap.pipeline.targets import build_targets
 
     config = TargetsConfig(
-        limit, seed, pairing, patched, batch_size, workers, shard_mb, skip_unreadable, overwrite
+        limit=limit,
+        seed=seed,
+        pairing=pairing,
+        patched=patched,
+        batch_size=batch_size,
+        workers=workers,
+        shard_mb=shard_mb,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
     )
     with stage_device(device) as place:
         with main_first():
@@ -745,7 +760,9 @@ def predict(
     from ood_heatmap.pipeline.predict import predict as run_predict
 
     paths = list_images(images, out)  # say what is missing before the classifier is loaded
-    config = PredictConfig(batch_size, workers, table, not no_pictures)
+    config = PredictConfig(
+        batch_size=batch_size, workers=workers, format=table, pictures=not no_pictures
+    )
     done, unreadable = run_predict(
         HeatmapDetector.load(run, device, false_alarm), paths, out, config
     )

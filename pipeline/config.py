@@ -11,7 +11,7 @@ FEATURE_MAPS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexConfig:
     """Settings of stage 1.
 
@@ -32,7 +32,7 @@ class IndexConfig:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TargetsConfig:
     """Settings of stage 2.
 
@@ -61,7 +61,7 @@ class TargetsConfig:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of stage 3.
 
@@ -102,7 +102,7 @@ class TrainConfig:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """Settings of ``predict``.
 
@@ -119,7 +119,7 @@ class PredictConfig:
     pictures: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Settings of stage 4.
 
@@ -155,7 +155,7 @@ class EvaluateConfig:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocalizeConfig:
     """Settings of the measurement of where.
 

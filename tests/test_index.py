@@ -57,7 +57,12 @@ def test_small_shards_hold_the_same_rows(data, classifier, finished_run, tmp_pat
     from ood_heatmap.pipeline import index as module
 
     monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
-    build_index(tmp_path / "run", open_images(str(data / "id")), classifier, IndexConfig(16, 2, 1))
+    build_index(
+        tmp_path / "run",
+        open_images(str(data / "id")),
+        classifier,
+        IndexConfig(batch_size=16, workers=2, shard_mb=1),
+    )
     small, large = open_index(tmp_path / "run"), open_index(finished_run)
     assert len(list((tmp_path / "run" / "index").glob("*.h5"))) == 3
     for name, rows in large.columns.items():
