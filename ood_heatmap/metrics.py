@@ -4,6 +4,7 @@ Scores: larger is more OOD. scikit-learn computes the figures; the bootstrap nee
 them, so it has the same formulas over tied groups, tested to be equal.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -157,3 +158,8 @@ def interval(resampled: Float64, level: float = 0.95) -> tuple[float, float]:
     """
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def intervals(names: Sequence[str], resampled: Float64) -> dict[str, tuple[float, float]]:
+    """Return the interval of each column of ``(R, len(names))`` resampled figures."""
+    return {name: interval(column) for name, column in zip(names, resampled.T, strict=True)}

@@ -29,7 +29,7 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.images import ImageSet, Transform, batches
 from ood_heatmap.localization import METRICS, localization_metrics, resampled_metrics
-from ood_heatmap.metrics import bootstrap_weights, interval
+from ood_heatmap.metrics import bootstrap_weights, intervals
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig
 from ood_heatmap.pipeline.embed import classify
@@ -319,9 +319,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return the row for ``localization.json``, with 95 % intervals."""
         where = {key: getattr(self, key) for key in ("method", "set", "side", "edges")}
-        columns = dict(zip(METRICS, self.resampled.T, strict=True))
-        intervals = {key: interval(column) for key, column in columns.items()}
-        return {**where, **self.figures, "intervals": intervals}
+        return {**where, **self.figures, "intervals": intervals(METRICS, self.resampled)}
 
 
 @dataclass(frozen=True)
@@ -400,12 +398,9 @@ def leads(table: Sequence[Row]) -> dict[str, dict[str, Any]]:
     own, found = overall(table, HEATMAP), {}
     for method in dict.fromkeys(row.method for row in table if row.method != HEATMAP):
         other = overall(table, method)
-        ahead = (own.resampled - other.resampled).T
         found[method] = {
             **{key: own.figures[key] - other.figures[key] for key in METRICS},
-            "intervals": {
-                key: interval(column) for key, column in zip(METRICS, ahead, strict=True)
-            },
+            "intervals": intervals(METRICS, own.resampled - other.resampled),
         }
     return found
 

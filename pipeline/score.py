@@ -24,6 +24,7 @@ from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
 from ood_heatmap.pipeline.index import Index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.shares import whole_batches
 from ood_heatmap.pipeline.table import Scores, name_of_run
 from ood_heatmap.pipeline.targets import open_targets
 from ood_heatmap.pipeline.train import open_decoder
@@ -164,7 +165,7 @@ def score_set(
     stage: Stage, name: str, part: Part, scorers: Scorers, config: EvaluateConfig
 ) -> Scores:
     """Return all scores of a set and write them; every process scores a share of the images."""
-    pieces = dict(enumerate(pieces_of(part.rows, config.batch_size)))
+    pieces = dict(enumerate(whole_batches(part.rows, PIECE, config.batch_size)))
     mine = list(pieces)[rank() :: world_size()]
     meter = Meter(sum(len(pieces[number]) for number in mine), f"evaluate {name}")
     classifier = scorers.detectors[0].classifier
@@ -192,9 +193,3 @@ def score_set(
         with replacing(scores_path(stage, name)) as scratch:
             scratch.write_bytes(buffer.getbuffer())
     return scores
-
-
-def pieces_of(rows: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Split rows into pieces of whole batches, so that a batch is the same in any process."""
-    size = max(batch_size, PIECE // batch_size * batch_size)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]

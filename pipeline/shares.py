@@ -35,9 +35,13 @@ def split_rows(rows: Int64, bytes_per_row: int, shard_mb: int, batch_size: int) 
 
     The same for any number of processes, so that they can share the work shard by shard.
     """
-    per_shard = max(1, shard_mb * 1_000_000 // bytes_per_row)
-    per_shard = max(batch_size, per_shard // batch_size * batch_size)
-    return [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
+    return whole_batches(rows, shard_mb * 1_000_000 // bytes_per_row, batch_size)
+
+
+def whole_batches(rows: Int64, size: int, batch_size: int) -> list[Int64]:
+    """Split rows into pieces of about ``size``, whole batches each: the same in any process."""
+    size = max(batch_size, size // batch_size * batch_size)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @contextmanager

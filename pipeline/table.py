@@ -16,7 +16,7 @@ from ood_heatmap.metrics import (
     METRICS,
     bootstrap_weights,
     detection_metrics,
-    interval,
+    intervals,
     weighted_metrics,
 )
 from ood_heatmap.pipeline.config import EvaluateConfig
@@ -166,11 +166,10 @@ def make_row(
         counts: Figures of the set that have no interval.
     """
     figures = dict(zip(METRICS, each.mean(axis=0).tolist(), strict=True))
-    intervals = {key: interval(resampled[:, number]) for number, key in enumerate(METRICS)}
     several = METRICS if len(each) > 1 else ()
     spread = {key: float(each[:, number].std(ddof=1)) for number, key in enumerate(several)}
     runs = {key: each[:, number].tolist() for number, key in enumerate(several)}
-    return Row(method, name, {**counts, **figures}, intervals, spread, runs)
+    return Row(method, name, {**counts, **figures}, intervals(METRICS, resampled), spread, runs)
 
 
 def decisions(
