@@ -64,8 +64,7 @@ def streaming(
     training_set: TrainingSet, ram: Mapping[str, NDArray[Any]], device: torch.device
 ) -> tuple[Gather, Gather]:
     """Return the streaming feed's gather of all columns, and the same from RAM."""
-    buffers, others = (Place(training_set, device, BATCH).host for _ in range(2))
-    outs = {name: item.numpy() for name, item in others.items()}
+    buffers, outs = (Place(training_set, device, BATCH).arrays for _ in range(2))
 
     def ours(batch: Int64) -> None:
         gather(training_set, batch + training_set.num_id, buffers)

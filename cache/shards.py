@@ -10,6 +10,7 @@ leave a file that opens cleanly and holds zeros.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class Rows:
             # mode: the default, "raise", makes a second copy of the whole batch
             return self.parts[0].take(rows, axis=0, out=out, mode="clip")
         if ascending:
-            self.take_ascending(rows, out)
+            take_ascending([self], rows, [out])
             return out
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(shard_of):
@@ -192,23 +193,38 @@ class Rows:
             out[here] = self.parts[number].take(rows[here] - self.starts[number], axis=0)
         return out
 
-    def take_ascending(self, rows: Array, out: Array) -> None:
-        """Read ascending rows: those of a shard lie together in ``out``, so nothing is copied
-        twice."""
-        bounds = np.searchsorted(rows, self.starts)
-        for part, start, first, last in zip(
-            self.parts, self.starts, bounds, bounds[1:], strict=False
-        ):
-            if first < last:
-                here = rows[first:last] - start
-                part.take(here, axis=0, out=out[first:last], mode="clip")
-
     def read(self) -> Array:
         """Return all of it in memory."""
         return np.concatenate(self.parts)
 
     def __iter__(self) -> Iterator[Array]:
         return iter(self.parts)
+
+
+def take_ascending(columns: Sequence[Rows], rows: Array, outs: Sequence[Array]) -> None:
+    """Read the same rows of several columns.
+
+    Those of a shard lie together in the result, so nothing is copied twice.
+
+    Args:
+        columns: Of the same shards.
+        rows: ``(B,)`` integers that ascend.
+        outs: Where to put them, for each column.
+
+    Raises:
+        IndexError: A row is out of range.
+    """
+    if not len(rows):
+        return
+    starts = columns[0].starts
+    if not 0 <= rows[0] <= rows[-1] < starts[-1]:
+        raise IndexError(f"rows {rows[0]}..{rows[-1]} of an array of {starts[-1]}")
+    bounds = np.searchsorted(rows, starts).tolist()
+    for number, (first, last) in enumerate(pairwise(bounds)):
+        if first < last:
+            here = rows[first:last] - starts[number]
+            for column, out in zip(columns, outs, strict=True):
+                column.parts[number].take(here, axis=0, out=out[first:last], mode="clip")
 
 
 def open_rows(paths: Sequence[Path]) -> dict[str, Rows]:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ood_heatmap.cache.shards import Rows
+from ood_heatmap.cache.shards import Rows, take_ascending
 from ood_heatmap.distributed import from_main, rank, world_size
 
 log = logging.getLogger(__name__)
@@ -283,8 +283,8 @@ def in_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
     )
 
 
-def gather(data: TrainingSet, rows: Int64, out: Mapping[str, Tensor]) -> None:
-    """Read ascending rows into the first places of buffers on the host.
+def gather(data: TrainingSet, rows: Int64, out: Mapping[str, NDArray[Any]]) -> None:
+    """Read ascending rows into the first places of buffers.
 
     Raises:
         ValueError: The rows do not ascend.
@@ -294,20 +294,22 @@ def gather(data: TrainingSet, rows: Int64, out: Mapping[str, Tensor]) -> None:
         raise ValueError("the rows of a batch must ascend")
     num_id, count = int(np.searchsorted(rows, data.num_id)), len(rows)
     id_rows, ood_rows = rows[:num_id], rows[num_id:] - data.num_id
-    for name in data.names:
-        buffer = out[name].numpy()
-        data.id_columns[name].take(id_rows, buffer[:num_id])
-        data.ood_columns[name].take(ood_rows, buffer[num_id:count])
-    heatmap = out["heatmap"].numpy()
-    heatmap[:num_id] = 0
-    data.ood_columns["heatmap"].take(ood_rows, heatmap[num_id:count])
+    for columns, part, first, last in (
+        (data.id_columns, id_rows, 0, num_id),
+        (data.ood_columns, ood_rows, num_id, count),
+    ):
+        names = [name for name in out if name in columns]
+        take_ascending(
+            [columns[name] for name in names], part, [out[name][first:last] for name in names]
+        )
+    out["heatmap"][:num_id] = 0
 
 
 def read_batch(data: TrainingSet, rows: Int64, device: torch.device) -> TrainingBatch:
     """Return one batch of its own, without a feed."""
     host = torch.device("cpu")
     buffers = {name: empty_like(item, len(rows), host) for name, item in data.columns.items()}
-    gather(data, rows, buffers)
+    gather(data, rows, {name: item.numpy() for name, item in buffers.items()})
     return batch_of({name: item.to(device) for name, item in buffers.items()}, len(rows))
 
 
@@ -329,6 +331,7 @@ class Place:
             name: empty_like(item, size, cpu, pinned=self.on_gpu)
             for name, item in data.columns.items()
         }
+        self.arrays = {name: item.numpy() for name, item in self.host.items()}
         self.device, self.count = self.host, 0
         if self.on_gpu:
             self.device = {name: item.to(device) for name, item in self.host.items()}
@@ -338,7 +341,7 @@ class Place:
         """Read a batch; the reader's thread waits here, never the step."""
         if self.on_gpu:
             self.copied.synchronize()
-        gather(data, rows, self.host)
+        gather(data, rows, self.arrays)
         self.count = len(rows)
 
     def bring(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
