@@ -15,8 +15,8 @@ from harness import Row, Setting, interleaved, quotients
 from ood_heatmap.cache.neighbours import Bank, Nearest
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.images import ImageSet, batches, from_array, open_images
-from ood_heatmap.pipeline import meter
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
+from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.index import Index, build_index, open_index
 from ood_heatmap.pipeline.targets import build_targets
 
@@ -29,7 +29,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     """Compare decoded arrays, then PNG files; then the share of the search in stage 2."""
     kind = data.SMALL if setting.quick else data.RESNET18
     classifier = data.make_classifier(kind, setting.scratch).to(setting.device)
-    num_images = setting.pick(quick=2 * BATCH, cpu=2 * BATCH, gpu=192 * BATCH)
+    num_images = setting.pick(quick=2 * BATCH, cpu=6 * BATCH, gpu=192 * BATCH)
     about = f"{kind} with random weights, {num_images:,} images of 32 px, {setting.device.type}"
     arrays = [from_array(data.random_images(num_images, seed)) for seed in (1, 2)]
     yield from compare(setting, "arrays", Stages(setting, classifier, *arrays), about)
@@ -54,11 +54,13 @@ class Stages:
         return self.setting.scratch / "run"
 
     def forward(self) -> int:
-        """Run the classifier on one batch that is on its device."""
-        batch = torch.from_numpy(data.random_images(BATCH, seed=0)).to(self.classifier.device)
-        for _ in range(len(self.ood_images) // BATCH):
-            self.classifier(batch).logits.cpu()
-        return len(self.ood_images) // BATCH * BATCH
+        """Run the classifier on images that are on its device, as the stages run it."""
+        forward = Forward(self.classifier, BATCH)
+        batch = torch.from_numpy(data.random_images(forward.size, seed=0))
+        images, passes = batch.to(self.classifier.device), len(self.ood_images) // forward.size
+        for future in [forward.pool.submit(forward.on_idle_copy, images) for _ in range(passes)]:
+            future.result().logits.cpu()
+        return passes * forward.size
 
     def decode(self) -> int:
         """Decode all images, with nothing beside it."""
@@ -87,7 +89,7 @@ def compare(setting: Setting, kind: str, stages: Stages, about: str) -> Iterator
     variants: dict[str, Callable[[], int]] = {"forward": stages.forward, "decode": stages.decode}
     variants |= {"index": stages.index, "targets": stages.targets}
     # a stage ends with a measurement of the classifier, a second or two: much of so short a run
-    with patch.object(meter, "forward_rate", lambda *_: 0.0):
+    with patch.object(Forward, "rate", lambda *_: 0.0):
         times = interleaved(variants, setting.windows, setting.device)
     forward, decode = (np.array(times[name].wall) for name in ("forward", "decode"))
     share = f"decoding takes {np.median(decode / forward):.2g} of the classifier's time"

@@ -100,7 +100,7 @@ def build_index(
             barrier()
             if is_main():
                 finish(stage, images, classifier)
-        figures = report(meter, classifier)
+        figures = report(meter)
         if is_main():
             log_event(run, "index", **figures, device=str(classifier.device))
         return read_manifest(run, "index")

@@ -32,7 +32,7 @@ from ood_heatmap.localization import METRICS, localization_metrics, resampled_me
 from ood_heatmap.metrics import bootstrap_weights, intervals
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig
-from ood_heatmap.pipeline.embed import classify
+from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.shares import content_of
@@ -99,7 +99,7 @@ def localize(
             return finished
         judge = make_judge(index, trained.decoder, device, config)
         samples = {
-            name: read_sample(images, judge.classifier.config.transform, config)
+            name: read_sample(images, judge.forward.classifier.config.transform, config)
             for name, images in sets.items()
         }
         cells, examples = measure(samples, judge, config)
@@ -162,23 +162,23 @@ class Judge:
         index: Finished, for the nearest ID images.
         bank: Its features.
         decoder: Trained, in eval mode.
-        classifier: Returns one feature map at least, where its network has any.
+        forward: The classifier; returns one feature map at least, where its network has any.
         shuffled: The same with the elements of each weight in random order.
         locations: ``(M, C)`` features of places in ID training images; None without feature maps.
-        batch_size: Images the classifier takes at once.
+        batch_size: Images the decoder takes at once.
     """
 
     index: Index
     bank: Bank
     decoder: Decoder
-    classifier: Classifier
-    shuffled: Classifier
+    forward: Forward
+    shuffled: Forward
     locations: Float32 | None
     batch_size: int
 
     def __call__(self, pixels: UInt8) -> Strengths:
         """Return how OOD each pixel is, for each method."""
-        output = classify(self.classifier, pixels, self.batch_size)
+        output = self.forward(pixels)
         prediction = output.logits.argmax(dim=1)
         strengths = {
             HEATMAP: self.heatmap(output, prediction),
@@ -187,15 +187,15 @@ class Judge:
         }
         if self.locations is not None:
             strengths[DISTANCE] = self.distance(output.maps[0], pixels.shape[-1])
-        blind = classify(self.shuffled, pixels, self.batch_size)
+        blind = self.shuffled(pixels)
         strengths[SHUFFLED] = self.heatmap(blind, blind.logits.argmax(dim=1))
-        swapped = (prediction + 1) % self.classifier.num_classes
+        swapped = (prediction + 1) % self.forward.classifier.num_classes
         return {**strengths, SWAPPED: self.heatmap(output, swapped)}
 
     @torch.inference_mode()
     def heatmap(self, output: Output, prediction: Tensor) -> Float32:
         """Return the decoder's heatmaps, ``(B, H, W)``."""
-        device, parts = self.classifier.device, []
+        device, parts = self.forward.classifier.device, []
         maps = output.maps[: len(self.decoder.config.map_shapes)]
         for start in range(0, len(prediction), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -242,13 +242,14 @@ def make_judge(
             classifier = index.classifier(device, 1)
     shuffled = index.classifier(device, num_maps)
     shuffle_weights(shuffled, config.seed)
+    forward = Forward(classifier, config.batch_size)
     return Judge(
         index,
         index.bank(device),
         decoder,
-        classifier,
-        shuffled,
-        draw_locations(index, classifier, config) if classifier.map_names else None,
+        forward,
+        Forward(shuffled, config.batch_size),
+        draw_locations(index, forward, config) if classifier.map_names else None,
         config.batch_size,
     )
 
@@ -270,7 +271,7 @@ def places_of(maps: Tensor) -> Float32:
     return places
 
 
-def draw_locations(index: Index, classifier: Classifier, config: LocalizeConfig) -> Float32:
+def draw_locations(index: Index, forward: Forward, config: LocalizeConfig) -> Float32:
     """Return features of random places in random ID training images, of the deepest map.
 
     Returns:
@@ -282,7 +283,7 @@ def draw_locations(index: Index, classifier: Classifier, config: LocalizeConfig)
     parts = []
     for start in range(0, len(rows), config.batch_size):
         images = index.columns["images"].take(rows[start : start + config.batch_size])
-        places = places_of(classify(classifier, images, config.batch_size).maps[0])
+        places = places_of(forward(images).maps[0])
         order = generator.permuted(np.tile(np.arange(places.shape[1]), (len(places), 1)), axis=1)
         chosen = order[:, : max(1, NUM_LOCATIONS // len(rows)), None]
         parts.append(np.take_along_axis(places, chosen, axis=1).reshape(-1, places.shape[2]))

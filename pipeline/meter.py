@@ -1,7 +1,6 @@
 """How fast a stage is, how close that comes to the classifier alone, and what holds it back."""
 
 import logging
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -9,17 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
-from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import gather, is_main
 from ood_heatmap.images import Batch
+from ood_heatmap.pipeline.forward import Forward
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 MAX_PROBE_SECONDS, PROBE_SHARE = 1.5, 0.2  # of the ceiling: at most, and of the stage's own time
-WINDOW = 4  # forward passes between two looks at the clock
 
 
 @dataclass
@@ -32,7 +29,7 @@ class Meter:
         waited: Seconds the main loop waited for each part: ``decode``, ``embed``, ``search``,
             ``write``, ``finish``.
         busy: Seconds of work in the threads that decode and write.
-        batch_size: Images the classifier took at once.
+        forward: The classifier as it was run.
     """
 
     total: int
@@ -43,7 +40,7 @@ class Meter:
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     started: float = field(default_factory=time.perf_counter)
-    batch_size: int = 0
+    forward: Forward | None = None
 
     def __post_init__(self) -> None:
         self.bar = tqdm(
@@ -104,47 +101,22 @@ class Meter:
         }
 
 
-def report(meter: Meter, classifier: Classifier) -> dict[str, Any]:
+def report(meter: Meter) -> dict[str, Any]:
     """Say how fast all processes were, beside the classifier alone, and return it.
 
     The classifier alone is measured now, in every process at once: they may share a machine.
 
     Args:
         meter: Of this process; its clock ends here.
-        classifier: Still warm from the stage.
     """
     meter.bar.close()
     figures = meter.figures()
     gather(None)  # all begin together
-    if meter.done:
+    if meter.forward is not None:
         seconds = min(MAX_PROBE_SECONDS, PROBE_SHARE * figures["seconds"])
-        figures["ceiling"] = forward_rate(classifier, meter.batch_size, seconds)
+        figures["ceiling"] = meter.forward.rate(seconds)
     everyone = gather(figures)
     return say(meter.label, everyone) if is_main() else {}
-
-
-def forward_rate(classifier: Classifier, batch_size: int, seconds: float) -> float:
-    """Return the images/s of the classifier on one batch that is on its device already.
-
-    Args:
-        classifier: Has run before in this process: there is no warm-up.
-        batch_size: Images of the batch.
-        seconds: How long to look; the median of windows of a few passes, one at least.
-    """
-    size = classifier.config.transform.size
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randint(0, 256, (batch_size, 3, size, size), generator=generator)
-    images = batch.to(torch.uint8).to(classifier.device)
-    windows: list[float] = []
-    while not windows or sum(windows) < seconds:
-        started = time.perf_counter()
-        passes = WINDOW if classifier.device.type == "cuda" else 1
-        for _ in range(passes):
-            classifier(images)
-        if classifier.device.type == "cuda":
-            torch.cuda.synchronize(classifier.device)
-        windows.append(time.perf_counter() - started)
-    return passes * batch_size / statistics.median(windows)
 
 
 def say(label: str, everyone: list[dict[str, Any]]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ from ood_heatmap.images import (
     read_file,
 )
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.embed import Forward, classified
+from ood_heatmap.pipeline.embed import classified
+from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.meter import Meter
 
 log = logging.getLogger(__name__)

@@ -122,7 +122,7 @@ def build_targets(
             barrier()
             if is_main():
                 finish(stage, images, rows, bank, config)
-        figures = report(meter, classifier)
+        figures = report(meter)
         if is_main():
             log_event(run, "targets", **figures, device=str(device))
         return read_manifest(run, "targets")

@@ -1,36 +1,20 @@
-"""Images through the classifier: halved batches, and what the meter says of a stage."""
+"""Images through the classifier: each with its own output, and what the meter says of a stage."""
 
 import logging
 import time
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
-from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import from_array
 from ood_heatmap.pipeline import meter as module
-from ood_heatmap.pipeline.embed import Forward, embed
-from ood_heatmap.pipeline.meter import Meter, forward_rate, held_back_by, report, together
+from ood_heatmap.pipeline.embed import embed
+from ood_heatmap.pipeline.meter import Meter, held_back_by, report, together
 
 
 def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
-
-
-def limited(classifier, monkeypatch, limit: int) -> list[int]:
-    """Let the network take ``limit`` images at most; return the sizes that it was asked for."""
-    forward, sizes = classifier.network.forward, []
-
-    def guarded(images):
-        sizes.append(len(images))
-        if len(images) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(images)
-
-    monkeypatch.setattr(classifier.network, "forward", guarded)
-    return sizes
 
 
 def embedded(classifier, count: int, *, batch_size: int, shard: int, meter: Meter | None = None):
@@ -53,47 +37,6 @@ def test_shards_hold_each_image_with_its_own_output(classifier):
         np.testing.assert_allclose(found, item, rtol=2e-3, atol=1e-4)
 
 
-def test_a_halved_batch_is_remembered_and_changes_rounding_alone(classifier, monkeypatch, caplog):
-    wanted = embedded(classifier, 64, batch_size=16, shard=32)
-    sizes = limited(classifier, monkeypatch, 5)
-    meter = Meter(64, "test")
-    found = embedded(classifier, 64, batch_size=16, shard=32, meter=meter)
-    assert sizes == [16, 8] + [4] * 16  # each size that does not fit is tried once in a run
-    assert caplog.text.count("out of memory") == 2
-    assert meter.batch_size == 4
-    for before, after in zip(wanted, found, strict=True):
-        np.testing.assert_allclose(after.features, before.features, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(after.images, before.images)
-        assert after.content == before.content
-
-
-def test_a_device_without_memory_for_one_image_is_refused(classifier, monkeypatch):
-    limited(classifier, monkeypatch, 0)
-    with pytest.raises(OodHeatmapError, match="no memory for a single image"):
-        Forward(classifier, 4).start(pixels(4).transpose(0, 3, 1, 2).copy())
-
-
-def test_every_batch_has_the_same_size_so_a_row_does_not_depend_on_its_neighbours(classifier):
-    images = np.ascontiguousarray(pixels(16).transpose(0, 3, 1, 2))
-    whole = Forward(classifier, 16).start(images).wait()[0]
-    part = Forward(classifier, 16).start(images[:3]).wait()[0]
-    assert len(part.features) == 3
-    torch.testing.assert_close(part.features, whole.features[:3], rtol=0, atol=0)
-
-
-def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypatch):
-    forward, clock = classifier.network.forward, [0.0]
-
-    def half_a_second(images: torch.Tensor) -> torch.Tensor:
-        clock[0] += 0.5
-        return forward(images)
-
-    monkeypatch.setattr(classifier.network, "forward", half_a_second)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
-    assert forward_rate(classifier, 32, seconds=2.0) == 32 / 0.5
-    assert clock[0] == 2.0
-
-
 def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplog):
     """A slow network is its own ceiling; decoding that is slower still shows as what was waited
     for."""
@@ -107,7 +50,7 @@ def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplo
     meter, options = Meter(64, "test"), {"workers": 1, "skip_unreadable": False}
     with caplog.at_level(logging.INFO):
         list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
-        figures = report(meter, classifier)
+        figures = report(meter)
     assert figures["held_back_by"] == "decode"
     assert figures["waited"]["decode"] > 0.3  # 0.64 s of decoding, 0.16 s of it hidden
     assert figures["busy"]["decode"] > 0.6

@@ -111,7 +111,7 @@ def test_the_heatmaps_figures_are_those_of_the_detector(measured, data):
 def test_the_nearest_difference_is_to_the_nearest_id_image_of_the_predicted_class(measured, data):
     index, judge = judge_of(measured)
     images, _ = patched(data, measured, "ood", 0.25, "blended")
-    output = judge.classifier(torch.from_numpy(images))
+    output = judge.forward.classifier(torch.from_numpy(images))
     prediction = output.logits.argmax(dim=1).numpy()
     bank = index.columns["features"].read().astype(np.float64)
     distance = ((output.features.numpy()[:, None] - bank) ** 2).sum(axis=2)
@@ -124,11 +124,11 @@ def test_the_nearest_difference_is_to_the_nearest_id_image_of_the_predicted_clas
 def test_the_feature_distance_is_brute_force_to_the_id_places(measured, data):
     index, judge = judge_of(measured)
     images, _ = patched(data, measured, "ood", 0.25, "hard")
-    maps = judge.classifier(torch.from_numpy(index.columns["images"].read())).maps[0]
+    maps = judge.forward.classifier(torch.from_numpy(index.columns["images"].read())).maps[0]
     # so few images that every place is taken
     places = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).numpy()
     assert judge.locations.shape == places.shape
-    asked = judge.classifier(torch.from_numpy(images)).maps[0].permute(0, 2, 3, 1).numpy()
+    asked = judge.forward.classifier(torch.from_numpy(images)).maps[0].permute(0, 2, 3, 1).numpy()
     distance = np.sqrt(((asked[..., None, :] - places) ** 2).sum(axis=-1).min(axis=-1))
     wanted = interpolate(torch.from_numpy(distance)[:, None], (16, 16), mode="bilinear")[:, 0]
     np.testing.assert_allclose(judge(images)["feature distance"], wanted, atol=5e-3)
@@ -137,14 +137,14 @@ def test_the_feature_distance_is_brute_force_to_the_id_places(measured, data):
 def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
     index, judge = judge_of(measured)
     images, _ = patched(data, measured, "ood", 0.25, "hard")
-    output = judge.classifier(torch.from_numpy(images))
+    output = judge.forward.classifier(torch.from_numpy(images))
     swapped = (output.logits.argmax(dim=1) + 1) % 4
     maps = [output.maps[0].half().float()]
     with torch.no_grad():
         wanted = judge.decoder(output.features, swapped, maps).abs().amax(dim=1)
     strengths = judge(images)
     np.testing.assert_allclose(strengths["swapped class"], wanted, atol=1e-5)
-    own, shuffled = index.classifier(CPU).network, judge.shuffled.network
+    own, shuffled = index.classifier(CPU).network, judge.shuffled.classifier.network
     for before, after in zip(own.parameters(), shuffled.parameters(), strict=True):
         assert torch.equal(before.flatten().sort()[0], after.flatten().sort()[0])
     assert any(

@@ -1,0 +1,209 @@
+"""The classifier on its device: cores that share its weights alone, and halved batches."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ood_heatmap.classifier import Classifier, ClassifierConfig
+from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.images import Transform, batches, from_array
+from ood_heatmap.pipeline import forward as module
+from ood_heatmap.pipeline.embed import classified
+from ood_heatmap.pipeline.forward import Forward, copies_of, cores
+from ood_heatmap.pipeline.meter import Meter
+
+
+def pixels(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, 16, 16)).astype(np.uint8)
+
+
+def limited(classifier, monkeypatch, limit: int) -> list[int]:
+    """Let the network take ``limit`` images at most; return the sizes that it was asked for."""
+    forward, sizes = classifier.network.forward, []
+
+    def guarded(images):
+        sizes.append(len(images))
+        if len(images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", guarded)
+    return sizes
+
+
+@pytest.fixture
+def threads():
+    """Return what sets the number of threads that PyTorch computes with, until the test's end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Forgetful(nn.Module):
+    """Keeps what passes through it in an attribute, and returns when two batches are inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.meet: threading.Barrier | None = None
+
+    def forward(self, images):
+        self.kept = self.conv(images).mean(dim=(2, 3))
+        if self.meet is not None:
+            self.meet.wait(timeout=60)
+        return self.linear(self.kept)
+
+
+def of(network: nn.Module) -> Classifier:
+    config = ClassifierConfig("test", 5, Transform(16), (0.5,) * 3, (0.2,) * 3, num_maps=1)
+    return Classifier(network, config)
+
+
+def test_each_core_has_a_copy_whose_attributes_are_its_own(threads):
+    threads(2)
+    classifier = of(Forgetful())
+    images = pixels(4 * module.PIECE)
+    wanted = classifier(torch.from_numpy(images))
+    forward = Forward(classifier, len(images))
+    both, meet = [forward.idle.get(), forward.idle.get()], threading.Barrier(2)
+    for copy in both:
+        copy.network.meet = meet  # breaks unless two pieces are inside at once
+        forward.idle.put(copy)
+    found = forward(images)
+    torch.testing.assert_close(found.features, wanted.features)
+    torch.testing.assert_close(found.logits, wanted.logits)
+    torch.testing.assert_close(found.maps[0], wanted.maps[0].half())
+
+
+def test_copies_share_all_weights(classifier):
+    first, *others = copies_of(classifier, 3)
+    assert first is classifier
+    assert len(others) == 2
+    for other in others:
+        assert other.network is not classifier.network
+        for ours, theirs in zip(
+            other.state_dict().values(), classifier.state_dict().values(), strict=True
+        ):
+            assert ours.data_ptr() == theirs.data_ptr()
+
+
+@pytest.mark.parametrize("why", ["a lock", "a function bound to the original"])
+def test_a_network_that_cannot_be_copied_is_used_as_it_is(classifier, threads, caplog, why):
+    threads(2)
+    if why == "a lock":
+        classifier.network.lock = threading.Lock()
+    else:
+        own = classifier.network.forward
+        classifier.network.forward = lambda images: own(images)
+    with caplog.at_level(logging.INFO):
+        forward = Forward(classifier, 4 * module.PIECE)
+    assert "cannot be copied" in caplog.text
+    assert forward.num_lanes == 1
+    images = pixels(40)
+    found, wanted = forward(images), classifier(torch.from_numpy(images))
+    torch.testing.assert_close(found.logits, wanted.logits)
+
+
+def test_no_more_images_are_inside_at_once_than_asked_for(classifier, threads):
+    threads(16)
+    for batch_size, size, lanes in ((256, 32, 8), (1024, 32, 16), (64, 32, 2), (40, 32, 1)):
+        forward = Forward(classifier, batch_size)
+        assert (forward.size, forward.num_lanes) == (size, lanes)
+    assert (Forward(classifier, 7).size, Forward(classifier, 7).num_lanes) == (7, 1)
+
+
+def test_a_core_computes_with_its_own_number_of_threads_and_nobody_else_does():
+    before = torch.get_num_threads()
+    pool, others = cores(2, 1), []
+    assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
+    thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *others] == [before, before]
+
+
+def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkeypatch, threads):
+    threads(1)
+    forward, calls, gate = classifier.network.forward, [], threading.Event()
+
+    def gated(images):
+        calls.append(len(images))
+        if len(calls) > 2:
+            gate.wait(timeout=60)
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", gated)
+    images = from_array(pixels(6 * module.PIECE))
+    rows = np.split(np.arange(len(images)), 3)
+    decoded = batches(images, rows, classifier.config.transform, workers=1)
+    lane = Forward(classifier, 2 * module.PIECE)
+    done = classified(decoded, lane, Meter(len(images), "test"), images.names)
+    batch, _ = next(done)  # now the third piece is inside, and the fourth waits
+    np.testing.assert_array_equal(batch.rows, rows[0])
+    done.close()
+    gate.set()
+    lane.pool.submit(int).result()  # behind all that was left
+    assert len(calls) == 3
+
+
+def test_a_halved_batch_is_remembered(classifier, monkeypatch, caplog):
+    images = pixels(64)
+    wanted = Forward(classifier, 16)(images)
+    sizes = limited(classifier, monkeypatch, 5)
+    forward = Forward(classifier, 16)
+    found = [forward(images[:32]), forward(images[32:])]
+    assert sizes == [16, 8] + [4] * 16  # each size that does not fit is tried once in a run
+    assert caplog.text.count("out of memory") == 2
+    assert forward.size == 4
+    features = torch.cat([item.features for item in found])
+    torch.testing.assert_close(features, wanted.features, rtol=1e-5, atol=1e-6)
+
+
+def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
+    threads(4)
+    images = pixels(8 * module.PIECE)
+    wanted = Forward(classifier, len(images))(images)
+    whole = Classifier.forward
+
+    def small(self, images):
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, images)
+
+    monkeypatch.setattr(Classifier, "forward", small)
+    forward = Forward(classifier, len(images))
+    found = forward(images)
+    assert (forward.num_lanes, forward.size) == (4, 4)
+    assert caplog.text.count("out of memory") == 3  # for 32, 16 and 8, and not for each core
+    torch.testing.assert_close(found.features, wanted.features, rtol=1e-5, atol=1e-6)
+
+
+def test_a_device_without_memory_for_one_image_is_refused(classifier, monkeypatch):
+    limited(classifier, monkeypatch, 0)
+    with pytest.raises(OodHeatmapError, match="no memory for a single image"):
+        Forward(classifier, 4)(pixels(4))
+
+
+def test_every_batch_has_the_same_size_so_a_row_does_not_depend_on_its_neighbours(classifier):
+    images = pixels(16)
+    whole, part = Forward(classifier, 16)(images), Forward(classifier, 16)(images[:3])
+    assert len(part.features) == 3
+    torch.testing.assert_close(part.features, whole.features[:3], rtol=0, atol=0)
+
+
+def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypatch, threads):
+    threads(1)
+    forward, clock = classifier.network.forward, [0.0]
+
+    def half_a_second(images: torch.Tensor) -> torch.Tensor:
+        clock[0] += 0.5
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", half_a_second)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    assert Forward(classifier, 32).rate(seconds=2.0) == 32 / 0.5
+    assert clock[0] == 2.0
