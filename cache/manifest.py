@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Manifest:
             none.
         results: What the stage wants to hand on; JSON.
         files: File name to ``{"sha256": ..., "num_bytes": ...}``.
+        speed: How fast the stage was and could have been, of the last run that worked on it. No
+            fingerprint depends on it, and it is all that differs when a stage is made again.
     """
 
     stage: str
@@ -51,6 +53,7 @@ class Manifest:
     content: str
     results: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
+    speed: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     fingerprint: str = field(default="")
 
@@ -254,6 +257,11 @@ class Stage:
         write_json(self.directory / FINISHED, asdict(manifest))
         self.tidy()
         return manifest
+
+    def add_speed(self, figures: Mapping[str, Any]) -> None:
+        """Write into the manifest of the finished stage how fast it was."""
+        manifest = replace(read_manifest(self.run, self.name), speed=figures)
+        write_json(self.directory / FINISHED, asdict(manifest))
 
     def tidy(self) -> None:
         """Remove what only an unfinished stage needs."""

@@ -36,7 +36,7 @@ from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.meter import Meter, report
 from ood_heatmap.pipeline.shares import (
     Work,
@@ -102,7 +102,7 @@ def build_index(
                 finish(stage, images, classifier)
         figures = report(meter)
         if is_main():
-            log_event(run, "index", **figures, device=str(classifier.device))
+            log_speed(stage, "index", {**figures, "device": str(classifier.device)})
         return read_manifest(run, "index")
 
 

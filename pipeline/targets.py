@@ -31,7 +31,7 @@ from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
-from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.meter import Meter, report
 from ood_heatmap.pipeline.patched import Pasting, draw_pasting, pasted_images
 from ood_heatmap.pipeline.shares import (
@@ -124,7 +124,7 @@ def build_targets(
                 finish(stage, images, rows, bank, config)
         figures = report(meter)
         if is_main():
-            log_event(run, "targets", **figures, device=str(device))
+            log_speed(stage, "targets", {**figures, "device": str(device)})
         return read_manifest(run, "targets")
 
 

@@ -28,7 +28,7 @@ from ood_heatmap.cache.manifest import (
 )
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
-from ood_heatmap.distributed import from_main, is_main, rank, world_size
+from ood_heatmap.distributed import barrier, from_main, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.pipeline.config import TrainConfig
@@ -41,7 +41,7 @@ from ood_heatmap.pipeline.feed import (
     read_batch,
 )
 from ood_heatmap.pipeline.index import Index, open_index
-from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.shares import sole_writer
 from ood_heatmap.pipeline.step import (
     Step,
@@ -93,13 +93,12 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         if finished is not None:
             log.info("%s is finished already", stage.directory)
             return finished
-        decoder = train(stage, data, index, device, config)
-        manifest = (
-            finish(stage, decoder, data, index, targets.manifest, config) if is_main() else None
-        )
-        done = from_main(manifest)
-        assert done is not None
-        return done
+        decoder, speed = train(stage, data, index, device, config)
+        if is_main():
+            finish(stage, decoder, data, index, targets.manifest, config)
+            log_speed(stage, "train", speed)
+        barrier()
+        return read_manifest(run, "decoder")
 
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
@@ -187,8 +186,12 @@ def train(
     index: Index,
     device: torch.device,
     config: TrainConfig,
-) -> Decoder:
-    """Train and return the decoder; the checkpoint and the history are written on the way."""
+) -> tuple[Decoder, dict[str, Any]]:
+    """Train; the checkpoint and the history are written on the way.
+
+    Returns:
+        The decoder, and how fast it was; nothing of that when no epoch was missing.
+    """
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     require_images(config)
     torch.manual_seed(config.seed)
@@ -200,7 +203,7 @@ def train(
     optimizer = adam(decoder, config)
     history = resume(stage, decoder, optimizer)
     if len(history) == config.epochs:
-        return decoder
+        return decoder, {}
     kind, feed = open_feed(data, device, config.feed, config.batch_size)
     log.info(
         "train: %d ID and %d OOD images, %s feed (%.0f MB), decoder %s, %s target",
@@ -215,8 +218,7 @@ def train(
             f"feed. Use a smaller --batch-size, --feed streaming, or --stack plain in one process: "
             f"its steps can be halved."
         ) from error
-    report(stage, speed, kind, device)
-    return decoder
+    return decoder, report(speed, kind, device)
 
 
 def require_images(config: TrainConfig) -> None:
@@ -341,27 +343,24 @@ def mean_of_all(loss: Tensor) -> Tensor:
     return loss / world_size()
 
 
-def report(stage: Stage, speed: Speed, feed: str, device: torch.device) -> None:
-    """Say how fast it was, and how near to what the device can do."""
+def report(speed: Speed, feed: str, device: torch.device) -> dict[str, Any]:
+    """Say how fast it was, and how near to what the device can do, and return it."""
     rate = speed.images / speed.seconds
     log.info(
         "train: %.0f images/s, %.0f %% of the ceiling (%.0f images/s of the %s step on one batch)",
         *(rate, 100 * rate / speed.ceiling, speed.ceiling, speed.step),
     )
-    if is_main():
-        log_event(
-            stage.run,
-            "train",
-            images=speed.images,
-            seconds=round(speed.seconds, 3),
-            images_per_second=round(rate, 1),
-            ceiling=round(speed.ceiling, 1),
-            share_of_ceiling=round(rate / speed.ceiling, 4),
-            step=speed.step,
-            feed=feed,
-            device=str(device),
-            processes=world_size(),
-        )
+    return {
+        "images": speed.images,
+        "seconds": round(speed.seconds, 3),
+        "images_per_second": round(rate, 1),
+        "ceiling_images_per_second": round(speed.ceiling, 1),
+        "share_of_ceiling": round(rate / speed.ceiling, 4),
+        "step": speed.step,
+        "feed": feed,
+        "device": str(device),
+        "processes": world_size(),
+    }
 
 
 def check_loss(history: list[dict[str, float]], stage: Stage) -> None:

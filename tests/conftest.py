@@ -1,7 +1,9 @@
 """Fixtures: a small classifier, small image sets, and runs made from them once."""
 
+import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parent.parent
@@ -54,6 +56,29 @@ def write_images(folder: Path, count: int, seed: int, *, size: int = SIZE) -> Pa
         coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
         Image.fromarray(coarse).resize((size, size)).save(folder / f"{number:03d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """Return what reads all that must not differ when a stage is made again, by path.
+
+    Every file but the log, and of manifests all but ``speed``.
+    """
+
+    def read(folder: Path) -> dict[str, bytes]:
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir() or path.name == "log.jsonl":
+                continue
+            content = path.read_bytes()
+            if path.name == "manifest.json":
+                manifest = json.loads(content)
+                del manifest["speed"]
+                content = json.dumps(manifest).encode()
+            found[path.relative_to(folder).as_posix()] = content
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -47,15 +47,6 @@ def run_in_two(command: list[str], log: Path) -> tuple[int, str]:
     return code, log.read_text()
 
 
-def tree(run: Path) -> dict[str, bytes]:
-    """Return every file but the log, which says when each stage ran."""
-    return {
-        path.relative_to(run).as_posix(): path.read_bytes()
-        for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name != "log.jsonl"
-    }
-
-
 @pytest.fixture(scope="module")
 def arrays(data, tmp_path_factory) -> Path:
     """Return a folder with ID and OOD sets of several 1 MB shards."""
@@ -86,7 +77,7 @@ def alone(arrays, data, spec) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes_byte_for_byte(alone, arrays, data, spec, tmp_path):
+def test_two_processes_make_what_one_makes_byte_for_byte(alone, arrays, data, spec, tmp_path, tree):
     wanted = tree(alone)
     assert len([name for name in wanted if name.startswith("index/images")]) > 2
     for command in commands(tmp_path / "run", arrays, data, spec):
@@ -97,7 +88,7 @@ def test_two_processes_make_what_one_makes_byte_for_byte(alone, arrays, data, sp
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one_does_byte_for_byte(alone, arrays, data, tmp_path):
+def test_two_processes_evaluate_as_one_does_byte_for_byte(alone, arrays, data, tmp_path, tree):
     program, one, two = commands(alone, arrays, data, "")[0][0], tmp_path / "one", tmp_path / "two"
     train = ["--epochs", "1", "--width", "16", "--device", "cpu"]
     shutil.copytree(alone, one)
@@ -150,7 +141,7 @@ def test_what_one_process_cannot_read_ends_all_with_its_name(data, spec, arrays,
 
 @pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_ends_the_same(
-    alone, arrays, data, spec, tmp_path
+    alone, arrays, data, spec, tmp_path, tree
 ):
     run = tmp_path / "run"
     index, targets = commands(run, arrays, data, spec)

@@ -127,12 +127,12 @@ def test_a_changed_byte_in_a_shard_is_refused(run):
         open_index(run)
 
 
-def test_a_damaged_file_is_made_again_as_the_message_says(data, classifier, run):
-    before = {path.name: path.read_bytes() for path in (run / "index").iterdir()}
+def test_a_damaged_file_is_made_again_as_the_message_says(data, classifier, run, tree):
+    before = tree(run / "index")
     (run / "index" / "images-00000.h5").unlink()
     (run / "index" / "manifest.json").unlink()
     build_index(run, open_images(str(data / "id")), classifier, CONFIG)
-    assert before == {path.name: path.read_bytes() for path in (run / "index").iterdir()}
+    assert tree(run / "index") == before
 
 
 def test_classes_that_do_not_match_are_refused(data, classifier, tmp_path):
@@ -190,8 +190,15 @@ def test_a_device_out_of_memory_gets_smaller_batches(
     assert len(open_index(tmp_path / "run").columns["row"]) == 80
 
 
-def test_the_log_says_how_fast_it_was(finished_run):
+def test_the_log_and_the_manifest_say_how_fast_it_was(finished_run):
     lines = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines()]
     assert lines[0]["stage"] == "index"
     assert lines[0]["images"] == 80
     assert lines[0]["images_per_second"] > 0
+    speed = open_index(finished_run).manifest.speed
+    assert speed.items() <= lines[0].items()
+    assert speed["share_of_ceiling"] == pytest.approx(
+        speed["images_per_second"] / speed["ceiling_images_per_second"], rel=0.01
+    )
+    for part in ("decode", "embed", "write"):
+        assert speed["waited"][part] >= 0

@@ -1,6 +1,7 @@
 """Manifests: what a stage was made from decides whether it may be used; what differs is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,16 @@ def test_what_is_written_is_read_back(tmp_path):
         "data.bin",
         "manifest.json",
     ]
+
+
+def test_how_fast_it_was_changes_nothing_else_in_the_manifest(tmp_path):
+    stage = Stage(tmp_path, "index", INPUTS)
+    stage.begin()
+    before = stage.finish("", {}, [])
+    stage.add_speed({"images_per_second": 5.0})
+    after = read_manifest(tmp_path, "index")
+    assert after.speed == {"images_per_second": 5.0}
+    assert replace(after, speed={}) == before
 
 
 def test_a_finished_stage_begun_again_is_finished(tmp_path):

@@ -1,6 +1,5 @@
 """Killed with -9 at random moments and started again, a run ends byte for byte the same."""
 
-import hashlib
 import os
 import random
 import subprocess
@@ -41,17 +40,8 @@ def start(run: Path, data: Path, spec: str) -> subprocess.Popen[bytes]:
         )
 
 
-def tree(run: Path) -> dict[str, str]:
-    """Return the hash of every file but the log, which says when each stage ran."""
-    return {
-        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name != "log.jsonl"
-    }
-
-
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_byte_for_byte_the_same(data, spec, tmp_path):
+def test_killed_and_started_again_it_ends_byte_for_byte_the_same(data, spec, tmp_path, tree):
     generator = np.random.default_rng(0)
     for name, count in (("id", 3000), ("ood", 1500)):
         coarse = generator.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)

@@ -276,17 +276,17 @@ def test_patched_images_leave_the_pairs_as_they_are_and_do_not_depend_on_the_bat
     assert (manifest.results["num_images"], manifest.results["num_patched"]) == (50, 75)
 
 
-def test_a_lost_shard_of_patched_images_is_made_again_byte_for_byte(data, run, monkeypatch):
+def test_a_lost_shard_of_patched_images_is_made_again_byte_for_byte(data, run, monkeypatch, tree):
     monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
     images = open_images(str(data / "ood"))
     build_patched(run, images, shard_mb=1)
     folder = run / "targets"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = tree(folder)
     assert len(before) == 1 + 2 + 3
     for name in ("manifest.json", "targets-patched-00001.h5", "targets-00001.h5"):
         (folder / name).unlink()
     build_patched(run, images, shard_mb=1)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert tree(folder) == before
 
 
 def test_an_image_that_cannot_be_read_is_in_no_patched_image(data, run, tmp_path):
