@@ -128,11 +128,13 @@ def test_a_core_computes_with_its_own_number_of_threads_and_nobody_else_does():
 
 def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkeypatch, threads):
     threads(1)
-    forward, calls, gate = classifier.network.forward, [], threading.Event()
+    forward, calls = classifier.network.forward, []
+    inside, gate = threading.Event(), threading.Event()
 
     def gated(images):
         calls.append(len(images))
         if len(calls) > 2:
+            inside.set()
             gate.wait(timeout=60)
         return forward(images)
 
@@ -142,7 +144,8 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
     decoded = batches(images, rows, classifier.config.transform, workers=1)
     lane = Forward(classifier, 2 * module.PIECE)
     done = classified(decoded, lane, Meter(len(images), "test"), images.names)
-    batch, _ = next(done)  # now the third piece is inside, and the fourth waits
+    batch, _ = next(done)
+    assert inside.wait(timeout=60)  # the third piece is inside, and the fourth waits
     np.testing.assert_array_equal(batch.rows, rows[0])
     done.close()
     gate.set()
