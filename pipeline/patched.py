@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.images import ImageSet, Transform, as_pixels
+from ood_heatmap.images import Decoded, ImageSet, Transform, as_pixels
 from ood_heatmap.patches import Patch, draw_patch, paste
 
 Int64 = NDArray[np.int64]
@@ -58,12 +57,11 @@ def pasted_images(
     """
     names = [images.names[row] for row in pasting.row]
 
-    def read(number: int) -> tuple[Image.Image, bytes]:
+    def read(number: int) -> tuple[Decoded, bytes]:
         image, digest = images.read(int(pasting.row[number]))
         pixels = as_pixels(image, transform, names[number])
         (id_image,) = id_images.take(pasting.position[number : number + 1])
-        pasted = paste(id_image, pixels, pasting.patch(number, transform.size))
-        return Image.fromarray(np.ascontiguousarray(pasted.transpose(1, 2, 0))), digest
+        return paste(id_image, pixels, pasting.patch(number, transform.size)), digest
 
     return ImageSet(
         source=f"ID images with patches of {images.source}",
