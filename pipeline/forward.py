@@ -71,15 +71,14 @@ class Forward:
         self.on_gpu = classifier.device.type == "cuda"
         self.size = batch_size if self.on_gpu else min(batch_size, PIECE)
         self.resizing = threading.Lock()
-        num_threads = torch.get_num_threads()
-        copies = copies_of(classifier, min(num_threads, batch_size // self.size))
+        self.num_threads = torch.get_num_threads()
+        copies = copies_of(classifier, min(self.num_threads, batch_size // self.size))
         self.num_lanes = len(copies)
         self.idle: SimpleQueue[Classifier] = SimpleQueue()
         for item in copies:
             self.idle.put(item)
-        self.pool = (
-            AtOnce() if self.on_gpu else cores(self.num_lanes, num_threads // self.num_lanes)
-        )
+        of_each = self.num_threads // self.num_lanes
+        self.pool = AtOnce() if self.on_gpu else cores(self.num_lanes, of_each)
 
     def __call__(self, images: UInt8) -> Output:
         """Return what the classifier says of images ``(B, 3, H, W)``, on the host."""

@@ -29,6 +29,7 @@ class Meter:
         waited: Seconds the main loop waited for each part: ``decode``, ``embed``, ``search``,
             ``write``, ``finish``.
         busy: Seconds of work in the threads that decode and write.
+        taken: Seconds that decoding kept the classifier from running on a core of its CPU.
         forward: The classifier as it was run.
     """
 
@@ -39,6 +40,7 @@ class Meter:
     skipped: list[str] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    taken: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     forward: Forward | None = None
 
@@ -56,6 +58,8 @@ class Meter:
         self.modes.update(batch.modes)
         self.skipped.extend(batch.skipped)
         self.busy["decode"] += batch.seconds
+        if self.forward is not None and not self.forward.on_gpu:
+            self.taken += batch.cpu_seconds / self.forward.num_threads
         self.advance(count)
 
     def advance(self, count: int) -> None:
@@ -97,6 +101,7 @@ class Meter:
             "skipped": self.skipped,
             "waited": dict(self.waited),
             "busy": dict(self.busy),
+            "taken": self.taken,
             "ceiling": 0.0,
         }
 
@@ -153,7 +158,9 @@ def together(everyone: list[dict[str, Any]]) -> dict[str, Any]:
     if ceiling:
         figures["ceiling_images_per_second"] = round(ceiling, 1)
         figures["share_of_ceiling"] = round(images / seconds / ceiling, 4)
-        figures["held_back_by"] = held_back_by(figures["waited"], images / ceiling)
+        taken = mean([one["taken"] for one in everyone])
+        part, lost = held_back_by(figures["waited"], images / ceiling, taken)
+        figures |= {"held_back_by": part, "held_back_seconds": round(lost, 3)}
     return figures
 
 
@@ -162,10 +169,19 @@ def mean(seconds: list[float]) -> float:
     return round(sum(seconds) / len(seconds), 3)
 
 
-def held_back_by(waited: dict[str, float], alone: float) -> str:
-    """Return the part that cost the most beyond the ``alone`` seconds of the classifier itself."""
-    beyond = {**waited, "embed": waited.get("embed", 0.0) - alone}
-    return max(beyond, key=lambda part: beyond[part])
+def held_back_by(waited: dict[str, float], alone: float, taken: float) -> tuple[str, float]:
+    """Return the part that cost the most, and how many seconds.
+
+    Of the classifier only what is beyond the ``alone`` seconds that it needs, and beyond what
+    decoding has ``taken`` of its cores.
+    """
+    cost = {
+        **waited,
+        "embed": waited.get("embed", 0.0) - alone - taken,
+        "decode": waited.get("decode", 0.0) + taken,
+    }
+    part = max(cost, key=lambda part: cost[part])
+    return part, cost[part]
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -174,9 +190,8 @@ def in_words(figures: dict[str, Any]) -> str:
     text = f"{figures['images']} images in {figures['seconds']:.1f} s, {rate:.0f} images/s"
     if "ceiling_images_per_second" not in figures:
         return text
-    part = figures["held_back_by"]
     return (
         f"{text}, {figures['share_of_ceiling']:.0%} of the classifier alone "
-        f"({figures['ceiling_images_per_second']:.0f} images/s); held back by {part} "
-        f"(waited {figures['waited'][part]:.1f} s)"
+        f"({figures['ceiling_images_per_second']:.0f} images/s); held back by "
+        f"{figures['held_back_by']} ({figures['held_back_seconds']:.1f} s)"
     )

@@ -61,8 +61,29 @@ def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplo
 
 def test_embedding_counts_only_beyond_the_classifier_alone():
     waited = {"decode": 2.0, "embed": 10.0, "write": 1.0}
-    assert held_back_by(waited, alone=9.5) == "decode"
-    assert held_back_by(waited, alone=5.0) == "embed"
+    assert held_back_by(waited, alone=9.5, taken=0.0) == ("decode", 2.0)
+    assert held_back_by(waited, alone=5.0, taken=0.0) == ("embed", 5.0)
+
+
+def test_the_cores_that_decoding_takes_from_the_classifier_are_decodings():
+    waited = {"decode": 0.5, "embed": 10.0, "write": 1.0}
+    assert held_back_by(waited, alone=6.0, taken=0.0) == ("embed", 4.0)
+    assert held_back_by(waited, alone=6.0, taken=3.0) == ("decode", 3.5)
+
+
+def test_decoding_on_the_classifiers_own_cores_is_measured(classifier):
+    quick = from_array(pixels(64))
+
+    def read(row: int):
+        until = time.thread_time() + 0.005
+        while time.thread_time() < until:
+            pass
+        return quick.read(row)
+
+    images, meter = replace(quick, array=None, read=read), Meter(64, "test")
+    options = {"workers": 2, "skip_unreadable": False}
+    list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
+    assert meter.taken >= 64 * 0.005 / torch.get_num_threads()
 
 
 def test_several_processes_are_reported_as_one():
