@@ -99,7 +99,7 @@ def against_ram(
     note: str,
 ) -> Row:
     """Compare one gather with the same from RAM, in the same order."""
-    epochs = setting.pick(quick=1, cpu=4)
+    epochs = setting.pick(quick=1, cpu=20)
     variants = {
         "ours": epoch_of(ours, orders(order, num_rows), epochs),
         "reference": epoch_of(reference, orders(order, num_rows), epochs),
