@@ -114,9 +114,12 @@ def classified(
     behind: deque[tuple[Batch, Pending]] = deque()
 
     def oldest() -> tuple[Batch, Sequence[Output]]:
-        batch, pending = behind.popleft()
+        batch, pending = behind[
+            0
+        ]  # stays there while it is waited for: it may have to be cancelled
         with meter.waiting("embed"):
             outputs = pending.wait()
+        behind.popleft()
         at = 0
         for output in outputs:
             features = output.features.numpy()

@@ -153,6 +153,29 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
     assert len(calls) == 3
 
 
+def test_the_rest_of_a_batch_is_left_out_when_a_part_of_it_fails(classifier, monkeypatch, threads):
+    threads(1)
+    calls, gate = [], threading.Event()
+
+    def failing(images):
+        calls.append(len(images))
+        if len(calls) > 1:
+            gate.wait(timeout=60)
+        raise ValueError("broken network")
+
+    monkeypatch.setattr(classifier.network, "forward", failing)
+    images = from_array(pixels(8 * module.PIECE))
+    rows = np.split(np.arange(len(images)), 2)
+    decoded = batches(images, rows, classifier.config.transform, workers=1)
+    lane = Forward(classifier, 4 * module.PIECE)
+    done = classified(decoded, lane, Meter(len(images), "test"), images.names)
+    with pytest.raises(ValueError, match="broken network"):
+        next(done)
+    gate.set()
+    lane.pool.submit(int).result()  # behind all that was left
+    assert len(calls) <= 2  # the second part may have begun, of six more none
+
+
 def test_a_halved_batch_is_remembered(classifier, monkeypatch, caplog):
     images = pixels(64)
     wanted = Forward(classifier, 16)(images)
