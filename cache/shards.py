@@ -175,18 +175,15 @@ class Rows:
         """
         if out is None:
             out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        if not len(rows):
+        if (rows[1:] >= rows[:-1]).all():
+            take_ascending([self], rows, [out])
             return out
-        ascending = bool((rows[1:] >= rows[:-1]).all())
-        low, high = (rows[0], rows[-1]) if ascending else (rows.min(), rows.max())
+        low, high = rows.min(), rows.max()
         if not 0 <= low <= high < len(self):
             raise IndexError(f"rows {low}..{high} of an array of {len(self)}")
         if len(self.parts) == 1:
             # mode: the default, "raise", makes a second copy of the whole batch
             return self.parts[0].take(rows, axis=0, out=out, mode="clip")
-        if ascending:
-            take_ascending([self], rows, [out])
-            return out
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(shard_of):
             here = np.flatnonzero(shard_of == number)
