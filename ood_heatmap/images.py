@@ -101,8 +101,8 @@ def resized(pixels: UInt8, size: tuple[int, int], interpolation: str) -> UInt8:
     thousand differs, by 1.
     """
     images = torch.from_numpy(pixels)[None]
-    resized: UInt8 = interpolate(images, size, mode=interpolation, antialias=True)[0].numpy()
-    return resized
+    result: UInt8 = interpolate(images, size, mode=interpolation, antialias=True)[0].numpy()
+    return result
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
     labels = known_labels(dataset)
     classes = tuple(map(str, getattr(dataset, "classes", range(int(labels.max()) + 1))))
 
-    def read(row: int) -> tuple[Decoded, bytes]:
+    def read(row: int) -> tuple[Image.Image, bytes]:
         image = dataset[row][0]
         return image, hashlib.sha256(
             f"{image.mode}{image.size}".encode() + image.tobytes()

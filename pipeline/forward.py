@@ -168,21 +168,24 @@ class Forward:
             seconds: How long to look; the median of windows of a few passes, one at least. There
                 is no warm-up: the classifier has run before in this process.
         """
-        device = self.classifier.device
         generator = torch.Generator().manual_seed(0)
         pixels = self.classifier.config.transform.size
         batch = torch.randint(0, 256, (self.size, 3, pixels, pixels), generator=generator)
-        images = batch.to(torch.uint8).to(device)
+        images = batch.to(torch.uint8).to(self.classifier.device)
         passes = WINDOW if self.on_gpu else 2 * self.num_lanes
         windows: list[float] = []
         while not windows or sum(windows) < seconds:
             started = time.perf_counter()
-            for future in [self.pool.submit(self.on_idle_copy, images) for _ in range(passes)]:
-                future.result()
-            if self.on_gpu:
-                torch.cuda.synchronize(device)
+            self.repeat(images, passes)
             windows.append(time.perf_counter() - started)
         return passes * self.size / statistics.median(windows)
+
+    def repeat(self, images: torch.Tensor, passes: int) -> None:
+        """Classify the same images, on the device already, some times, and wait for all of it."""
+        for future in [self.pool.submit(self.on_idle_copy, images) for _ in range(passes)]:
+            future.result()
+        if self.on_gpu:
+            torch.cuda.synchronize(self.classifier.device)
 
 
 def parts_of(images: UInt8, size: int) -> list[UInt8]:
@@ -196,12 +199,14 @@ def copies_of(classifier: Classifier, count: int) -> list[Classifier]:
     One for each thread: a network may keep what passes through it in attributes of its own. The
     classifier alone where a copy fails or says something else.
     """
+    if count == 1:
+        return [classifier]
     weights = {id(item): item for item in [*classifier.parameters(), *classifier.buffers()]}
     size = classifier.config.transform.size
     probe = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=classifier.device)
     try:
         copies = [copy.deepcopy(classifier, dict(weights)) for _ in range(count - 1)]
-        wanted = classifier(probe).logits if copies else None
+        wanted = classifier(probe).logits
         for other in copies:
             torch.testing.assert_close(other(probe).logits, wanted, equal_nan=True)
     except Exception as error:  # whatever a user's own network keeps
