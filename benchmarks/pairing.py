@@ -32,8 +32,8 @@ from ood_heatmap.localization import localization_metrics
 from ood_heatmap.metrics import detection_metrics
 from ood_heatmap.patches import draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig, TrainConfig
-from ood_heatmap.pipeline.index import open_index
 from ood_heatmap.pipeline.localize import read_sample
+from ood_heatmap.pipeline.run import open_index
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 

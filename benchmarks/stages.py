@@ -17,7 +17,8 @@ from ood_heatmap.classifier import Classifier
 from ood_heatmap.images import ImageSet, batches, from_array, open_images
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.forward import Forward
-from ood_heatmap.pipeline.index import Index, build_index, open_index
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.targets import build_targets
 
 BATCH = IndexConfig.batch_size

@@ -20,8 +20,7 @@ from ood_heatmap.devices import choose_device
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.heatmap import score, strength
 from ood_heatmap.images import Transform
-from ood_heatmap.pipeline.index import Index, open_classifier_of
-from ood_heatmap.pipeline.train import open_decoder
+from ood_heatmap.pipeline.run import Index, open_classifier_of, open_decoder
 
 log = logging.getLogger(__name__)
 CALIBRATION = "calibration.safetensors"  # in the evaluation stage

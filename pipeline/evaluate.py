@@ -30,7 +30,7 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.gallery import PICTURES, REPORT, draw
-from ood_heatmap.pipeline.index import Index, open_index
+from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.score import (
     Part,
     finished_scores,

@@ -13,7 +13,7 @@ from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.figures import Card
 from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.index import Index
+from ood_heatmap.pipeline.run import Index
 from ood_heatmap.pipeline.score import Part
 from ood_heatmap.pipeline.table import HEATMAP, ID, METHODS, Scores
 from ood_heatmap.report import write_report

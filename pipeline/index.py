@@ -3,12 +3,10 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -16,28 +14,24 @@ from ood_heatmap.cache.files import make_directory, replacing
 from ood_heatmap.cache.manifest import (
     Manifest,
     Stage,
-    check_files,
-    differing_fields,
     read_manifest,
-    short,
 )
 from ood_heatmap.cache.neighbours import (
-    Bank,
     backend,
     check_faiss,
-    read_index,
     sorted_order,
     write_index,
 )
 from ood_heatmap.cache.shards import Rows, open_rows
-from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main
-from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.run import INDEX, WEIGHTS
 from ood_heatmap.pipeline.shares import (
     Work,
     Writer,
@@ -49,7 +43,7 @@ from ood_heatmap.pipeline.shares import (
 
 log = logging.getLogger(__name__)
 
-INDEX, WEIGHTS = "index.faiss", "classifier.safetensors"
+
 NOTES: dict[str, dict[str, str | float]] = {
     "images": {"about": "ID images at the classifier's input size, RGB, [n, C, H, W]"},
     "features": {"about": "input of the classifier's last linear layer, [n, D]"},
@@ -224,90 +218,3 @@ def statistics(columns: Mapping[str, Rows], num_classes: int) -> dict[str, Any]:
 def missing(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
     """Return the rows of the set that were left out."""
     return np.setdiff1d(np.arange(num_images), rows)
-
-
-@dataclass(frozen=True)
-class Index:
-    """A finished index, opened for reading.
-
-    Args:
-        run: The run directory.
-        manifest: Of stage 1.
-        columns: ``images``, ``features``, ``prediction``, ``label``, ``row`` and feature maps, in
-            data set order.
-    """
-
-    run: Path
-    manifest: Manifest
-    columns: Mapping[str, Rows]
-
-    @property
-    def feature_range(self) -> tuple[float, float]:
-        """Minimum and maximum over all ID training features."""
-        return self.manifest.results["feature_min"], self.manifest.results["feature_max"]
-
-    def bank(self, device: torch.device) -> Bank:
-        """Return the features by predicted class, to be searched on a device."""
-        prediction, row = self.columns["prediction"].read(), self.columns["row"].read()
-        order = sorted_order(prediction, row)
-        path = self.run / "index" / INDEX
-        if not path.is_file():  # derived: lost is no harm
-            log.warning("%s is lost: made again from the shards", path)
-            write_index(path, self.columns["features"], order)
-        features = read_index(path, len(row), self.manifest.results["num_features"])
-        return Bank(features, prediction[order], row[order], device=device)
-
-    def classifier(self, device: torch.device, num_maps: int | None = None) -> Classifier:
-        """Return the classifier the index was made with, from the run's own copy of its weights.
-
-        Args:
-            device: Where it shall compute.
-            num_maps: How many feature maps it shall return; as many as the index holds when None.
-
-        Raises:
-            StaleCacheError: The user's own code makes another network by now; names what differs.
-        """
-        config = ClassifierConfig.from_json(self.manifest.results["classifier"])
-        classifier = restore_classifier(config, self.run / "index" / WEIGHTS)
-        for name, before, now in differing_fields(
-            self.manifest.inputs["classifier"], classifier.fingerprint()
-        ):
-            raise StaleCacheError(
-                f"{self.run / 'index'} was made with another classifier: {name} was "
-                f"{short(before)}, is "
-                f"now {short(now)}. Run `ood-heatmap index` again with --overwrite."
-            )
-        if num_maps is not None and num_maps != config.num_maps:
-            classifier = Classifier(classifier.network, replace(config, num_maps=num_maps))
-        return classifier.to(device)
-
-    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where data set rows lie in the columns.
-
-        They differ where unreadable images were left out.
-        """
-        return np.searchsorted(self.columns["row"].read(), rows)
-
-
-def open_index(run: Path) -> Index:
-    """Open a finished index, every file checked (by the first process, for all).
-
-    Raises:
-        OodHeatmapError: It is missing, unfinished or damaged.
-    """
-    manifest = read_manifest(run, "index")
-    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]  # derived: it can be made again
-    if is_main():
-        check_files(run, manifest, leave_out=lost)
-    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
-
-
-def open_classifier_of(run: Path) -> Index:
-    """Open a finished index for its classifier alone: its images and features are not read.
-
-    Raises:
-        OodHeatmapError: It is missing, unfinished, or the weights are damaged.
-    """
-    manifest = read_manifest(run, "index")
-    check_files(run, manifest, leave_out=[name for name in manifest.files if name != WEIGHTS])
-    return Index(run, manifest, {})

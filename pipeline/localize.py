@@ -33,11 +33,10 @@ from ood_heatmap.metrics import bootstrap_weights, intervals
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig
 from ood_heatmap.pipeline.forward import Forward
-from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.run import Index, open_decoder, open_index
 from ood_heatmap.pipeline.shares import content_of
 from ood_heatmap.pipeline.table import aligned, margin
-from ood_heatmap.pipeline.train import open_decoder
 
 log = logging.getLogger(__name__)
 UInt8 = NDArray[np.uint8]

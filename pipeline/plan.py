@@ -28,9 +28,10 @@ from ood_heatmap.pipeline.feed import (
     choose_feed,
     read_batch,
 )
-from ood_heatmap.pipeline.index import Index, check_classes
 from ood_heatmap.pipeline.index import bytes_per_row as index_row_bytes
+from ood_heatmap.pipeline.index import check_classes
 from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.pipeline.run import Index
 from ood_heatmap.pipeline.step import adam, make_step, measure_ceiling
 from ood_heatmap.pipeline.targets import bytes_per_row as target_row_bytes
 from ood_heatmap.pipeline.targets import chosen_rows

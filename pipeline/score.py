@@ -22,12 +22,10 @@ from ood_heatmap.distributed import gather, is_main, rank, world_size
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
-from ood_heatmap.pipeline.index import Index
 from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.run import Index, open_decoder, open_targets
 from ood_heatmap.pipeline.shares import whole_batches
 from ood_heatmap.pipeline.table import Scores, name_of_run
-from ood_heatmap.pipeline.targets import open_targets
-from ood_heatmap.pipeline.train import open_decoder
 
 PIECE = 1024  # images whose heatmaps are in memory at once, about; and what processes are dealt
 MAX_FIT = 50_000  # images of each kind that a baseline is fitted on, at most

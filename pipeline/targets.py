@@ -5,8 +5,8 @@ patches of OOD images into ID images, whose target is the change they made.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.manifest import Manifest, Stage, check_files, read_manifest, require_from
+from ood_heatmap.cache.manifest import Manifest, Stage, read_manifest
 from ood_heatmap.cache.neighbours import (
     Bank,
     Nearest,
@@ -22,7 +22,7 @@ from ood_heatmap.cache.neighbours import (
     check_faiss,
     squared_distances,
 )
-from ood_heatmap.cache.shards import Rows, open_rows
+from ood_heatmap.cache.shards import open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main, main_first
 from ood_heatmap.errors import OodHeatmapError
@@ -30,10 +30,11 @@ from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.index import Index, map_arrays, missing, open_index
+from ood_heatmap.pipeline.index import map_arrays, missing
 from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.meter import Meter, report
-from ood_heatmap.pipeline.patched import Pasting, draw_pasting, pasted_images
+from ood_heatmap.pipeline.patched import Pasting, pasted_images
+from ood_heatmap.pipeline.run import Index, drawn_rows, open_index, pasting_of
 from ood_heatmap.pipeline.shares import (
     Work,
     Writer,
@@ -139,18 +140,6 @@ def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
             f"{images.source} has {len(images)} images, --limit asks for {config.limit}. Lower it."
         )
     return drawn_rows(len(images), config.limit, config.seed)
-
-
-def drawn_rows(num_images: int, limit: int | None, seed: int) -> Int64:
-    """Return ``limit`` rows of a set, ascending; all when None."""
-    if limit is None:
-        return np.arange(num_images)
-    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
-
-
-def pasting_of(index: Index, rows: Int64, share: float, seed: int) -> Pasting:
-    """Return which patched images to make: a share of the number of OOD images."""
-    return draw_pasting(round(share * len(rows)), len(index.columns["row"]), rows, seed)
 
 
 def bytes_per_row(index: Index) -> int:
@@ -341,32 +330,3 @@ def finish(
         ],
     }
     return stage.finish(content_of_stage(paths), results, [path.name for path in paths])
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Finished targets, opened for reading; ``columns`` as in ``NOTES``, and feature maps."""
-
-    run: Path
-    manifest: Manifest
-    columns: Mapping[str, Rows]
-
-
-def open_targets(run: Path, index: Index) -> Targets:
-    """Open finished targets, every file checked.
-
-    Raises:
-        OodHeatmapError: They are missing, unfinished, damaged, or of another index.
-    """
-    manifest = read_manifest(run, "targets")
-    require_from(manifest, index.manifest, run)
-    check_files(run, manifest)
-    return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets")))
-
-
-def pasting_of_targets(targets: Targets, index: Index) -> Pasting:
-    """Return what was pasted where, drawn again from the manifest's settings."""
-    inputs = targets.manifest.inputs
-    options = inputs["options"]
-    rows = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
-    return pasting_of(index, rows, options["patched"], options["seed"])

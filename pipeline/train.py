@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, distributed
 from tqdm import tqdm
 
@@ -22,9 +21,7 @@ from ood_heatmap.cache.manifest import (
     CHECKPOINT,
     Manifest,
     Stage,
-    check_files,
     read_manifest,
-    require_from,
 )
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
@@ -40,8 +37,8 @@ from ood_heatmap.pipeline.feed import (
     open_feed,
     read_batch,
 )
-from ood_heatmap.pipeline.index import Index, open_index
 from ood_heatmap.pipeline.log import log_speed
+from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
 from ood_heatmap.pipeline.shares import sole_writer
 from ood_heatmap.pipeline.step import (
     Step,
@@ -53,11 +50,10 @@ from ood_heatmap.pipeline.step import (
     shared,
     snapshot,
 )
-from ood_heatmap.pipeline.targets import open_targets
 
 log = logging.getLogger(__name__)
 
-DECODER, HISTORY = "decoder.safetensors", "history.jsonl"
+HISTORY = "history.jsonl"
 CHECKPOINT_SECONDS = 10
 ROWS_AT_ONCE = 4096
 Float32 = NDArray[np.float32]
@@ -464,40 +460,3 @@ def color_max(decoder: Decoder, data: TrainingSet, config: TrainConfig) -> float
     batch = read_batch(data, np.unique(rows), device)
     heatmap = decoder(batch.features, batch.prediction, [item.float() for item in batch.maps])
     return round(float(torch.quantile(strength(heatmap).flatten()[:1_000_000].cpu(), 0.99)), 4)
-
-
-@dataclass(frozen=True)
-class TrainedDecoder:
-    """A finished decoder and its manifest."""
-
-    decoder: Decoder
-    manifest: Manifest
-
-
-def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDecoder:
-    """Load a finished decoder.
-
-    Raises:
-        OodHeatmapError: It is missing, unfinished, damaged, or of another index.
-    """
-    manifest = read_manifest(run, "decoder")
-    targets = read_manifest(run, "targets")
-    require_from(targets, index, run)
-    require_from(manifest, targets, run)
-    check_files(run, manifest)
-    path = run / "decoder" / DECODER
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["ood_heatmap"])
-        decoder = Decoder(shape_from(about["decoder"]))
-        decoder.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DamagedCacheError(f"{path} holds no decoder ({error}). Train again.") from error
-    decoder.eval().to(device).to(memory_format=torch.channels_last)
-    return TrainedDecoder(decoder, manifest)
-
-
-def shape_from(content: Mapping[str, Any]) -> DecoderConfig:
-    """Return a decoder's shape from JSON."""
-    maps = tuple((shape[0], shape[1], shape[2]) for shape in content["map_shapes"])
-    return DecoderConfig(**{**content, "map_shapes": maps})

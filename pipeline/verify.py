@@ -11,8 +11,7 @@ from ood_heatmap.cache.manifest import COMMANDS, FINISHED, check_files, read_man
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.patches import paste
-from ood_heatmap.pipeline.index import Index, open_index
-from ood_heatmap.pipeline.targets import Targets, open_targets, pasting_of_targets
+from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets, pasting_of_targets
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]

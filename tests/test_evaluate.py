@@ -26,7 +26,8 @@ from ood_heatmap.images import open_images
 from ood_heatmap.metrics import METRICS
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
-from ood_heatmap.pipeline.index import build_index, open_index
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.run import open_index
 from ood_heatmap.pipeline.score import fit_baselines, score_set
 from ood_heatmap.pipeline.table import (
     HEADLINES,

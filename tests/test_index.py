@@ -13,7 +13,8 @@ from ood_heatmap.classifier import load_classifier
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import open_images
 from ood_heatmap.pipeline.config import IndexConfig
-from ood_heatmap.pipeline.index import build_index, open_index
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.run import open_index
 
 CONFIG = IndexConfig(batch_size=16)
 

@@ -17,9 +17,9 @@ from ood_heatmap.localization import localization_metrics
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline import localize as module
 from ood_heatmap.pipeline.config import LocalizeConfig, TrainConfig
-from ood_heatmap.pipeline.index import open_index
 from ood_heatmap.pipeline.localize import format_table, localize
-from ood_heatmap.pipeline.train import open_decoder, train_decoder
+from ood_heatmap.pipeline.run import open_decoder, open_index
+from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.pipeline.verify import verify
 
 CPU = torch.device("cpu")

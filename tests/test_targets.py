@@ -9,8 +9,8 @@ from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.images import from_array, open_images
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
-from ood_heatmap.pipeline.index import open_index
-from ood_heatmap.pipeline.targets import build_targets, open_targets
+from ood_heatmap.pipeline.run import open_index, open_targets
+from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
 
 CPU = torch.device("cpu")

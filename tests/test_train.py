@@ -17,9 +17,9 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheErr
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch
-from ood_heatmap.pipeline.index import open_index
+from ood_heatmap.pipeline.run import open_decoder, open_index
 from ood_heatmap.pipeline.step import lr_at
-from ood_heatmap.pipeline.train import open_decoder, train_decoder
+from ood_heatmap.pipeline.train import train_decoder
 
 CPU = torch.device("cpu")
 SMALL = {"epochs": 4, "batch_size": 32, "width": 32, "feature_maps": 0, "overwrite": True}
@@ -47,7 +47,7 @@ def test_the_loss_falls_and_ood_images_score_higher(run, target):
     index = open_index(run)
     decoder = open_decoder(run, index.manifest, CPU).decoder
     from ood_heatmap.heatmap import score
-    from ood_heatmap.pipeline.targets import open_targets
+    from ood_heatmap.pipeline.run import open_targets
 
     scores = []
     for columns in (index.columns, open_targets(run, index).columns):
@@ -62,7 +62,7 @@ def test_an_epoch_is_the_plain_loop_over_cached_arrays(run):
     """The truth: the same steps written out with plain indexing and torch's own Adam."""
     from ood_heatmap.decoder import Decoder
     from ood_heatmap.pipeline.feed import epoch_order
-    from ood_heatmap.pipeline.targets import open_targets
+    from ood_heatmap.pipeline.run import open_targets
 
     config = TrainConfig(**{**SMALL, "epochs": 1}, stack="dcgan", schedule="constant", lr=2e-4)
     train_decoder(run, CPU, config)

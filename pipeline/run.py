@@ -1,0 +1,203 @@
+"""What a run directory holds: each finished stage, opened for reading.
+
+Nothing here makes anything, so that inference loads no training code and no stage imports another.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from ood_heatmap.cache.manifest import (
+    Manifest,
+    check_files,
+    differing_fields,
+    read_manifest,
+    require_from,
+    short,
+)
+from ood_heatmap.cache.neighbours import Bank, read_index, sorted_order, write_index
+from ood_heatmap.cache.shards import Rows, open_rows
+from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.distributed import is_main
+from ood_heatmap.errors import DamagedCacheError, StaleCacheError
+from ood_heatmap.pipeline.patched import Pasting, draw_pasting
+
+log = logging.getLogger(__name__)
+Int64 = NDArray[np.int64]
+
+INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
+
+
+@dataclass(frozen=True)
+class Index:
+    """A finished index, opened for reading.
+
+    Args:
+        run: The run directory.
+        manifest: Of stage 1.
+        columns: ``images``, ``features``, ``prediction``, ``label``, ``row`` and feature maps, in
+            data set order.
+    """
+
+    run: Path
+    manifest: Manifest
+    columns: Mapping[str, Rows]
+
+    @property
+    def feature_range(self) -> tuple[float, float]:
+        """Minimum and maximum over all ID training features."""
+        return self.manifest.results["feature_min"], self.manifest.results["feature_max"]
+
+    def bank(self, device: torch.device) -> Bank:
+        """Return the features by predicted class, to be searched on a device."""
+        prediction, row = self.columns["prediction"].read(), self.columns["row"].read()
+        order = sorted_order(prediction, row)
+        path = self.run / "index" / INDEX
+        if not path.is_file():  # derived: lost is no harm
+            log.warning("%s is lost: made again from the shards", path)
+            write_index(path, self.columns["features"], order)
+        features = read_index(path, len(row), self.manifest.results["num_features"])
+        return Bank(features, prediction[order], row[order], device=device)
+
+    def classifier(self, device: torch.device, num_maps: int | None = None) -> Classifier:
+        """Return the classifier the index was made with, from the run's own copy of its weights.
+
+        Args:
+            device: Where it shall compute.
+            num_maps: How many feature maps it shall return; as many as the index holds when None.
+
+        Raises:
+            StaleCacheError: The user's own code makes another network by now; names what differs.
+        """
+        config = ClassifierConfig.from_json(self.manifest.results["classifier"])
+        classifier = restore_classifier(config, self.run / "index" / WEIGHTS)
+        for name, before, now in differing_fields(
+            self.manifest.inputs["classifier"], classifier.fingerprint()
+        ):
+            raise StaleCacheError(
+                f"{self.run / 'index'} was made with another classifier: {name} was "
+                f"{short(before)}, is "
+                f"now {short(now)}. Run `ood-heatmap index` again with --overwrite."
+            )
+        if num_maps is not None and num_maps != config.num_maps:
+            classifier = Classifier(classifier.network, replace(config, num_maps=num_maps))
+        return classifier.to(device)
+
+    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where data set rows lie in the columns.
+
+        They differ where unreadable images were left out.
+        """
+        return np.searchsorted(self.columns["row"].read(), rows)
+
+
+def open_index(run: Path) -> Index:
+    """Open a finished index, every file checked (by the first process, for all).
+
+    Raises:
+        OodHeatmapError: It is missing, unfinished or damaged.
+    """
+    manifest = read_manifest(run, "index")
+    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]  # derived: it can be made again
+    if is_main():
+        check_files(run, manifest, leave_out=lost)
+    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
+
+
+def open_classifier_of(run: Path) -> Index:
+    """Open a finished index for its classifier alone: its images and features are not read.
+
+    Raises:
+        OodHeatmapError: It is missing, unfinished, or the weights are damaged.
+    """
+    manifest = read_manifest(run, "index")
+    check_files(run, manifest, leave_out=[name for name in manifest.files if name != WEIGHTS])
+    return Index(run, manifest, {})
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Finished targets, opened for reading; ``columns`` as in ``NOTES``, and feature maps."""
+
+    run: Path
+    manifest: Manifest
+    columns: Mapping[str, Rows]
+
+
+def open_targets(run: Path, index: Index) -> Targets:
+    """Open finished targets, every file checked.
+
+    Raises:
+        OodHeatmapError: They are missing, unfinished, damaged, or of another index.
+    """
+    manifest = read_manifest(run, "targets")
+    require_from(manifest, index.manifest, run)
+    check_files(run, manifest)
+    return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets")))
+
+
+def drawn_rows(num_images: int, limit: int | None, seed: int) -> Int64:
+    """Return ``limit`` rows of a set, ascending; all when None."""
+    if limit is None:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
+
+
+def pasting_of(index: Index, rows: Int64, share: float, seed: int) -> Pasting:
+    """Return which patched images to make: a share of the number of OOD images."""
+    return draw_pasting(round(share * len(rows)), len(index.columns["row"]), rows, seed)
+
+
+def pasting_of_targets(targets: Targets, index: Index) -> Pasting:
+    """Return what was pasted where, drawn again from the manifest's settings."""
+    inputs = targets.manifest.inputs
+    options = inputs["options"]
+    rows = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
+    return pasting_of(index, rows, options["patched"], options["seed"])
+
+
+@dataclass(frozen=True)
+class TrainedDecoder:
+    """A finished decoder and its manifest."""
+
+    decoder: Decoder
+    manifest: Manifest
+
+
+def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDecoder:
+    """Load a finished decoder.
+
+    Raises:
+        OodHeatmapError: It is missing, unfinished, damaged, or of another index.
+    """
+    manifest = read_manifest(run, "decoder")
+    targets = read_manifest(run, "targets")
+    require_from(targets, index, run)
+    require_from(manifest, targets, run)
+    check_files(run, manifest)
+    path = run / "decoder" / DECODER
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["ood_heatmap"])
+        decoder = Decoder(shape_from(about["decoder"]))
+        decoder.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DamagedCacheError(f"{path} holds no decoder ({error}). Train again.") from error
+    decoder.eval().to(device).to(memory_format=torch.channels_last)
+    return TrainedDecoder(decoder, manifest)
+
+
+def shape_from(content: Mapping[str, Any]) -> DecoderConfig:
+    """Return a decoder's shape from JSON."""
+    maps = tuple((shape[0], shape[1], shape[2]) for shape in content["map_shapes"])
+    return DecoderConfig(**{**content, "map_shapes": maps})
