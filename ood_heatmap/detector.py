@@ -1,6 +1,5 @@
 """What a user holds after training: images in; score, decision, heatmap and predicted class out."""
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ood_heatmap.cache.manifest import FINISHED, check_files, read_manifest, require_from
 from ood_heatmap.calibration import FALSE_ALARM, Calibration
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
-from ood_heatmap.devices import choose_device
-from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
+from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import score, strength
 from ood_heatmap.images import Transform
-from ood_heatmap.pipeline.run import Index, open_classifier_of, open_decoder
 
-log = logging.getLogger(__name__)
-CALIBRATION = "calibration.safetensors"  # in the evaluation stage
 Images = Image.Image | Sequence[Image.Image] | NDArray[np.uint8] | Tensor
 
 
@@ -106,17 +100,10 @@ class HeatmapDetector:
             OodHeatmapError: A stage is missing, unfinished, damaged or stale; or a level is asked
                 for and the run is not calibrated.
         """
-        run = Path(run)
-        detector = detector_of(run, open_classifier_of(run), choose_device(device))
-        found = calibration_of(run)
-        if found is not None:
-            return detector.calibrated(found[0], found[1] if false_alarm is None else false_alarm)
-        if false_alarm is not None:
-            raise OodHeatmapError(
-                f"{run} is not calibrated, so it knows no false-alarm level: run "
-                f"`ood-heatmap evaluate {run} ...` first."
-            )
-        return detector
+        # not at the top: a detector in memory needs nothing that reads run directories
+        from ood_heatmap.pipeline.run import load_detector
+
+        return load_detector(Path(run), device, false_alarm)
 
     def at(self, false_alarm: float) -> "HeatmapDetector":
         """Return the same detector deciding at another level; nothing is fitted or loaded again."""
@@ -194,41 +181,6 @@ def heatmap_of(decoder: Decoder, output: Output, prediction: Tensor) -> Tensor:
     maps = [item.half().float() for item in output.maps]
     heatmap: Tensor = decoder(output.features, prediction, maps).float()
     return heatmap
-
-
-def detector_of(run: Path, index: Index, device: torch.device) -> HeatmapDetector:
-    """Return the detector of an opened index."""
-    trained = open_decoder(run, index.manifest, device)
-    num_maps = len(trained.decoder.config.map_shapes)
-    return HeatmapDetector(
-        index.classifier(device, num_maps=num_maps),
-        trained.decoder,
-        classes=index.manifest.results["classes"],
-        color_max=trained.manifest.results["color_max"],
-    )
-
-
-def calibration_of(run: Path) -> tuple[Calibration, float] | None:
-    """Return what the run's evaluation found out about ID images, and its false-alarm level.
-
-    None when the decoder, as it is now, has not been evaluated.
-
-    Raises:
-        DamagedCacheError: The evaluation's manifest or the calibration is damaged.
-    """
-    if not (run / "evaluation" / FINISHED).is_file():
-        return None
-    manifest = read_manifest(run, "evaluation")
-    if CALIBRATION not in manifest.files:  # an evaluation from before there were decisions
-        return None
-    try:
-        require_from(manifest, read_manifest(run, "decoder"), run)
-    except StaleCacheError as error:
-        log.warning("not calibrated: %s", error)
-        return None
-    check_files(run, manifest, leave_out=[name for name in manifest.files if name != CALIBRATION])
-    calibration = Calibration.load(run / "evaluation" / CALIBRATION)
-    return calibration, manifest.results["false_alarm"]
 
 
 def to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ood_heatmap.cache.manifest import (
+    FINISHED,
     Manifest,
     check_files,
     differing_fields,
@@ -26,16 +27,20 @@ from ood_heatmap.cache.manifest import (
 )
 from ood_heatmap.cache.neighbours import Bank, read_index, sorted_order, write_index
 from ood_heatmap.cache.shards import Rows, open_rows
+from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
 from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.devices import choose_device
 from ood_heatmap.distributed import is_main
-from ood_heatmap.errors import DamagedCacheError, StaleCacheError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.pipeline.patched import Pasting, draw_pasting
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
+CALIBRATION = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -201,3 +206,63 @@ def shape_from(content: Mapping[str, Any]) -> DecoderConfig:
     """Return a decoder's shape from JSON."""
     maps = tuple((shape[0], shape[1], shape[2]) for shape in content["map_shapes"])
     return DecoderConfig(**{**content, "map_shapes": maps})
+
+
+def load_detector(
+    run: Path, device: str = "auto", false_alarm: float | None = None
+) -> HeatmapDetector:
+    """Load the detector of a run: see ``HeatmapDetector.load``."""
+    index = open_classifier_of(run)
+    torch_device = choose_device(device)
+    trained = open_decoder(run, index.manifest, torch_device)
+    detector = make_detector(index, trained, torch_device)
+    calibration = open_calibration(run, trained.manifest)
+    if calibration is not None:
+        fitted, level = calibration
+        return detector.calibrated(fitted, level if false_alarm is None else false_alarm)
+    if false_alarm is not None:
+        raise OodHeatmapError(
+            f"{run} is not calibrated, so it knows no false-alarm level: run "
+            f"`ood-heatmap evaluate {run} ...` first."
+        )
+    return detector
+
+
+def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -> HeatmapDetector:
+    """Return the detector of an opened index and an opened decoder, not calibrated."""
+    num_maps = len(trained.decoder.config.map_shapes)
+    return HeatmapDetector(
+        index.classifier(device, num_maps=num_maps),
+        trained.decoder,
+        classes=index.manifest.results["classes"],
+        color_max=trained.manifest.results["color_max"],
+    )
+
+
+def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:
+    """Return the calibration of a run and its false-alarm level.
+
+    Args:
+        run: The run directory.
+        decoder: Manifest of the decoder that is in use. It is not read again: another process may
+            be training and evaluating in the run, and its calibration would belong to its decoder.
+
+    Returns:
+        None when this decoder has not been evaluated, or was evaluated without held-out images.
+
+    Raises:
+        DamagedCacheError: The evaluation's manifest or the calibration is damaged.
+    """
+    if not (run / "evaluation" / FINISHED).is_file():
+        return None
+    manifest = read_manifest(run, "evaluation")
+    if CALIBRATION not in manifest.files:
+        return None
+    try:
+        require_from(manifest, decoder, run)
+    except StaleCacheError as error:
+        log.warning("not calibrated: %s", error)
+        return None
+    check_files(run, manifest, leave_out=[name for name in manifest.files if name != CALIBRATION])
+    calibration = Calibration.load(run / "evaluation" / CALIBRATION)
+    return calibration, manifest.results["false_alarm"]

@@ -17,13 +17,13 @@ from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.manifest import Stage, fingerprint_of
 from ood_heatmap.cache.neighbours import mean_distance_to_kth
 from ood_heatmap.classifier import Classifier, Output
-from ood_heatmap.detector import HeatmapDetector, detector_of
+from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import gather, is_main, rank, world_size
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
 from ood_heatmap.pipeline.log import log_event
-from ood_heatmap.pipeline.run import Index, open_decoder, open_targets
+from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
 from ood_heatmap.pipeline.shares import whole_batches
 from ood_heatmap.pipeline.table import Scores, name_of_run
 
@@ -84,9 +84,9 @@ def open_detectors(
     runs: Sequence[Path], index: Index, device: torch.device
 ) -> list[HeatmapDetector]:
     """Return the detector of each run; one classifier for all."""
-    first = detector_of(runs[0], index, device)
-    decoders = [open_decoder(run, index.manifest, device).decoder for run in runs[1:]]
-    return [first, *(HeatmapDetector(first.classifier, decoder) for decoder in decoders)]
+    own, *others = (open_decoder(run, index.manifest, device) for run in runs)
+    first = make_detector(index, own, device)
+    return [first, *(HeatmapDetector(first.classifier, other.decoder) for other in others)]
 
 
 def make_scorers(
