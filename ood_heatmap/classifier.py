@@ -1,9 +1,6 @@
 """A fixed classifier: uint8 images in, penultimate features, logits and feature maps out."""
 
 import hashlib
-import importlib
-import importlib.util
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,10 +16,9 @@ from torch import Tensor, nn
 
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import BUILT_IN, join_released
+from ood_heatmap.networks import build, join_released
 
 NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -428,120 +424,6 @@ def finished(network: nn.Module, config: ClassifierConfig) -> Classifier:
             f"{config.num_classes}."
         )
     return classifier
-
-
-Built = tuple[nn.Module, Transform | None, tuple[float, ...], tuple[float, ...]]
-
-
-def build(spec: str, num_classes: int | None, *, pretrained: bool) -> Built:
-    """Return the network of a spec with its own input size, mean and std."""
-    if spec in BUILT_IN:
-        return build_own(spec, num_classes, pretrained)
-    family, _, name = spec.partition("/")
-    if family == "torchvision":
-        return build_torchvision(name, num_classes, pretrained)
-    if family == "timm":
-        return build_timm(name, num_classes, pretrained)
-    if ":" in spec:
-        return build_users(spec, num_classes)
-    raise UsageError(
-        f"there is no classifier {spec!r}: use {', '.join(BUILT_IN)}, torchvision/NAME, timm/NAME, "
-        "path/to/file.py:function or package.module:function."
-    )
-
-
-def build_own(spec: str, num_classes: int | None, pretrained: bool) -> Built:
-    """Return a network of the reference."""
-    if pretrained:
-        raise UsageError(f"{spec} comes without weights: add --weights FILE.")
-    entry = BUILT_IN[spec]
-    network = entry.build(num_classes or entry.num_classes)
-    return network, Transform(entry.size), entry.mean, entry.std
-
-
-def build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> Built:
-    """Return ``NAME`` or ``NAME:WEIGHTS`` of torchvision, with its weights' own transform."""
-    from torchvision import models
-
-    name, _, choice = name.partition(":")
-    try:
-        enum = models.get_model_weights(name)
-        weights = enum[choice] if choice else enum["DEFAULT"]
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"torchvision has no such classifier: {error}.") from error
-    preset = weights.transforms()
-    transform = Transform(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
-    arguments = {} if num_classes is None else {"num_classes": num_classes}
-    try:
-        network = models.get_model(name, weights=weights if pretrained else None, **arguments)
-    except (OSError, RuntimeError) as error:
-        raise OodHeatmapError(
-            f"the weights {weights} cannot be fetched ({error}). Add --weights FILE."
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"torchvision/{name}: {error}.") from error
-    return network, transform, tuple(preset.mean), tuple(preset.std)
-
-
-def build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
-    """Return ``NAME`` of timm, with its own transform."""
-    try:
-        import timm
-        import timm.data
-    except ImportError:
-        raise UsageError("timm is not installed: pip install 'ood-heatmap[timm]'.") from None
-    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    try:
-        network = timm.create_model(name, pretrained=pretrained, **arguments)
-    except (OSError, RuntimeError) as error:
-        raise OodHeatmapError(
-            f"timm/{name} cannot be loaded ({error}). Add --weights FILE."
-        ) from error
-    preset = timm.data.config.resolve_data_config({}, model=network)
-    size, kind = preset["input_size"][1], preset["interpolation"]
-    transform = Transform(
-        size, int(size / preset["crop_pct"]), kind if kind in ("bilinear", "bicubic") else "bicubic"
-    )
-    return network, transform, tuple(preset["mean"]), tuple(preset["std"])
-
-
-def build_users(spec: str, num_classes: int | None) -> Built:
-    """Return what the user's own function makes; it may take ``num_classes``."""
-    place, _, name = spec.rpartition(":")
-    function = getattr(import_place(place), name, None)
-    if not callable(function):
-        raise UsageError(f"{place} has no function {name}.")
-    takes = inspect.signature(function).parameters
-    try:
-        network = function(num_classes) if num_classes is not None and takes else function()
-    except TypeError as error:
-        raise UsageError(f"{spec} cannot be called ({error}). Try --num-classes.") from error
-    if not isinstance(network, nn.Module):
-        raise UsageError(f"{spec} returned {type(network).__name__}, not a torch.nn.Module.")
-    size = getattr(network, "input_size", None)
-    return (
-        network,
-        Transform(size) if isinstance(size, int) else None,
-        (0.0, 0.0, 0.0),
-        (1.0, 1.0, 1.0),
-    )
-
-
-def import_place(place: str) -> Any:
-    """Import a Python file by its path, or a module by its name."""
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        if not Path(place).is_file():
-            raise UsageError(f"there is no file {place}.")
-        spec = importlib.util.spec_from_file_location(f"classifier_{Path(place).stem}", place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"{place} cannot be imported: {error}.") from error
-    return module
 
 
 def check_finite(

@@ -1,14 +1,23 @@
-"""The classifiers of the reference: CIFAR ResNet-18, ResNet-50 for 64 pixels, and WRN-40-2.
+"""Networks by name: the reference's own, torchvision's, timm's, and those of a user's code.
 
-Names and shapes of parameters are those of its released checkpoints, so that they load.
+The reference's are CIFAR ResNet-18, ResNet-50 for 64 pixels, and WRN-40-2. Names and shapes of
+their parameters are those of its released checkpoints, so that they load.
 """
 
+import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.images import Transform
 
 
 class ResidualBlock(nn.Module):
@@ -187,3 +196,128 @@ def join_released(checkpoint: Mapping[str, object]) -> dict[str, Tensor] | None:
             return None
         joined |= {str(name).removeprefix("module."): value for name, value in part.items()}
     return joined
+
+
+# a network with its own transform, mean and std
+Built: TypeAlias = tuple[nn.Module, Transform | None, tuple[float, ...], tuple[float, ...]]
+
+
+def build(spec: str, num_classes: int | None, *, pretrained: bool) -> Built:
+    """Build the network of a SPEC, and return it with its own transform, mean and std.
+
+    Args:
+        spec: See ``ClassifierConfig``.
+        num_classes: Classes of the network; its own default when None.
+        pretrained: Load the weights that the library publishes.
+
+    Raises:
+        UsageError: There is no such network, or it does not take the arguments.
+        OodHeatmapError: Its weights cannot be fetched.
+    """
+    if spec in BUILT_IN:
+        return _build_own(spec, num_classes, pretrained)
+    family, _, name = spec.partition("/")
+    if family == "torchvision":
+        return _build_torchvision(name, num_classes, pretrained)
+    if family == "timm":
+        return _build_timm(name, num_classes, pretrained)
+    if ":" in spec:
+        return _build_users(spec, num_classes)
+    raise UsageError(
+        f"there is no classifier {spec!r}: use {', '.join(BUILT_IN)}, torchvision/NAME, timm/NAME, "
+        "path/to/file.py:function or package.module:function."
+    )
+
+
+def _build_own(spec: str, num_classes: int | None, pretrained: bool) -> Built:
+    """Return a network of the reference."""
+    if pretrained:
+        raise UsageError(f"{spec} comes without weights: add --weights FILE.")
+    entry = BUILT_IN[spec]
+    network = entry.build(num_classes or entry.num_classes)
+    return network, Transform(entry.size), entry.mean, entry.std
+
+
+def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> Built:
+    """Return ``NAME`` or ``NAME:WEIGHTS`` of torchvision, with its weights' own transform."""
+    from torchvision import models
+
+    name, _, choice = name.partition(":")
+    try:
+        enum = models.get_model_weights(name)
+        weights = enum[choice] if choice else enum["DEFAULT"]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"torchvision has no such classifier: {error}.") from error
+    preset = weights.transforms()
+    transform = Transform(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        network = models.get_model(name, weights=weights if pretrained else None, **arguments)
+    except (OSError, RuntimeError) as error:
+        raise OodHeatmapError(
+            f"the weights {weights} cannot be fetched ({error}). Add --weights FILE."
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"torchvision/{name}: {error}.") from error
+    return network, transform, tuple(preset.mean), tuple(preset.std)
+
+
+def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
+    """Return ``NAME`` of timm, with its own transform."""
+    try:
+        import timm
+        import timm.data
+    except ImportError:
+        raise UsageError("timm is not installed: pip install 'ood-heatmap[timm]'.") from None
+    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        network = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        raise OodHeatmapError(
+            f"timm/{name} cannot be loaded ({error}). Add --weights FILE."
+        ) from error
+    preset = timm.data.config.resolve_data_config({}, model=network)
+    size, kind = preset["input_size"][1], preset["interpolation"]
+    transform = Transform(
+        size, int(size / preset["crop_pct"]), kind if kind in ("bilinear", "bicubic") else "bicubic"
+    )
+    return network, transform, tuple(preset["mean"]), tuple(preset["std"])
+
+
+def _build_users(spec: str, num_classes: int | None) -> Built:
+    """Return what the user's own function makes; it may take ``num_classes``."""
+    place, _, name = spec.rpartition(":")
+    function = getattr(_import_place(place), name, None)
+    if not callable(function):
+        raise UsageError(f"{place} has no function {name}.")
+    takes = inspect.signature(function).parameters
+    try:
+        network = function(num_classes) if num_classes is not None and takes else function()
+    except TypeError as error:
+        raise UsageError(f"{spec} cannot be called ({error}). Try --num-classes.") from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"{spec} returned {type(network).__name__}, not a torch.nn.Module.")
+    size = getattr(network, "input_size", None)
+    return (
+        network,
+        Transform(size) if isinstance(size, int) else None,
+        (0.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+    )
+
+
+def _import_place(place: str) -> Any:
+    """Import a Python file by its path, or a module by its name."""
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        if not Path(place).is_file():
+            raise UsageError(f"there is no file {place}.")
+        spec = importlib.util.spec_from_file_location(f"classifier_{Path(place).stem}", place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(f"{place} cannot be imported: {error}.") from error
+    return module
