@@ -1,271 +1,182 @@
 """The command `ood-heatmap`: each command parses, calls one function of the pipeline and prints.
 
-PyTorch takes seconds to load, so a stage is imported inside its command.
+PyTorch takes seconds to load, so a stage is imported inside its command. Options are described in
+``pipeline/config.py``; here are only those that are not settings of a stage.
 """
 
 import contextlib
 import io
-import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ood_heatmap import __version__
 from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.options import CommandGroup, GroupedOption, log_to_stderr, options
 from ood_heatmap.pipeline.config import (
+    ClassifierOptions,
+    DataOptions,
     EvaluateConfig,
+    EvaluateData,
+    ExportOptions,
     IndexConfig,
+    IndexData,
     LocalizeConfig,
     PredictConfig,
+    PredictOptions,
     TargetsConfig,
+    TargetsData,
+    TestData,
     TrainConfig,
+    VerifyConfig,
 )
 
 if TYPE_CHECKING:
+    import torch
+
+    from ood_heatmap.classifier import Classifier
     from ood_heatmap.images import ImageSet
+    from ood_heatmap.pipeline.plan import Plan
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Settings = TypeVar("Settings", IndexConfig, TargetsConfig, TrainConfig)
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
-EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
+# the commands that torchrun may start
+SHARED = ("index", "targets", "train", "evaluate")
 
-
-class Commands(click.Group):
-    """A group in which what a user can mend ends in one line.
-
-    No traceback, exit code 1, or 2 for usage.
-    """
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UsageError as error:
-            raise click.UsageError(str(error), ctx) from error
-        except OodHeatmapError as error:
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("\nstopped; start the same command again to go on", err=True)
-            sys.exit(130)
-
-
-class Numbers(click.ParamType):  # type: ignore[type-arg]
-    """Three numbers, one for each channel: 0.49,0.48,0.45."""
-
-    name = "R,G,B"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(float(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
-        if len(numbers) != 3:
-            self.fail(f"{value!r} is not three numbers such as 0.49,0.48,0.45", param, ctx)
-        return numbers
-
-
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Return several options as one decorator."""
-
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-data_options = options(
-    click.option(
-        "--data-root",
-        type=click.Path(file_okay=False, path_type=Path),
-        default=Path("data"),
-        help="Where torchvision's sets lie.",
-    ),
-    click.option("--download", is_flag=True, help="Fetch a torchvision set that is not there."),
+new_run = click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+existing_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+device_option = click.option(
+    "--device",
+    cls=GroupedOption,
+    group="Speed",
+    default="auto",
+    help="Device to compute on: auto, cpu, cuda or cuda:N.",
 )
-device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-embed_options = options(
-    device_option,
-    click.option(
-        "--batch-size",
-        type=click.IntRange(1),
-        default=IndexConfig.batch_size,
-        help="Images the classifier takes at once.",
-    ),
-    click.option(
-        "--workers",
-        type=click.IntRange(1),
-        default=IndexConfig.workers,
-        help="Threads that decode images.",
-    ),
-    click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read."),
-)
-shard_option = click.option(
-    "--shard-mb",
-    type=click.IntRange(1),
-    default=IndexConfig.shard_mb,
-    help="Megabytes of a shard on disk, about.",
-)
-overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Discard what was made from something else."
-)
-SHARED = ("index", "targets", "train", "evaluate")  # the commands that torchrun may start
-false_alarm_option = click.option(
-    "--false-alarm",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of ID images that may be called OOD; the evaluation's own when not given.",
-)
+index_options = options(data=IndexData, classifier=ClassifierOptions, config=IndexConfig)
+targets_options = options(data=TargetsData, config=TargetsConfig)
+train_options = options(config=TrainConfig)
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
+@click.group("ood-heatmap", cls=CommandGroup, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="ood-heatmap")
-@click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.pass_context
-def main(context: click.Context, verbose: bool) -> None:
-    """Heatmaps that show whether, and where, an image is not what a fixed classifier was trained
-    on.
+def main(context: click.Context) -> None:
+    """Show whether, and where, an image is not what a fixed classifier was trained on.
 
-    The four stages, in order: index, targets, train, evaluate. Each goes on where it was when it is
-    started again.
+    The four stages, in order: index, targets, train, evaluate. Each resumes when it is started
+    again.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} runs in one process: start it without torchrun. "
-            f"Those that share their work are {', '.join(SHARED)}."
+            f"Commands that share their work are {', '.join(SHARED)}."
         )
-    level = logging.DEBUG if verbose else logging.INFO
-    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
-        level = logging.ERROR
+    if os.environ.get("RANK", "0") != "0":
         context.with_resource(contextlib.redirect_stdout(io.StringIO()))
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    quiet = (
-        "matplotlib",
-        "PIL",
-        "h5py",
-        "faiss",
-        "asyncio",
-        "pytorch_ood",
-        "onnxscript",
-        "onnx_ir",
-    )
-    for noisy in quiet:
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        # a file name that is not UTF-8 is printed escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
+    log_to_stderr(context)
+
+
+def open_source(source: str, data: DataOptions) -> "ImageSet":
+    """Open an image set; rank 0 first, so that only one process downloads."""
+    from ood_heatmap.distributed import main_first
+    from ood_heatmap.images import open_images
+
+    with main_first():
+        return open_images(source, data_root=data.data_root, download=data.download)
+
+
+def open_ood_sets(data: TestData) -> "dict[str, ImageSet]":
+    """Open the OOD test sets, by name."""
+    sets: dict[str, ImageSet] = {}
+    for item in data.ood_sources:
+        name, source = named_source(item)
+        if name in sets:
+            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
+        sets[name] = open_source(source, data)
+    return sets
+
+
+def named_source(item: str) -> tuple[str, str]:
+    """Split ``NAME=SOURCE``; without a name it is the last part of the source."""
+    name, equals, source = item.partition("=")
+    if equals and not Path(item).exists():
+        return name, source
+    path = Path(item)
+    return (path.stem if path.exists() else item.partition("/")[0]), item
+
+
+def near_names(near: tuple[str, ...], ood_sources: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of near sets that were given by name, by source, or by both."""
+    named = [(item, *named_source(item)) for item in ood_sources]
+    names = {
+        os.path.normpath(text): name for item, name, source in named for text in (item, source)
+    }
+    names |= {name: name for _, name, _ in named}
+    return tuple(dict.fromkeys(names.get(os.path.normpath(item), item) for item in near))
+
+
+def open_classifier(given: ClassifierOptions, device: "torch.device") -> "Classifier":
+    """Load the classifier that the options name, rank 0 first."""
+    from ood_heatmap.classifier import load_classifier
+    from ood_heatmap.distributed import main_first
+
+    with main_first():
+        classifier = load_classifier(
+            given.spec,
+            weights=given.weights,
+            num_classes=given.num_classes,
+            mean=given.mean,
+            std=given.std,
+            size=given.size,
+            head=given.head,
+            num_maps=given.feature_maps,
+            autocast=given.autocast,
+        )
+    return classifier.to(device)
+
+
+def conclude(results: Mapping[str, Any], next_command: str = "") -> None:
+    """Print the warnings of a stage, and the command that comes next."""
+    for warning in results.get("warnings", []):
+        click.echo(f"{click.style('warning:', fg='yellow')} {warning}", err=True)
+    if next_command:
+        click.echo(f"next: ood-heatmap {next_command}")
 
 
 @main.command()
-@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--id", "source", required=True, help="ID training images: a folder, file or name/split."
-)
-@click.option(
-    "--classifier",
-    "spec",
-    required=True,
-    help="cifar-resnet18, cifar-resnet50-64px, wrn-40-2, torchvision/NAME, timm/NAME, "
-    "file.py:function or package.module:function.",
-)
-@click.option(
-    "--weights",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Safetensors or a state dict; the network's own when not given.",
-)
-@click.option("--num-classes", type=click.IntRange(2), help="Classes of the classifier.")
-@click.option(
-    "--mean", type=Numbers(), help="Of each channel, in [0, 1]; the network's own or 0,0,0."
-)
-@click.option(
-    "--std", type=Numbers(), help="Of each channel, in [0, 1]; the network's own or 1,1,1."
-)
-@click.option("--size", type=click.IntRange(4), help="Pixels of the input; the network's own.")
-@click.option("--head", default="", help="Name of the last linear layer; found by itself.")
-@click.option(
-    "--feature-maps",
-    "num_maps",
-    type=click.IntRange(0, 3),
-    default=TrainConfig.feature_maps,
-    help="Cache this many of the classifier's spatial feature maps, the deepest first.",
-)
-@click.option("--autocast", is_flag=True, help="Classify in bfloat16, for every stage of RUN.")
-@click.option("--ignore-labels", is_flag=True, help="Take class folders for folders only.")
-@embed_options
-@shard_option
-@data_options
-@overwrite_option
+@new_run
+@index_options
+@device_option
 def index(
-    run: Path,
-    source: str,
-    spec: str,
-    weights: Path | None,
-    num_classes: int | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    size: int | None,
-    head: str,
-    num_maps: int,
-    autocast: bool,
-    ignore_labels: bool,
-    device: str,
-    batch_size: int,
-    workers: int,
-    skip_unreadable: bool,
-    shard_mb: int,
-    data_root: Path,
-    download: bool,
-    overwrite: bool,
+    run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
 ) -> None:
     """Stage 1: embed the ID training set with the classifier and index it in RUN.
 
     \b
-    Example:
+    Examples:
         ood-heatmap index runs/c10 --id cifar10/train --classifier cifar-resnet18 --weights c10.pt
+        ood-heatmap index runs/own --id photos/train --classifier model.py:make_model
+        --weights model.safetensors --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --size 224
     """
-    from ood_heatmap.classifier import load_classifier
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.distributed import main_first
-    from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.index import build_index
 
-    with stage_device(device) as place:
-        with main_first():
-            classifier = load_classifier(
-                spec,
-                weights=weights,
-                num_classes=num_classes,
-                mean=mean,
-                std=std,
-                size=size,
-                head=head,
-                num_maps=num_maps,
-                autocast=autocast,
-            ).to(place)
-            images = open_images(source, data_root=data_root, download=download)
+    with stage_device(device) as torch_device:
+        network = open_classifier(classifier, torch_device)
+        images = open_source(data.id_source, data)
         click.echo(
-            f"classifier {spec}: {classifier.num_classes} classes, {classifier.num_features} "
-            f"features (input of {classifier.head}), {classifier.config.transform.size} px, mean "
-            f"{classifier.config.mean}, std {classifier.config.std}, on {place}"
+            f"classifier {classifier.spec}: {network.num_classes} classes, {network.num_features} "
+            f"features (input of {network.head}), {network.config.transform.size} px, mean "
+            f"{network.config.mean}, std {network.config.std}, on {torch_device}"
         )
-        manifest = build_index(
-            run,
-            images,
-            classifier,
-            IndexConfig(
-                batch_size=batch_size,
-                workers=workers,
-                shard_mb=shard_mb,
-                skip_unreadable=skip_unreadable,
-                ignore_labels=ignore_labels,
-                overwrite=overwrite,
-            ),
-        )
-    results = manifest.results
+        results = build_index(run, images, network, config).results
     counts = results["class_counts"]
     accuracy = results["accuracy"]
     click.echo(f"{results['num_images']} ID images, {results['backend']}")
@@ -276,49 +187,14 @@ def index(
     empty = [str(label) for label, count in enumerate(counts) if count == 0]
     if empty:
         click.echo(f"no image is predicted as class {', '.join(empty)}")
-    click.echo(f"next: ood-heatmap targets {run} --ood SOURCE")
+    conclude(results, f"targets {run} --ood SOURCE")
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option(
-    "--ood", "source", required=True, help="OOD training images: a folder, file or name/split."
-)
-@click.option("--limit", type=click.IntRange(1), help="Take this many, drawn at random.")
-@click.option("--seed", default=TargetsConfig.seed, help="Of that draw and of random pairing.")
-@click.option(
-    "--pairing",
-    type=click.Choice(["nearest", "random", "any", "scrambled"]),
-    default=TargetsConfig.pairing,
-    help="The partner: the nearest ID image of the predicted class, a random one, the nearest of "
-    "any class, or confused as in the released code.",
-)
-@click.option(
-    "--patched",
-    type=click.FloatRange(0),
-    default=TargetsConfig.patched,
-    help="ID images with a patch of an OOD image to make as well, for each OOD image.",
-)
-@embed_options
-@shard_option
-@data_options
-@overwrite_option
-def targets(
-    run: Path,
-    source: str,
-    limit: int | None,
-    seed: int,
-    pairing: str,
-    patched: float,
-    device: str,
-    batch_size: int,
-    workers: int,
-    skip_unreadable: bool,
-    shard_mb: int,
-    data_root: Path,
-    download: bool,
-    overwrite: bool,
-) -> None:
+@existing_run
+@targets_options
+@device_option
+def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Stage 2: pair OOD images with their nearest ID images in RUN and store the target heatmaps.
 
     \b
@@ -326,25 +202,11 @@ def targets(
         ood-heatmap targets runs/c10 --ood data/places365 --limit 10000
     """
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.distributed import main_first
-    from ood_heatmap.images import open_images
     from ood_heatmap.pipeline.targets import build_targets
 
-    config = TargetsConfig(
-        limit=limit,
-        seed=seed,
-        pairing=pairing,
-        patched=patched,
-        batch_size=batch_size,
-        workers=workers,
-        shard_mb=shard_mb,
-        skip_unreadable=skip_unreadable,
-        overwrite=overwrite,
-    )
-    with stage_device(device) as place:
-        with main_first():
-            images = open_images(source, data_root=data_root, download=download)
-        results = build_targets(run, images, place, config).results
+    with stage_device(device) as torch_device:
+        images = open_source(data.ood_source, data)
+        results = build_targets(run, images, torch_device, config).results
     click.echo(
         f"{results['num_images']} OOD images paired ({results['pairing']}), {results['backend']}; "
         f"median distance {results['median_distance']:.3g}"
@@ -353,103 +215,14 @@ def targets(
         click.echo(f"{results['num_without_class']} had no ID image of their class: searched all")
     if results["num_patched"]:
         click.echo(f"{results['num_patched']} ID images with a patch of an OOD image")
-    click.echo(f"next: ood-heatmap train {run}")
+    conclude(results, f"train {run}")
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option(
-    "--epochs", type=click.IntRange(1), default=TrainConfig.epochs, help="Passes over all images."
-)
-@click.option(
-    "--batch-size", type=click.IntRange(2), default=TrainConfig.batch_size, help="Images a step."
-)
-@click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=TrainConfig.lr, help="Learning rate."
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(["cosine", "constant"]),
-    default=TrainConfig.schedule,
-    help="Of the learning rate: up in a tenth of the steps and down to 0, or the same throughout.",
-)
-@click.option(
-    "--noise",
-    type=click.FloatRange(0),
-    default=TrainConfig.noise,
-    help="On the inputs in training, in standard deviations; for the plain stack.",
-)
-@click.option("--seed", default=TrainConfig.seed, help="Of first weights, order and noise.")
-@click.option(
-    "--stack",
-    type=click.Choice(["plain", "dcgan"]),
-    default=TrainConfig.stack,
-    help="Without batch norm and with noise, or with batch norm, as in the paper.",
-)
-@click.option(
-    "--target",
-    type=click.Choice(["signed", "magnitude"]),
-    default=TrainConfig.target,
-    help="The difference, as in the paper, or its absolute value.",
-)
-@click.option(
-    "--region-weight",
-    type=click.FloatRange(0, 1),
-    default=TrainConfig.region_weight,
-    help="How much more a patched image counts the smaller its patch: (image / patch) to this "
-    "power. 0: not at all, as in the paper.",
-)
-@click.option(
-    "--width",
-    type=click.IntRange(0),
-    default=TrainConfig.width,
-    help="Channels of the decoder's first map; 0: from the features' width.",
-)
-@click.option(
-    "--feature-maps",
-    type=click.IntRange(0, 3),
-    default=TrainConfig.feature_maps,
-    help="How many of the classifier's feature maps to take as well.",
-)
-@click.option(
-    "--feed",
-    type=click.Choice(["auto", "resident", "pinned", "streaming"]),
-    default=TrainConfig.feed,
-    help="Everything in the device's memory, in the host's, or from mapped shards.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default=TrainConfig.precision,
-    help="auto: bfloat16 on a GPU.",
-)
-@click.option(
-    "--step",
-    type=click.Choice(["auto", "plain", "compiled", "graph"]),
-    default=TrainConfig.step,
-    help="How a step is launched; auto: the faster of plain and a CUDA graph on a GPU.",
-)
+@existing_run
+@train_options
 @device_option
-@overwrite_option
-def train(
-    run: Path,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    schedule: str,
-    noise: float,
-    seed: int,
-    stack: str,
-    target: str,
-    region_weight: float,
-    width: int,
-    feature_maps: int,
-    feed: str,
-    precision: str,
-    step: str,
-    device: str,
-    overwrite: bool,
-) -> None:
+def train(run: Path, config: TrainConfig, device: str) -> None:
     """Stage 3: train the decoder of RUN from cached arrays alone.
 
     \b
@@ -459,111 +232,21 @@ def train(
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.train import train_decoder
 
-    config = TrainConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        schedule=schedule,
-        noise=noise,
-        seed=seed,
-        stack=stack,
-        target=target,
-        region_weight=region_weight,
-        width=width,
-        feature_maps=feature_maps,
-        feed=feed,
-        precision=precision,
-        step=step,
-        overwrite=overwrite,
-    )
-    with stage_device(device) as place:
-        results = train_decoder(run, place, config).results
+    with stage_device(device) as torch_device:
+        results = train_decoder(run, torch_device, config).results
     click.echo(
         f"decoder of {results['num_parameters']:,} parameters, {results['decoder']['target']} "
-        f"target, "
-        f"trained on {results['num_id']} ID and {results['num_ood']} OOD images"
+        f"target, trained on {results['num_id']} ID and {results['num_ood']} OOD images"
     )
-    click.echo(f"next: ood-heatmap evaluate {run} --id SOURCE --ood NAME=SOURCE")
+    conclude(results, f"evaluate {run} --id SOURCE --ood NAME=SOURCE")
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option("--id", "source", required=True, help="ID test images: a folder, file or name/split.")
-@click.option(
-    "--ood",
-    "ood_sources",
-    required=True,
-    multiple=True,
-    metavar="[NAME=]SOURCE",
-    help="An OOD test set; may be repeated.",
-)
-@click.option(
-    "--near", multiple=True, metavar="NAME", help="An OOD set that is near; may be repeated."
-)
-@click.option(
-    "--runs",
-    "more_runs",
-    multiple=True,
-    type=EXISTING,
-    metavar="OTHER_RUN",
-    help="A run trained with another seed, for mean and spread; may be repeated.",
-)
-@click.option(
-    "--protocol",
-    type=click.Choice(["all", "paper", "openood"]),
-    default=EvaluateConfig.protocol,
-    help="paper: ID positive, ID:OOD = 5:1 by a random draw; openood: OOD positive, means over "
-    "near and far.",
-)
-@click.option(
-    "--calibration",
-    "calibration_source",
-    metavar="SOURCE",
-    help="ID images for the thresholds alone; a share of --id when not given.",
-)
-@click.option(
-    "--calibration-share",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=EvaluateConfig.calibration_share,
-    help="That share; its images are not in the table. 0: no thresholds.",
-)
-@click.option(
-    "--false-alarm",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=EvaluateConfig.false_alarm,
-    help="Share of ID images that may be called OOD.",
-)
-@click.option(
-    "--gallery",
-    type=click.IntRange(1),
-    default=EvaluateConfig.gallery,
-    help="Images of each set in the report.",
-)
-@click.option("--seed", default=EvaluateConfig.seed, help="Of every random draw.")
-@embed_options
-@data_options
-@overwrite_option
-def evaluate(
-    run: Path,
-    source: str,
-    ood_sources: tuple[str, ...],
-    near: tuple[str, ...],
-    more_runs: tuple[Path, ...],
-    protocol: str,
-    calibration_source: str | None,
-    calibration_share: float,
-    false_alarm: float,
-    gallery: int,
-    seed: int,
-    device: str,
-    batch_size: int,
-    workers: int,
-    skip_unreadable: bool,
-    data_root: Path,
-    download: bool,
-    overwrite: bool,
-) -> None:
-    """Stage 4: say how well RUN detects, beside baselines, in numbers and pictures.
+@existing_run
+@options(data=EvaluateData, config=EvaluateConfig)
+@device_option
+def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str) -> None:
+    """Stage 4: measure how well RUN detects, beside baselines, in tables and pictures.
 
     \b
     Example:
@@ -573,39 +256,22 @@ def evaluate(
     import json
 
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.distributed import main_first
-    from ood_heatmap.images import open_images
-    from ood_heatmap.pipeline.evaluate import evaluate as run_stage
+    from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
     from ood_heatmap.pipeline.table import format_decisions, format_table
 
-    config = EvaluateConfig(
-        near=near,
-        protocol=protocol,
-        calibration_share=calibration_share,
-        false_alarm=false_alarm,
-        seed=seed,
-        gallery=gallery,
-        batch_size=batch_size,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
-        overwrite=overwrite,
-    )
-    with stage_device(device) as place:
-        with main_first():
-            id_images = open_images(source, data_root=data_root, download=download)
-            ood_sets = open_sets(ood_sources, data_root, download)
-            held_out = None
-            if calibration_source is not None:
-                held_out = open_images(calibration_source, data_root=data_root, download=download)
-        run_stage(
+    config = replace(config, near=near_names(config.near, data.ood_sources))
+    with stage_device(device) as torch_device:
+        id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
+        held_out = None if data.calibration is None else open_source(data.calibration, data)
+        results = evaluate_run(
             run,
             id_images,
             ood_sets,
-            place,
+            torch_device,
             config,
             calibration_images=held_out,
-            more_runs=more_runs,
-        )
+            more_runs=data.runs,
+        ).results
     content = json.loads((run / "evaluation" / "metrics.json").read_text("utf-8"))
     if content["id_accuracy"] is not None:
         click.echo(f"accuracy on the ID test set {content['id_accuracy']:.2%}")
@@ -613,142 +279,26 @@ def evaluate(
     if "decisions" in content:
         click.echo(format_decisions(content["decisions"]))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")
-    click.echo(f"next: ood-heatmap predict {run} IMAGE_OR_FOLDER --out DIR")
-
-
-def open_sets(sources: tuple[str, ...], data_root: Path, download: bool) -> "dict[str, ImageSet]":
-    """Return the OOD sets that a user names, by name."""
-    from ood_heatmap.images import open_images
-
-    sets: dict[str, ImageSet] = {}
-    for item in sources:
-        name, place = named_source(item)
-        if name in sets:
-            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
-        sets[name] = open_images(place, data_root=data_root, download=download)
-    return sets
-
-
-def named_source(item: str) -> tuple[str, str]:
-    """Split ``NAME=SOURCE``; without a name the source's last part is it."""
-    name, equals, place = item.partition("=")
-    if equals and not Path(item).exists():
-        return name, place
-    path = Path(item)
-    return (path.stem if path.exists() else item.partition("/")[0]), item
+    conclude(results, f"predict {run} IMAGE_OR_FOLDER --out DIR")
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option("--id", "source", required=True, help="ID test images: a folder, file or name/split.")
-@click.option(
-    "--ood",
-    "ood_sources",
-    required=True,
-    multiple=True,
-    metavar="[NAME=]SOURCE",
-    help="An OOD test set; may be repeated.",
-)
-@click.option(
-    "--count",
-    type=click.IntRange(1),
-    default=LocalizeConfig.count,
-    help="Images of each set; each with patches of every size, hard and blended.",
-)
-@click.option("--seed", default=LocalizeConfig.seed, help="Of images, places and sanity checks.")
-@embed_options
-@data_options
-@overwrite_option
-def localize(
-    run: Path,
-    source: str,
-    ood_sources: tuple[str, ...],
-    count: int,
-    seed: int,
-    device: str,
-    batch_size: int,
-    workers: int,
-    skip_unreadable: bool,
-    data_root: Path,
-    download: bool,
-    overwrite: bool,
-) -> None:
-    """Say how well the heatmaps of RUN show where, on patches of OOD images pasted into ID images.
-
-    \b
-    Example:
-        ood-heatmap localize runs/c10 --id cifar10/test --ood svhn/test
-    """
-    import json
-
-    from ood_heatmap.devices import choose_device
-    from ood_heatmap.images import open_images
-    from ood_heatmap.pipeline.localize import format_table
-    from ood_heatmap.pipeline.localize import localize as run_stage
-
-    id_images = open_images(source, data_root=data_root, download=download)
-    ood_sets = open_sets(ood_sources, data_root, download)
-    config = LocalizeConfig(
-        count=count,
-        seed=seed,
-        batch_size=batch_size,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
-        overwrite=overwrite,
-    )
-    run_stage(run, id_images, ood_sets, choose_device(device), config)
-    folder = run / "localization"
-    click.echo(format_table(json.loads((folder / "localization.json").read_text("utf-8"))))
-    click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
-
-
-@main.command()
-@click.argument("run", type=EXISTING)
+@existing_run
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where the results go.",
-)
-@click.option(
-    "--format",
-    "table",
-    type=click.Choice(["csv", "jsonl"]),
-    default=PredictConfig.format,
-    help="Of the table: scores.csv, or scores.jsonl, a JSON object a line.",
-)
-@click.option("--no-pictures", is_flag=True, help="Write the table alone.")
-@false_alarm_option
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=PredictConfig.batch_size,
-    help="Images the classifier takes at once.",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=PredictConfig.workers,
-    help="Threads that decode images, and as many that draw and write.",
-)
+@options(given=PredictOptions, config=PredictConfig)
 @device_option
 def predict(
     run: Path,
     images: tuple[Path, ...],
-    out: Path,
-    table: str,
-    no_pictures: bool,
-    false_alarm: float | None,
-    batch_size: int,
-    workers: int,
+    given: PredictOptions,
+    config: PredictConfig,
     device: str,
 ) -> None:
-    """Score IMAGES, say which are OOD, and show where: files, folders, or - for a list of them.
+    """Score IMAGES and show where they are OOD: files, folders, or - for a list of files on stdin.
 
     Writes scores.csv with a line for each image, an overlay (PNG) and the raw heatmap (.npy).
-    p_value and is_ood are empty until the run has been evaluated. What cannot be read is named and
-    skipped, and the exit code is then 1.
+    p_value and is_ood are empty until the run has been evaluated. Images that cannot be read are
+    named and skipped, and the exit code is then 1.
 
     \b
     Examples:
@@ -757,94 +307,46 @@ def predict(
     """
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.pipeline.predict import list_images
-    from ood_heatmap.pipeline.predict import predict as run_predict
+    from ood_heatmap.pipeline.predict import predict as predict_images
 
-    paths = list_images(images, out)  # say what is missing before the classifier is loaded
-    config = PredictConfig(
-        batch_size=batch_size, workers=workers, format=table, pictures=not no_pictures
-    )
-    done, unreadable = run_predict(
-        HeatmapDetector.load(run, device, false_alarm), paths, out, config
-    )
-    click.echo(f"{done} images, scores in {out / f'scores.{table}'}")
+    # before the classifier is loaded, so that a missing file is reported at once
+    paths = list_images(images, given.out)
+    detector = HeatmapDetector.load(run, device, given.false_alarm)
+    done, unreadable = predict_images(detector, paths, given.out, config)
+    click.echo(f"{done} images, scores in {given.out / f'scores.{config.format}'}")
     if unreadable:
         raise OodHeatmapError(f"{len(unreadable)} images could not be read, {unreadable[0]} first.")
 
 
-@main.group()
-def plan() -> None:
-    """Say what a stage would take: rows, bytes, feed, time, and what would not fit. Write nothing.
+@main.command()
+@existing_run
+@options(data=TestData, config=LocalizeConfig)
+@device_option
+def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> None:
+    """Measure how well the heatmaps of RUN locate patches of OOD images pasted into ID images.
 
     \b
     Example:
-        ood-heatmap plan train runs/c10 --epochs 150
+        ood-heatmap localize runs/c10 --id cifar10/test --ood svhn/test
     """
+    import json
 
-
-def planned(stage: click.Command) -> Callable[[Command], click.Command]:
-    """Make a function the plan of a stage, with the very same arguments as the stage."""
-    return plan.command(stage.name, params=stage.params, help=f"What `{stage.name}` would take.")
-
-
-def settings(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """Return a stage's settings from its options, which have the same names."""
-    return kind(**{name: given[name] for name in kind.__dataclass_fields__})
-
-
-@planned(index)
-def plan_index(**given: Any) -> None:
-    from ood_heatmap.classifier import load_classifier
     from ood_heatmap.devices import choose_device
-    from ood_heatmap.images import open_images
-    from ood_heatmap.pipeline import plan
+    from ood_heatmap.pipeline.localize import format_table
+    from ood_heatmap.pipeline.localize import localize as localize_run
 
-    device = choose_device(given["device"])
-    names = ("weights", "num_classes", "mean", "std", "size", "head", "num_maps")
-    classifier = load_classifier(given["spec"], **{name: given[name] for name in names}).to(device)
-    images = open_images(given["source"], data_root=given["data_root"])
-    found = plan.plan_index(images, classifier, settings(IndexConfig, given))
-    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
-
-
-@planned(targets)
-def plan_targets(**given: Any) -> None:
-    from ood_heatmap.devices import choose_device
-    from ood_heatmap.images import open_images
-    from ood_heatmap.pipeline import plan
-
-    device = choose_device(given["device"])
-    images = open_images(given["source"], data_root=given["data_root"])
-    found = plan.plan_targets(given["run"], images, device, settings(TargetsConfig, given))
-    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
-
-
-@planned(train)
-def plan_train(**given: Any) -> None:
-    from ood_heatmap.devices import choose_device
-    from ood_heatmap.pipeline import plan
-
-    device = choose_device(given["device"])
-    found = plan.plan_train(given["run"], device, settings(TrainConfig, given))
-    click.echo("\n".join(plan.lines_of(found, given["run"], device)))
+    id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
+    results = localize_run(run, id_images, ood_sets, choose_device(device), config).results
+    folder = run / "localization"
+    click.echo(format_table(json.loads((folder / "localization.json").read_text("utf-8"))))
+    click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
+    conclude(results)
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["onnx", "torch"]),
-    required=True,
-    help="ONNX, or a program of torch.export.",
-)
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The one file, such as detector.onnx or detector.pt2.",
-)
-@false_alarm_option
-def export(run: Path, kind: str, out: Path, false_alarm: float | None) -> None:
+@existing_run
+@options(given=ExportOptions)
+def export(run: Path, given: ExportOptions) -> None:
     """Write the detector of RUN as one file that needs no ood_heatmap to run.
 
     Images go in as uint8 (B, 3, H, W) at the classifier's input size; score, heatmap, prediction
@@ -856,11 +358,12 @@ def export(run: Path, kind: str, out: Path, false_alarm: float | None) -> None:
     """
     from ood_heatmap.cache.manifest import read_manifest
     from ood_heatmap.detector import HeatmapDetector
-    from ood_heatmap.pipeline.export import export as run_export
+    from ood_heatmap.pipeline.export import export as export_detector
 
-    detector = HeatmapDetector.load(run, "cpu", false_alarm)
-    differences = run_export(detector, out, kind, read_manifest(run, "decoder").fingerprint)
-    click.echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB")
+    detector = HeatmapDetector.load(run, "cpu", given.false_alarm)
+    fingerprint = read_manifest(run, "decoder").fingerprint
+    differences = export_detector(detector, given.out, given.format, fingerprint)
+    click.echo(f"{given.out}, {given.out.stat().st_size / 1e6:.1f} MB")
     if differences is None:
         click.echo("not compared with the detector: pip install onnxruntime, and export again")
     else:
@@ -870,33 +373,116 @@ def export(run: Path, kind: str, out: Path, false_alarm: float | None) -> None:
         )
 
 
+@main.group()
+def plan() -> None:
+    """Estimate rows, bytes, memory and time of a stage, and what would not fit. Write nothing.
+
+    \b
+    Example:
+        ood-heatmap plan train runs/c10 --epochs 150
+    """
+
+
+@plan.command("index")
+@new_run
+@index_options
+@device_option
+def plan_index(
+    run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
+) -> None:
+    """Estimate what `index` would take; nothing is written or downloaded.
+
+    \b
+    Example:
+        ood-heatmap plan index runs/c10 --id cifar10/train --classifier cifar-resnet18
+    """
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.pipeline.plan import plan_index as make_plan
+
+    torch_device = choose_device(device)
+    network = open_classifier(classifier, torch_device)
+    images = open_source(data.id_source, replace(data, download=False))
+    _echo_plan(make_plan(images, network, config), run, torch_device)
+
+
+@plan.command("targets")
+@existing_run
+@targets_options
+@device_option
+def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
+    """Estimate what `targets` would take; nothing is written or downloaded.
+
+    \b
+    Example:
+        ood-heatmap plan targets runs/c10 --ood data/places365 --limit 10000
+    """
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.pipeline.plan import plan_targets as make_plan
+
+    torch_device = choose_device(device)
+    images = open_source(data.ood_source, replace(data, download=False))
+    _echo_plan(make_plan(run, images, torch_device, config), run, torch_device)
+
+
+@plan.command("train")
+@existing_run
+@train_options
+@device_option
+def plan_train(run: Path, config: TrainConfig, device: str) -> None:
+    """Estimate what `train` would take; nothing is written.
+
+    \b
+    Example:
+        ood-heatmap plan train runs/c10 --epochs 150
+    """
+    from ood_heatmap.devices import choose_device
+    from ood_heatmap.pipeline.plan import plan_train as make_plan
+
+    torch_device = choose_device(device)
+    _echo_plan(make_plan(run, torch_device, config), run, torch_device)
+
+
+def _echo_plan(found: "Plan", run: Path, device: "torch.device") -> None:
+    from ood_heatmap.pipeline.plan import lines_of
+
+    click.echo("\n".join(lines_of(found, run, device)))
+
+
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option("--samples", type=click.IntRange(0), default=200, help="Targets to pair again.")
-@click.option("--seed", default=0, help="Of the sample.")
-def verify(run: Path, samples: int, seed: int) -> None:
-    """Reread every checksum of RUN, and pair a sample of targets again by brute force in float64.
+@existing_run
+@options(config=VerifyConfig)
+def verify(run: Path, config: VerifyConfig) -> None:
+    """Check every checksum of RUN, and recompute a sample of targets by brute force in float64.
 
     \b
     Example:
         ood-heatmap verify runs/c10
     """
-    from ood_heatmap.pipeline.verify import verify as run_verify
+    from ood_heatmap.pipeline.verify import verify as verify_run
 
-    for line in run_verify(run, num_samples=samples, seed=seed):
+    for line in verify_run(run, num_samples=config.samples, seed=config.seed):
         click.echo(line)
 
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"))
 @device_option
-def demo(run: Path, device: str) -> None:
+@click.pass_context
+def demo(context: click.Context, run: Path, device: str) -> None:
     """Run all four stages in RUN on data that come with the dependencies: handwritten digits.
 
     \b
     Example:
         ood-heatmap demo runs/demo
     """
-    from ood_heatmap.demo import run_demo
+    from ood_heatmap.demo import prepare_demo
 
-    run_demo(run, device)
+    for name, *arguments in prepare_demo(run):
+        arguments += ["--device", device]
+        click.echo(f"\n$ ood-heatmap {name} {' '.join(arguments)}")
+        command = main.commands[name]
+        with command.make_context(name, arguments, parent=context.find_root()) as stage:
+            command.invoke(stage)
+    click.echo(
+        f"\nTry: ood-heatmap predict {run} {run / 'data' / 'letters'} --out {run / 'predictions'}"
+    )

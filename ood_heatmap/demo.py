@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import click
 import matplotlib
 import numpy as np
 import torch
@@ -22,11 +21,13 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
 from ood_heatmap.cache.files import make_directory, replacing
+from ood_heatmap.errors import UsageError
 from ood_heatmap.images import Transform, open_images
 
 log = logging.getLogger(__name__)
 
 SIZE = 32
+FOLDERS = ("id-train", "id-test", "ood-train", "photo-test", "letters")
 NUM_OOD_TRAIN, NUM_OOD_TEST = 1000, 300
 LETTERS = sorted(
     set(string.ascii_uppercase) - set("BDGIOQSZ")
@@ -62,13 +63,17 @@ def digits_network() -> DigitsNetwork:
     return DigitsNetwork()
 
 
-def run_demo(run: Path, device: str = "auto") -> None:
-    """Make the data, train the classifier, and run the four commands as a user would type them."""
-    from ood_heatmap.cli import main
+def prepare_demo(run: Path) -> list[list[str]]:
+    """Make the data, train the classifier, and return the commands of the four stages.
 
+    Raises:
+        UsageError: ``run`` holds something that is not the demo's.
+    """
     data, weights = run / "data", run / "data" / "classifier.safetensors"
     if not weights.is_file():
-        click.echo(f"writing images to {data} and training a small classifier of digits")
+        if not _is_free(run):
+            raise UsageError(f"{run} is not a run of the demo: name a new directory.")
+        log.info("writing images to %s and training a small classifier of digits", data)
         write_data(data)
         train_classifier(data / "id-train", weights)
     sets = {"photo": data / "photo-test", "letters": data / "letters"}
@@ -81,11 +86,17 @@ def run_demo(run: Path, device: str = "auto") -> None:
     ]
     for name, folder in sets.items():
         commands[-1] += ["--ood", f"{name}={folder}"]
-    for command in commands:
-        arguments = [str(item) for item in [*command, "--device", device]]
-        click.echo(f"\n$ ood-heatmap {' '.join(arguments)}")
-        main.main(arguments, standalone_mode=False)
-    click.echo(f"\nTry: ood-heatmap predict {run} {data / 'letters'} --out {run / 'predictions'}")
+    return [[str(item) for item in command] for command in commands]
+
+
+def _is_free(run: Path) -> bool:
+    """Tell whether a directory is missing, empty, or holds data of a demo that was interrupted."""
+    if not run.exists():
+        return True
+    inside = {path.relative_to(run).parts[:2] for path in run.glob("*/*")}
+    return {path.name for path in run.iterdir()} <= {"data"} and inside <= {
+        ("data", folder) for folder in FOLDERS
+    }
 
 
 def write_data(data: Path) -> None:

@@ -1,178 +1,552 @@
-"""The settings of each stage, every default written once.
+"""Settings of every command: type, default, bounds, choices and help of each option, written once.
 
-Imports nothing heavy: the command line reads it.
+``ood_heatmap.options`` makes the options of the command line from these dataclasses, and the
+fingerprint of a stage takes all fields that affect its result. Imports nothing heavy: ``--help``
+reads this module.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+
+Group: TypeAlias = Literal[
+    "Data", "Classifier", "Pairing", "Decoder", "Training", "Evaluation", "Speed", "Output", "Other"
+]
+Rgb: TypeAlias = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a setting looks on the command line, and whether the result depends on it.
+
+    Args:
+        help: A sentence that stands alone.
+        group: Heading under which ``--help`` lists it.
+        min, max: Bounds, inclusive unless ``min_open`` or ``max_open``.
+        flag: Its name; by default the field's, with dashes.
+        metavar: What its value is called in the help.
+        unset: What None means, shown as the default.
+        path: What a path must be: a file or folder, or a run directory that exists.
+        affects_result: False for what leaves the result of the stage as it is, such as the number
+            of threads. All other settings are part of the stage's fingerprint.
+    """
+
+    help: str
+    group: Group
+    min: float | None = None
+    max: float | None = None
+    min_open: bool = False
+    max_open: bool = False
+    flag: str = ""
+    metavar: str | None = None
+    unset: str = ""
+    path: Literal["file", "folder", "run"] = "folder"
+    affects_result: bool = True
+
+
+def described_fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any, Option | None]]:
+    """Yield the fields of a settings dataclass: field, bare type, and option if it has one.
+
+    Fields that it shares with others, from its base classes, come last.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    bases = [base.__annotations__ for base in kind.__mro__[1:-1]]
+    for field in sorted(fields(kind), key=lambda field: any(field.name in base for base in bases)):
+        hint = hints[field.name]
+        if hasattr(hint, "__metadata__"):
+            bare, option = get_args(hint)
+            yield field, bare, option
+        else:
+            yield field, hint, None
+
+
+def result_options(config: Any) -> dict[str, Any]:
+    """Return the settings that the result of a stage depends on, for its fingerprint.
+
+    A new field counts unless it says ``affects_result=False``.
+    """
+    return {
+        field.name: getattr(config, field.name)
+        for field, _, option in described_fields(type(config))
+        if option is None or option.affects_result
+    }
+
 
 SHARD_MEGABYTES = 128
-FEATURE_MAPS = (
-    1  # the deepest alone: shallower ones see how an image was resized, not what it shows
-)
+# the deepest alone: shallower maps see how an image was resized, not what it shows
+FEATURE_MAPS = 1
+FALSE_ALARM = 0.05
+
+Overwrite: TypeAlias = Annotated[
+    bool,
+    Option("Rebuild what was made from other inputs.", "Output", affects_result=False),
+]
+ShardMegabytes: TypeAlias = Annotated[
+    int, Option("Approximate size of a shard on disk, in megabytes.", "Output", min=1)
+]
+BatchSize: TypeAlias = Annotated[
+    int,
+    Option("Images per forward pass of the classifier.", "Speed", min=1, affects_result=False),
+]
+Workers: TypeAlias = Annotated[
+    int, Option("Threads that decode images.", "Speed", min=1, affects_result=False)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """Settings of stage 1.
+class DataOptions:
+    """Where image sets are found."""
 
-    Args:
-        batch_size: Images the classifier takes at once.
-        workers: Threads that decode images.
-        shard_mb: Megabytes of a shard on disk, about.
-        skip_unreadable: Leave out images that cannot be read, and list them, instead of stopping.
-        ignore_labels: Take class folders for folders only.
-        overwrite: Discard an index that was made from something else.
-    """
-
-    batch_size: int = 256
-    workers: int = 2
-    shard_mb: int = SHARD_MEGABYTES
-    skip_unreadable: bool = False
-    ignore_labels: bool = False
-    overwrite: bool = False
+    data_root: Annotated[Path, Option("Root folder of torchvision datasets.", "Data")] = Path(
+        "data"
+    )
+    download: Annotated[bool, Option("Download a torchvision dataset that is missing.", "Data")] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetsConfig:
-    """Settings of stage 2.
+class IndexData(DataOptions):
+    """Images of ``index``."""
 
-    Args:
-        limit: Take this many OOD images, drawn at random; all when None.
-        seed: Of that draw, and of random pairing.
-        pairing: ``nearest``: the nearest of the predicted class. For comparison: ``random``, any of
-            that class; ``any``, the nearest of all classes; ``scrambled``, the nearest of another
-            OOD image, as in the released code.
-        patched: ID images that carry a patch of an OOD image, for each OOD image.
-        batch_size: Images the classifier takes at once.
-        workers: Threads that decode images.
-        shard_mb: Megabytes of a shard on disk, about.
-        skip_unreadable: Leave out images that cannot be read, and list them, instead of stopping.
-        overwrite: Discard targets that were made from something else.
+    id_source: Annotated[
+        str,
+        Option(
+            "ID training images: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT.",
+            "Data",
+            flag="--id",
+            metavar="SOURCE",
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsData(DataOptions):
+    """Images of ``targets``."""
+
+    ood_source: Annotated[
+        str,
+        Option(
+            "OOD training images: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT.",
+            "Data",
+            flag="--ood",
+            metavar="SOURCE",
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestData(DataOptions):
+    """Images of ``localize``."""
+
+    id_source: Annotated[
+        str,
+        Option(
+            "ID test images: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT.",
+            "Data",
+            flag="--id",
+            metavar="SOURCE",
+        ),
+    ]
+    ood_sources: Annotated[
+        tuple[str, ...],
+        Option("OOD test set; may be repeated.", "Data", flag="--ood", metavar="[NAME=]SOURCE"),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateData(TestData):
+    """Images of ``evaluate``, and the runs that it compares."""
+
+    calibration: Annotated[
+        str | None,
+        Option(
+            "ID images that set the decision thresholds and are not in the table.",
+            "Data",
+            metavar="SOURCE",
+            unset="a share of --id",
+        ),
+    ] = None
+    runs: Annotated[
+        tuple[Path, ...],
+        Option(
+            "Run trained with another seed, for mean and spread; may be repeated.",
+            "Data",
+            metavar="OTHER_RUN",
+            path="run",
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """The classifier of a run, as ``index`` is told."""
+
+    spec: Annotated[
+        str,
+        Option(
+            "Network: cifar-resnet18, cifar-resnet50-64px, wrn-40-2, torchvision/NAME, timm/NAME, "
+            "file.py:function or package.module:function.",
+            "Classifier",
+            flag="--classifier",
+            metavar="SPEC",
+        ),
+    ]
+    weights: Annotated[
+        Path | None,
+        Option(
+            "Weights of the network: safetensors, or a PyTorch state dict.",
+            "Classifier",
+            path="file",
+            unset="the network's own",
+        ),
+    ] = None
+    num_classes: Annotated[
+        int | None,
+        Option("Number of classes.", "Classifier", min=2, unset="the network's own"),
+    ] = None
+    mean: Annotated[
+        Rgb | None,
+        Option(
+            "Mean that is subtracted from each channel of images in [0, 1].",
+            "Classifier",
+            unset="the network's own, or 0,0,0",
+        ),
+    ] = None
+    std: Annotated[
+        Rgb | None,
+        Option(
+            "Standard deviation that each channel of images in [0, 1] is divided by.",
+            "Classifier",
+            unset="the network's own, or 1,1,1",
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        Option(
+            "Side of the classifier's square input, in pixels.",
+            "Classifier",
+            min=4,
+            unset="the network's own",
+        ),
+    ] = None
+    head: Annotated[
+        str,
+        Option(
+            "Name of the last linear layer, whose input the features are; detected automatically "
+            "by default.",
+            "Classifier",
+            metavar="NAME",
+        ),
+    ] = ""
+    feature_maps: Annotated[
+        int,
+        Option(
+            "Number of the classifier's spatial feature maps to cache, the deepest first.",
+            "Classifier",
+            min=0,
+            max=3,
+        ),
+    ] = FEATURE_MAPS
+    autocast: Annotated[
+        bool, Option("Run the classifier in bfloat16, in every stage of RUN.", "Classifier")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Settings of every stage that runs images through the classifier."""
+
+    batch_size: BatchSize = 256
+    workers: Workers = 2
+    skip_unreadable: Annotated[
+        bool, Option("Leave out images that cannot be read, and list them.", "Data")
+    ] = False
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig(EmbedConfig):
+    """Settings of stage 1, ``index``."""
+
+    ignore_labels: Annotated[
+        bool, Option("Treat class folders as plain folders, without labels.", "Data")
+    ] = False
+    shard_mb: ShardMegabytes = SHARD_MEGABYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(EmbedConfig):
+    """Settings of stage 2, ``targets``.
+
+    Pairings other than ``nearest`` are for comparison; ``scrambled`` takes the nearest image of
+    another OOD image, as the paper's released code does.
     """
 
-    limit: int | None = None
-    seed: int = 0
-    pairing: str = "nearest"
-    patched: float = 2.0
-    batch_size: int = 256
-    workers: int = 2
-    shard_mb: int = SHARD_MEGABYTES
-    skip_unreadable: bool = False
-    overwrite: bool = False
+    limit: Annotated[
+        int | None,
+        Option("Number of OOD images to draw at random.", "Data", min=1, unset="all"),
+    ] = None
+    pairing: Annotated[
+        Literal["nearest", "random", "any", "scrambled"],
+        Option(
+            "ID image that an OOD image is paired with: the nearest of its predicted class, a "
+            "random one of that class, the nearest of any class, or scrambled as in the paper's "
+            "released code.",
+            "Pairing",
+        ),
+    ] = "nearest"
+    patched: Annotated[
+        float,
+        Option(
+            "ID images with a patch of an OOD image to make, per OOD image.",
+            "Pairing",
+            min=0,
+        ),
+    ] = 2.0
+    seed: Annotated[
+        int, Option("Random seed of the draw, of patches and of random pairing.", "Pairing")
+    ] = 0
+    shard_mb: ShardMegabytes = SHARD_MEGABYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of stage 3.
+    """Settings of stage 3, ``train``."""
 
-    Args:
-        epochs: Passes over all ID and OOD images.
-        batch_size: Images a step, over all devices.
-        lr: Learning rate of Adam.
-        schedule: ``cosine``: up in a tenth of the steps and down to 0; or ``constant``.
-        noise: Added to the decoder's inputs in training, in their standard deviations; for the
-            ``plain`` stack.
-        seed: Of the decoder's first weights, of the order of images and of the noise.
-        stack: ``plain``, or ``dcgan``: with batch norm, as in the paper.
-        target: ``magnitude``, or ``signed``: the difference itself, as in the paper.
-        region_weight: The power of (pixels of the image / pixels of its OOD region) by which an
-            image counts in the loss, so that patches are not lost in it; 0 is the paper's loss.
-        width: Channels of the decoder's first map; found from the features' width when 0.
-        feature_maps: How many of the classifier's feature maps the decoder takes as well.
-        feed: ``auto``, ``resident``, ``pinned`` or ``streaming``; the result is the same.
-        precision: ``auto``, ``float32`` or ``bfloat16``.
-        step: ``auto``, ``plain``, ``compiled`` or ``graph``: how a step is launched.
-        overwrite: Discard a decoder that was trained otherwise.
-    """
+    epochs: Annotated[int, Option("Passes over all ID and OOD images.", "Training", min=1)] = 20
+    batch_size: Annotated[
+        int, Option("Images per training step, over all devices.", "Training", min=2)
+    ] = 200
+    lr: Annotated[float, Option("Learning rate of Adam.", "Training", min=0, min_open=True)] = 1e-3
+    schedule: Annotated[
+        Literal["cosine", "constant"],
+        Option("Learning rate schedule: cosine with 10 % linear warm-up, or constant.", "Training"),
+    ] = "cosine"
+    noise: Annotated[
+        float,
+        Option(
+            "Gaussian noise added to the plain decoder's inputs in training, in standard "
+            "deviations of each input.",
+            "Training",
+            min=0,
+        ),
+    ] = 0.5
+    region_weight: Annotated[
+        float,
+        Option(
+            "Exponent r of the loss weight (image area / OOD area)^r of patched images; 0 weights "
+            "all images alike, as in the paper.",
+            "Training",
+            min=0,
+            max=1,
+        ),
+    ] = 0.5
+    seed: Annotated[
+        int, Option("Random seed of initial weights, image order and noise.", "Training")
+    ] = 0
+    stack: Annotated[
+        Literal["plain", "dcgan"],
+        Option(
+            "Decoder architecture: plain (no batch norm, noise on its inputs), or dcgan (batch "
+            "norm, as in the paper).",
+            "Decoder",
+        ),
+    ] = "plain"
+    target: Annotated[
+        Literal["signed", "magnitude"],
+        Option(
+            "What the heatmap is: the signed difference, as in the paper, or its absolute value.",
+            "Decoder",
+        ),
+    ] = "magnitude"
+    width: Annotated[
+        int,
+        Option(
+            "Channels of the decoder's first map; 0 derives them from the width of the features.",
+            "Decoder",
+            min=0,
+        ),
+    ] = 0
+    feature_maps: Annotated[
+        int,
+        Option(
+            "Number of the classifier's feature maps that the decoder takes.",
+            "Decoder",
+            min=0,
+            max=3,
+        ),
+    ] = FEATURE_MAPS
+    feed: Annotated[
+        Literal["auto", "resident", "pinned", "streaming"],
+        Option(
+            "Where the training set is kept: in device memory (resident), in host memory (pinned), "
+            "or on disk, memory-mapped (streaming).",
+            "Speed",
+            affects_result=False,
+        ),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Option("Precision of the decoder; auto is bfloat16 on a GPU, else float32.", "Speed"),
+    ] = "auto"
+    step: Annotated[
+        Literal["auto", "plain", "compiled", "graph"],
+        Option(
+            "How a training step is launched: eager (plain), torch.compile (compiled) or a CUDA "
+            "graph (graph); auto is the faster of plain and graph on a GPU.",
+            "Speed",
+            affects_result=False,
+        ),
+    ] = "auto"
+    overwrite: Overwrite = False
 
-    epochs: int = 20
-    batch_size: int = 200
-    lr: float = 1e-3
-    schedule: str = "cosine"
-    noise: float = 0.5
-    seed: int = 0
-    stack: str = "plain"
-    target: str = "magnitude"
-    region_weight: float = 0.5
-    width: int = 0
-    feature_maps: int = FEATURE_MAPS
-    feed: str = "auto"
-    precision: str = "auto"
-    step: str = "auto"
-    overwrite: bool = False
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(EmbedConfig):
+    """Settings of stage 4, ``evaluate``."""
+
+    near: Annotated[
+        tuple[str, ...],
+        Option(
+            "Name or source of an OOD test set that is near; may be repeated.",
+            "Data",
+            metavar="NAME",
+        ),
+    ] = ()
+    protocol: Annotated[
+        Literal["all", "paper", "openood"],
+        Option(
+            "What the table compares: all images; paper (ID positive, five ID images drawn per OOD "
+            "image); or openood (OOD positive, means over near and far sets).",
+            "Evaluation",
+        ),
+    ] = "all"
+    calibration_share: Annotated[
+        float,
+        Option(
+            "Share of --id that is held out to set the thresholds; 0 for no thresholds.",
+            "Evaluation",
+            min=0,
+            max=1,
+            max_open=True,
+        ),
+    ] = 0.1
+    false_alarm: Annotated[
+        float,
+        Option(
+            "Share of ID images that may be called OOD.",
+            "Evaluation",
+            min=0,
+            max=1,
+            min_open=True,
+            max_open=True,
+        ),
+    ] = FALSE_ALARM
+    seed: Annotated[
+        int,
+        Option(
+            "Random seed of the protocol's draw, the held-out images and the bootstrap.",
+            "Evaluation",
+        ),
+    ] = 0
+    gallery: Annotated[
+        int, Option("Images of each set to show in the report, at most.", "Output", min=1)
+    ] = 40
+    # k of the k-nearest-neighbour baseline
+    neighbours: int = 50
+    # of the bootstrap
+    resamples: int = 1000
+    # images of each set on the sheet
+    examples: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizeConfig(EmbedConfig):
+    """Settings of ``localize``."""
+
+    count: Annotated[
+        int,
+        Option(
+            "ID images, and images of each OOD set; each pair is measured with every patch size, "
+            "hard and blended.",
+            "Evaluation",
+            min=1,
+        ),
+    ] = 100
+    seed: Annotated[
+        int,
+        Option("Random seed of images, patch positions and sanity checks.", "Evaluation"),
+    ] = 0
+    # of the bootstrap
+    resamples: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Settings of ``predict``.
+    """Settings of ``predict``."""
 
-    Args:
-        batch_size: Images the classifier takes at once.
-        workers: Threads that decode images, and as many that draw and write.
-        format: Of the table of scores, ``csv`` or ``jsonl``.
-        pictures: Write an overlay and the raw heatmap of each image as well.
-    """
-
-    batch_size: int = 64
-    workers: int = 2
-    format: str = "csv"
-    pictures: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of stage 4.
-
-    Args:
-        near: Names of the OOD sets that count as near.
-        protocol: ``all`` images; ``paper``: one OOD image for five ID images, drawn at random, ID
-            positive; ``openood``: all images, OOD positive, means over near and far.
-        calibration_share: Share of the ID test set that is held out for the thresholds.
-        false_alarm: Share of ID images that may be called OOD.
-        seed: Of those two draws, the bootstrap and the controls.
-        batch_size: Images the classifier takes at once.
-        workers: Threads that decode images.
-        neighbours: k of the k-nearest-neighbour baseline.
-        resamples: Of the bootstrap.
-        examples: Images of each set on the sheet.
-        gallery: Images of each set in the report; fewer when there are many sets.
-        skip_unreadable: Leave out images that cannot be read, and list them, instead of stopping.
-        overwrite: Discard an evaluation of something else.
-    """
-
-    near: tuple[str, ...] = ()
-    protocol: str = "all"
-    calibration_share: float = 0.1
-    false_alarm: float = 0.05
-    seed: int = 0
-    batch_size: int = 256
-    workers: int = 2
-    neighbours: int = 50
-    resamples: int = 1000
-    examples: int = 8
-    gallery: int = 40
-    skip_unreadable: bool = False
-    overwrite: bool = False
+    batch_size: BatchSize = 64
+    workers: Annotated[
+        int,
+        Option("Threads that decode images, and as many that draw and write.", "Speed", min=1),
+    ] = 2
+    format: Annotated[
+        Literal["csv", "jsonl"],
+        Option(
+            "Format of the table: scores.csv, or scores.jsonl with one object a line.", "Output"
+        ),
+    ] = "csv"
+    pictures: Annotated[
+        bool, Option("Write an overlay and the raw heatmap of each image as well.", "Output")
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalizeConfig:
-    """Settings of the measurement of where.
+class DetectorOptions:
+    """How a detector decides that is loaded from a run."""
 
-    Args:
-        count: ID images, and images of each OOD set; each pair for every size and kind of edges.
-        seed: Of images, places, ID locations, shuffled weights and the bootstrap.
-        resamples: Of the bootstrap.
-        batch_size: Images the classifier takes at once.
-        workers: Threads that decode images.
-        skip_unreadable: Leave out images that cannot be read instead of stopping.
-        overwrite: Discard a measurement of something else.
-    """
+    false_alarm: Annotated[
+        float | None,
+        Option(
+            "Share of ID images that may be called OOD.",
+            "Evaluation",
+            min=0,
+            max=1,
+            min_open=True,
+            max_open=True,
+            unset="that of `evaluate`",
+        ),
+    ] = None
 
-    count: int = 100
-    seed: int = 0
-    resamples: int = 1000
-    batch_size: int = 256
-    workers: int = 2
-    skip_unreadable: bool = False
-    overwrite: bool = False
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(DetectorOptions):
+    """Detector and output of ``predict``."""
+
+    out: Annotated[Path, Option("Folder for the results.", "Output")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(DetectorOptions):
+    """Detector and output of ``export``."""
+
+    format: Annotated[
+        Literal["onnx", "torch"],
+        Option("File format: ONNX, or a program of torch.export.", "Output"),
+    ]
+    out: Annotated[
+        Path,
+        Option("File to write, such as detector.onnx or detector.pt2.", "Output", path="file"),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Settings of ``verify``."""
+
+    samples: Annotated[int, Option("Targets to recompute by brute force.", "Evaluation", min=0)] = (
+        200
+    )
+    seed: Annotated[int, Option("Random seed of the sample.", "Evaluation")] = 0

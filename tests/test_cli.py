@@ -1,5 +1,6 @@
 """The command line: every command as typed; what is wrong ends in one line and an exit code."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,14 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from ood_heatmap import __version__
-from ood_heatmap.cli import main, named_source
-from ood_heatmap.pipeline.config import (
-    EvaluateConfig,
-    IndexConfig,
-    LocalizeConfig,
-    TargetsConfig,
-    TrainConfig,
-)
+from ood_heatmap.cli import conclude, main, named_source, near_names
 
 
 def run_command(*arguments: object):
@@ -63,24 +57,6 @@ def test_every_command_has_an_example_and_every_option_help(command):
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help
-
-
-@pytest.mark.parametrize(
-    ("command", "config"),
-    [
-        ("index", IndexConfig()),
-        ("targets", TargetsConfig()),
-        ("train", TrainConfig()),
-        ("evaluate", EvaluateConfig()),
-        ("localize", LocalizeConfig()),
-    ],
-)
-def test_defaults_are_those_of_the_settings(command, config):
-    for parameter in main.commands[command].params:
-        if parameter.name in config.__dict__ and parameter.name != "near":
-            assert parameter.default in (getattr(config, parameter.name), None, False) or (
-                parameter.default is click.core.UNSET
-            )
 
 
 def test_help_does_not_wait_for_pytorch():
@@ -203,3 +179,76 @@ def test_names_of_sources(tmp_path, monkeypatch):
     assert named_source("x=photos") == ("x", "photos")
     assert named_source("svhn/test") == ("svhn", "svhn/test")
     assert named_source("x=svhn/test") == ("x", "svhn/test")
+
+
+def test_a_near_set_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "cifar100").mkdir(parents=True)
+    sets = ("data/cifar100", "n=svhn/test", "x=cifar100")
+    for given in ("n", "svhn/test", "n=svhn/test"):
+        assert near_names((given,), sets) == ("n",)
+    assert near_names(("data/cifar100/",), sets) == ("cifar100",)
+    # a name goes before a source of the same text
+    assert near_names(("cifar100", "data/cifar100"), sets) == ("cifar100",)
+    assert near_names(("nowhere",), sets) == ("nowhere",)
+
+
+def test_commands_are_listed_in_the_order_of_the_stages_and_described_whole():
+    listed = [line.split() for line in run_command("--help").output.splitlines()]
+    names = [words[0] for words in listed if words and words[0] in main.commands]
+    assert names == [
+        *("index", "targets", "train", "evaluate"),
+        *("predict", "localize", "export", "plan", "verify", "demo"),
+    ]
+    for group in (["--help"], ["plan", "--help"]):
+        assert "..." not in run_command(*group).output.replace("COMMAND [ARGS]...", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["targets", "RUN", "--ood", "nowhere"], "targets"),
+        (["plan", "targets", "RUN", "--ood", "nowhere"], "plan targets"),
+        (["train", "RUN", "--device", "tpu"], "train"),
+        (["train", "RUN", "--epochs", "x"], "train"),
+    ],
+)
+def test_a_usage_error_points_to_the_help_of_its_command(run, arguments, command):
+    result = run_command(*(run if word == "RUN" else word for word in arguments))
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Usage: ood-heatmap {command} [OPTIONS] RUN")
+    assert f"'ood-heatmap {command} -h'" in result.output.replace("--help", "-h")
+
+
+def test_verbose_and_quiet_before_and_after_the_verb(run, caplog):
+    package = logging.getLogger("ood_heatmap")
+    levels = []
+
+    @main.command("levels")
+    def show_levels():
+        levels.append(package.getEffectiveLevel())
+
+    try:
+        for words in (["-v", "levels"], ["levels", "-v"], ["levels"], ["levels", "-q"]):
+            assert run_command(*words).exit_code == 0
+    finally:
+        del main.commands["levels"]
+    assert levels == [logging.DEBUG, logging.DEBUG, logging.INFO, logging.WARNING]
+    assert package.level == logging.NOTSET
+
+
+def test_warnings_come_last_before_the_next_command(capsys):
+    conclude({"warnings": ["accuracy is that of chance"]}, "train runs/x")
+    printed = capsys.readouterr()
+    assert printed.err == "warning: accuracy is that of chance\n"
+    assert printed.out == "next: ood-heatmap train runs/x\n"
+    conclude({}, "")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_demo_leaves_another_run_alone(run):
+    before = sorted(run.rglob("*"))
+    result = run_command("demo", run)
+    assert result.exit_code == 2
+    assert "is not a run of the demo" in result.output
+    assert sorted(run.rglob("*")) == before

@@ -95,7 +95,10 @@ def test_plan_takes_the_arguments_of_each_stage_and_writes_nothing(run, data, sp
     }
     before = tree(tmp_path)
     for name, arguments in commands.items():
-        assert main.commands["plan"].commands[name].params == main.commands[name].params
+        planned, stage = main.commands["plan"].commands[name], main.commands[name]
+        assert [item.to_info_dict() for item in planned.params] == [
+            item.to_info_dict() for item in stage.params
+        ]
         typed = ["plan", name, *arguments, "--device", "cpu"]
         result = CliRunner().invoke(main, [str(item) for item in typed])
         assert result.exit_code == 0, result.output

@@ -1,0 +1,229 @@
+"""Click options from the dataclasses of settings, and commands that list them by group."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING
+from functools import wraps
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.pipeline.config import Group, Option, Rgb, described_fields
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Decorated], Decorated]
+_LOG = logging.getLogger("ood_heatmap")
+_LEVEL = "ood_heatmap.level"
+_PATHS = {
+    "file": click.Path(dir_okay=False, path_type=Path),
+    "folder": click.Path(file_okay=False, path_type=Path),
+    "run": click.Path(exists=True, file_okay=False, path_type=Path),
+}
+
+
+class GroupedOption(click.Option):
+    """An option that ``--help`` lists under the heading of its group."""
+
+    def __init__(self, *arguments: Any, group: Group = "Other", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command with grouped options, one-line errors, ``-v`` and ``-q``."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters, with those that every command has."""
+        *own, help_option = super().get_params(ctx)
+        return [*own, *_VERBOSITY, help_option]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, a section for each group, what is required first."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in get_args(Group)}
+        # newer versions of click have a record of arguments too
+        params = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for param in sorted(params, key=lambda param: not param.required):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                groups[getattr(param, "group", "Other")].append(record)
+        names = [name for records in groups.values() for name, _ in records]
+        # one column for all sections: click would align each by itself
+        width = max((len(name) for name in names if len(name) <= 30), default=0)
+        for group, records in groups.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl([(name.ljust(width), text) for name, text in records])
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first sentence of the help, whole."""
+        paragraph = " ".join((self.help or "").split("\n\n")[0].split())
+        return paragraph.partition(". ")[0].removesuffix(".") + "."
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what a user can fix ends in one line.
+
+        No traceback, exit code 1, or 2 with the usage of this command.
+        """
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise click.UsageError(str(error), ctx) from error
+        except OodHeatmapError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted: run the same command again to resume.", err=True)
+            sys.exit(130)
+
+
+class CommandGroup(Command, click.Group):
+    """A group that lists its commands in the order in which they were defined."""
+
+    command_class = Command
+    group_class = type
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, in order."""
+        return list(self.commands)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, then the options."""
+        self.format_commands(ctx, formatter)
+        Command.format_options(self, ctx, formatter)
+
+
+class _RgbType(click.ParamType):  # type: ignore[type-arg]
+    """Three numbers, one for each channel: 0.49,0.48,0.45."""
+
+    name = "R,G,B"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != 3:
+            self.fail(f"{value!r} is not three numbers such as 0.49,0.48,0.45", param, ctx)
+        return numbers
+
+
+def options(**kinds: type[Any]) -> Decorator[Any]:
+    """Give a command an option for each described field of some settings dataclasses.
+
+    Args:
+        **kinds: Parameter of the command, and the dataclass that it receives.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def run(**given: Any) -> Any:
+            filled = {
+                name: kind(
+                    **{
+                        field.name: given.pop(field.name)
+                        for field, _, option in described_fields(kind)
+                        if option is not None
+                    }
+                )
+                for name, kind in kinds.items()
+            }
+            return command(**filled, **given)
+
+        for kind in reversed(kinds.values()):
+            for field, type_, option in reversed(list(described_fields(kind))):
+                if option is not None:
+                    run = _click_option(field.name, type_, option, field.default)(run)
+        return run
+
+    return decorate
+
+
+def _click_option(name: str, type_: Any, option: Option, default: Any) -> Decorator[Any]:
+    """Return the click option of one field."""
+    flag = option.flag or "--" + name.replace("_", "-")
+    settings: dict[str, Any] = {
+        "cls": GroupedOption,
+        "group": option.group,
+        "help": option.help,
+        "metavar": option.metavar,
+    }
+    if default is MISSING:
+        settings["required"] = True
+    elif default is None:
+        settings["show_default"] = option.unset or False
+    elif default != ():
+        settings |= {"default": default, "show_default": default != ""}
+    if type_ is bool:
+        settings["is_flag"] = True
+        # what is on by default is switched off by --no-...
+        flag = f"{flag}/--no-{flag.removeprefix('--')}" if default else flag
+    elif get_origin(type_) is tuple and type_ is not Rgb:
+        settings |= {"multiple": True, "type": _click_type(get_args(type_)[0], option)}
+    else:
+        settings["type"] = _click_type(type_, option)
+    return click.option(flag, name, **settings)
+
+
+def _click_type(type_: Any, option: Option) -> Any:
+    """Return what click checks a value with: a choice, a range, a path or a plain type."""
+    if NoneType in get_args(type_):
+        (type_,) = (part for part in get_args(type_) if part is not NoneType)
+    if get_origin(type_) is Literal:
+        return click.Choice(get_args(type_))
+    if type_ is Path:
+        return _PATHS[option.path]
+    if type_ == Rgb:
+        return _RgbType()
+    if type_ not in (int, float) or (option.min is None and option.max is None):
+        return type_
+    bounds: tuple[Any, ...] = (option.min, option.max, option.min_open, option.max_open)
+    return click.IntRange(*bounds) if type_ is int else click.FloatRange(*bounds)
+
+
+def log_to_stderr(context: click.Context) -> None:
+    """Send log records to stderr: those of this package from INFO on, or as -v and -q say."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    context.call_on_close(lambda: _LOG.setLevel(logging.NOTSET))
+    _set_level(context.meta.get(_LEVEL, logging.INFO))
+
+
+def _set_level(level: int) -> None:
+    # under torchrun rank 0 speaks for all
+    _LOG.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """Return the callback of a flag that sets the level, before or after the verb."""
+
+    def callback(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+        if given:
+            ctx.meta[_LEVEL] = level
+            _set_level(level)
+
+    return callback
+
+
+_VERBOSITY = [
+    GroupedOption(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        callback=_verbosity(logging.DEBUG),
+        help="Log details for debugging.",
+    ),
+    GroupedOption(
+        ["-q", "--quiet"],
+        is_flag=True,
+        expose_value=False,
+        callback=_verbosity(logging.WARNING),
+        help="Print results, warnings and errors only, no progress.",
+    ),
+]

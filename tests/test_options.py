@@ -1,0 +1,208 @@
+"""Options of the commands: made from the dataclasses of settings, which are the only place."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ood_heatmap.cli import main
+from ood_heatmap.options import Command, options
+from ood_heatmap.pipeline import config as settings
+from ood_heatmap.pipeline.config import (
+    EvaluateConfig,
+    IndexConfig,
+    LocalizeConfig,
+    Option,
+    Rgb,
+    TargetsConfig,
+    TrainConfig,
+    result_options,
+)
+
+STAGES = [IndexConfig, TargetsConfig, TrainConfig, EvaluateConfig, LocalizeConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    workers: Annotated[int, Option("Number of threads.", "Speed", min=1)] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Shared):
+    source: Annotated[str, Option("Images to read.", "Data", flag="--id", metavar="SOURCE")]
+    kind: Annotated[Literal["a", "b"], Option("Kind of thing.", "Training")] = "a"
+    share: Annotated[float, Option("Share of it.", "Training", min=0, max=1, min_open=True)] = 0.5
+    limit: Annotated[int | None, Option("How many.", "Data", unset="all")] = None
+    mean: Annotated[Rgb | None, Option("Mean of channels.", "Data")] = None
+    near: Annotated[tuple[str, ...], Option("Near set; may be repeated.", "Data")] = ()
+    weights: Annotated[Path | None, Option("Weights to load.", "Data", path="file")] = None
+    pictures: Annotated[bool, Option("Write pictures.", "Output")] = True
+    overwrite: Annotated[bool, Option("Write again.", "Output", affects_result=False)] = False
+    hidden: int = 7
+
+
+def call(*arguments: str, terminal_width: int = 100):
+    """Return the result of a command with the options of ``Example``, and what it received."""
+    received = []
+
+    @click.command(cls=Command, context_settings={"show_default": True})
+    @options(config=Example)
+    def command(config: Example) -> None:
+        received.append(config)
+
+    result = CliRunner().invoke(command, arguments, terminal_width=terminal_width)
+    return result, received
+
+
+def test_the_help_is_that_of_the_fields_by_group():
+    result, _ = call("--help")
+    assert (
+        result.output
+        == """\
+Usage: command [OPTIONS]
+
+Data:
+  --id SOURCE                 Images to read.  [required]
+  --limit INTEGER             How many.  [default: (all)]
+  --mean R,G,B                Mean of channels.
+  --near TEXT                 Near set; may be repeated.
+  --weights FILE              Weights to load.
+
+Training:
+  --kind [a|b]                Kind of thing.  [default: a]
+  --share FLOAT RANGE         Share of it.  [default: 0.5; 0<x<=1]
+
+Speed:
+  --workers INTEGER RANGE     Number of threads.  [default: 2; x>=1]
+
+Output:
+  --pictures / --no-pictures  Write pictures.  [default: pictures]
+  --overwrite                 Write again.
+
+Other:
+  -v, --verbose               Log details for debugging.
+  -q, --quiet                 Print results, warnings and errors only, no progress.
+  --help                      Show this message and exit.
+"""
+    )
+
+
+def test_a_command_receives_its_dataclass():
+    assert call("--id", "x")[1] == [Example(source="x")]
+    given = ["--id", "y", "--kind", "b", "--share", "1", "--limit", "3", "--mean", "1,2,3"]
+    given += ["--near", "p", "--near", "q", "--weights", "w", "--no-pictures", "--overwrite"]
+    expected = Example(
+        source="y",
+        kind="b",
+        share=1.0,
+        limit=3,
+        mean=(1, 2, 3),
+        near=("p", "q"),
+        weights=Path("w"),
+        pictures=False,
+        overwrite=True,
+    )
+    assert call(*given)[1] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Missing option '--id'"),
+        (["--id", "x", "--workers", "0"], "0 is not in the range x>=1"),
+        (["--id", "x", "--workers", "1.5"], "'1.5' is not a valid integer"),
+        (["--id", "x", "--share", "0"], "0.0 is not in the range 0<x<=1"),
+        (["--id", "x", "--kind", "c"], "'c' is not one of 'a', 'b'"),
+        (["--id", "x", "--mean", "1,2"], "'1,2' is not three numbers"),
+        (["--id", "x", "--weights", "/"], "File '/' is a directory"),
+    ],
+)
+def test_what_is_out_of_bounds_is_a_usage_error(arguments, words):
+    result, received = call(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert received == []
+
+
+def test_a_field_affects_the_result_unless_it_says_otherwise():
+    everything = {field.name for field in fields(Example)}
+    assert set(result_options(Example(source="x"))) == everything - {"overwrite"}
+    assert result_options(Example(source="x"))["hidden"] == 7
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_fingerprint_leaves_out_what_cannot_change_a_result(kind):
+    config = kind()
+    without = {field.name for field in fields(config)} - set(result_options(config))
+    assert without <= {"batch_size", "workers", "overwrite", "feed", "step"}
+    assert ("batch_size" in without) == (kind is not TrainConfig)
+    for name, value in result_options(config).items():
+        changed = replace(config, **{name: (value, "other")})
+        assert result_options(changed) != result_options(config)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "help_text", "kind", "default"),
+    [
+        ("index", "--size", "Side of the classifier's square input, in pixels.", "x>=4", None),
+        ("targets", "--limit", "Number of OOD images to draw at random.", "x>=1", None),
+        ("targets", "--seed", "Random seed of the draw, of patches and of random pairing.", "", 0),
+        ("train", "--epochs", "Passes over all ID and OOD images.", "x>=1", 20),
+        ("train", "--batch-size", "Images per training step, over all devices.", "x>=2", 200),
+        ("train", "--lr", "Learning rate of Adam.", "x>0", 1e-3),
+        ("evaluate", "--batch-size", "Images per forward pass of the classifier.", "x>=1", 256),
+        ("evaluate", "--false-alarm", "Share of ID images that may be called OOD.", "0<x<1", 0.05),
+        ("predict", "--batch-size", "Images per forward pass of the classifier.", "x>=1", 64),
+        ("localize", "--workers", "Threads that decode images.", "x>=1", 2),
+        ("verify", "--samples", "Targets to recompute by brute force.", "x>=0", 200),
+    ],
+)
+def test_options_of_the_commands_word_for_word(command, flag, help_text, kind, default):
+    (option,) = (item for item in main.commands[command].params if flag in item.opts)
+    assert option.help == help_text
+    assert kind in str(option.type)
+    if default is not None:
+        assert option.get_default(click.Context(main.commands[command])) == default
+
+
+def test_choices_of_the_commands_word_for_word():
+    expected = {
+        ("targets", "pairing"): ["nearest", "random", "any", "scrambled"],
+        ("train", "schedule"): ["cosine", "constant"],
+        ("train", "stack"): ["plain", "dcgan"],
+        ("train", "target"): ["signed", "magnitude"],
+        ("train", "feed"): ["auto", "resident", "pinned", "streaming"],
+        ("train", "precision"): ["auto", "float32", "bfloat16"],
+        ("train", "step"): ["auto", "plain", "compiled", "graph"],
+        ("evaluate", "protocol"): ["all", "paper", "openood"],
+        ("predict", "format"): ["csv", "jsonl"],
+        ("export", "format"): ["onnx", "torch"],
+    }
+    for (command, name), choices in expected.items():
+        (option,) = (item for item in main.commands[command].params if item.name == name)
+        assert list(option.type.choices) == choices
+
+
+def every_command(group: click.Group, path: str = ""):
+    for name, command in group.commands.items():
+        yield f"{path} {name}".strip(), command
+        if isinstance(command, click.Group):
+            yield from every_command(command, name)
+
+
+@pytest.mark.parametrize(("path", "command"), list(every_command(main)))
+def test_every_help_is_a_sentence_that_stands_alone(path, command):
+    assert f"ood-heatmap {path} " in command.help
+    for item in command.params:
+        if isinstance(item, click.Option):
+            assert re.fullmatch(r"[A-Z].+\.", item.help), item.opts
+            # what begins so needs another line to be understood
+            assert not re.match(r"(Of|On|That|The very|Those) ", item.help), item.opts
+
+
+def test_settings_import_nothing_heavy():
+    assert "import torch" not in Path(settings.__file__).read_text("utf-8")
