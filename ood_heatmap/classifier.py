@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ood_heatmap.checkpoints import hash_of_weights, load_weights, put_weights
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import build, join_released
-
-NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network")
+from ood_heatmap.networks import build
 
 
 @dataclass(frozen=True)
@@ -237,104 +234,6 @@ def find_maps(network: nn.Module, probe: Tensor, count: int) -> tuple[str, ...]:
 def describe(value: object) -> str:
     """Return a value's kind for a message."""
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def hash_of_weights(network: nn.Module) -> str:
-    """Return the sha256 over names, shapes, dtypes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        if name.endswith(
-            "num_batches_tracked"
-        ):  # a count of training steps; has no say in eval mode
-            continue
-        digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\n".encode())
-        digest.update(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Return the plain state dict in a safetensors file or a ``weights_only`` checkpoint.
-
-    The usual nestings are unwrapped, and a leading ``module.`` is dropped.
-
-    Raises:
-        OodHeatmapError: The file is missing, damaged, holds pickled code, or no tensors.
-    """
-    if not path.is_file():
-        raise OodHeatmapError(f"there is no weights file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise unsafe_weights(path, error) from error
-    except Exception as error:  # pickle.UnpicklingError and whatever a foreign pickle provokes
-        raise unsafe_weights(path, error) from error
-    return plain_state(content, path)
-
-
-def unsafe_weights(path: Path, error: Exception) -> OodHeatmapError:
-    """Return the one line for weights that do not load."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return OodHeatmapError(
-        f"{path} does not load as weights alone ({reason[:120]}). Save the state dict as "
-        f"safetensors: "
-        "safetensors.torch.save_file(model.state_dict(), path)."
-    )
-
-
-def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """Unwrap nestings and prefixes of a checkpoint."""
-    if isinstance(content, Mapping):
-        joined = join_released(content)
-        if joined is not None:
-            return joined
-        for key in NESTINGS:
-            if isinstance(content.get(key), Mapping):
-                return plain_state(content[key], path)
-        state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        while state and all(name.startswith("module.") for name in state):
-            state = {name.removeprefix("module."): value for name, value in state.items()}
-        if state:
-            return state
-    raise OodHeatmapError(
-        f"{path} holds no state dict (found {type(content).__name__}); nestings looked into: "
-        f"{', '.join(NESTINGS)}."
-    )
-
-
-def put_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        OodHeatmapError: Names missing and unexpected keys, or the keys of another shape.
-    """
-    own = network.state_dict()
-    missing = [
-        name for name in own if name not in state and not name.endswith("num_batches_tracked")
-    ]
-    unexpected = [name for name in state if name not in own]
-    reshaped = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if missing or unexpected or reshaped:
-        faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-        text = "; ".join(f"{kind}: {some(names)}" for kind, names in faults.items() if names)
-        raise OodHeatmapError(
-            f"{path} does not fit the classifier ({text}). Check --classifier and --num-classes."
-        )
-    network.load_state_dict({**own, **state})
-
-
-def some(names: Sequence[str], count: int = 4) -> str:
-    """Return the first few names and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def load_classifier(

@@ -7,7 +7,7 @@ their parameters are those of its released checkpoints, so that they load.
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -181,21 +181,6 @@ BUILT_IN = {
     "cifar-resnet50-64px": BuiltIn(cifar_resnet50_64px, 200, 64),
     "wrn-40-2": BuiltIn(wrn_40_2, 10, 32),
 }
-
-
-def join_released(checkpoint: Mapping[str, object]) -> dict[str, Tensor] | None:
-    """Return one state dict of a released checkpoint, which keeps features and head apart.
-
-    Args:
-        checkpoint: With ``net_state_dict`` and ``cls_state_dict``, else None is returned.
-    """
-    parts = [checkpoint.get(key) for key in ("net_state_dict", "cls_state_dict")]
-    joined: dict[str, Tensor] = {}
-    for part in parts:
-        if not isinstance(part, Mapping):
-            return None
-        joined |= {str(name).removeprefix("module."): value for name, value in part.items()}
-    return joined
 
 
 # a network with its own transform, mean and std

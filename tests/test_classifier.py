@@ -12,9 +12,7 @@ from ood_heatmap.classifier import (
     Classifier,
     ClassifierConfig,
     check_finite,
-    hash_of_weights,
     load_classifier,
-    load_weights,
     restore_classifier,
 )
 from ood_heatmap.errors import OodHeatmapError, UsageError
@@ -94,62 +92,6 @@ def test_a_wrong_head_lists_the_linear_layers(data, spec):
 def test_too_many_feature_maps_are_refused(data, spec):
     with pytest.raises(OodHeatmapError, match="feature maps of 2 sizes, --feature-maps asks for 3"):
         load_classifier(spec, weights=data / "weights.safetensors", num_maps=3)
-
-
-def nestings(state):
-    prefixed = {f"module.{name}": value for name, value in state.items()}
-    return {
-        "plain": state,
-        "state_dict": {"epoch": 3, "state_dict": state},
-        "model": {"model": state},
-        "module": prefixed,
-        "both": {"state_dict": {"module." + name: value for name, value in prefixed.items()}},
-    }
-
-
-@pytest.mark.parametrize("nesting", ["plain", "state_dict", "model", "module", "both"])
-def test_weights_load_from_the_usual_nestings(data, tmp_path, nesting):
-    state = load_file(data / "weights.safetensors")
-    torch.save(nestings(state)[nesting], tmp_path / "w.pt")
-    found = load_weights(tmp_path / "w.pt")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
-
-
-def test_missing_unexpected_and_reshaped_keys_are_named(data, spec, tmp_path):
-    state = load_file(data / "weights.safetensors")
-    state["extra.weight"] = state.pop("layer1.0.bias")
-    state["linear.bias"] = torch.zeros(9)
-    save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(OodHeatmapError) as caught:
-        load_classifier(spec, weights=tmp_path / "w.safetensors")
-    for words in ("missing: layer1.0.bias", "unexpected: extra.weight", "linear.bias (9,) instead"):
-        assert words in str(caught.value)
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("never",))
-
-
-@pytest.mark.parametrize("content", ["pickle", "text", "empty", "tensor", "no tensors"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_weights_that_are_none_are_one_line(tmp_path, content, suffix, capsys):
-    path = tmp_path / f"w{suffix}"
-    if content == "pickle":
-        torch.save({"state_dict": Evil()}, path)
-    elif content in ("text", "empty"):
-        path.write_text("hello" if content == "text" else "")
-    else:
-        torch.save(torch.zeros(3) if content == "tensor" else {"epoch": 3}, path)
-    with pytest.raises(OodHeatmapError, match=r"w\.(pt|safetensors)"):
-        load_weights(path)
-    assert "never" not in capsys.readouterr().out
-
-
-def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(OodHeatmapError, match=r"no weights file .*w\.pt"):
-        load_weights(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(
@@ -242,17 +184,6 @@ def test_a_file_keeps_working_from_another_directory(data, tmp_path, monkeypatch
     assert classifier.fingerprint()["spec"] == "network.py:network"
     monkeypatch.chdir(tmp_path)
     restore_classifier(classifier.config, data / "weights.safetensors")
-
-
-def test_weights_hash_the_same_in_any_layout():
-    """A 1x1 convolution is contiguous in both layouts, with other strides."""
-    network = nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
-    network.register_buffer("scale", torch.tensor(2.0))
-    before = hash_of_weights(network)
-    assert hash_of_weights(network.to(memory_format=torch.channels_last)) == before
-    with torch.no_grad():
-        network[0].weight[0, 0] += 1
-    assert hash_of_weights(network) != before
 
 
 def test_the_code_of_the_users_file_is_part_of_the_fingerprint(data, spec, tmp_path):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ood_heatmap.classifier import Classifier, ClassifierConfig, load_classifier
+from ood_heatmap.classifier import Classifier, ClassifierConfig
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import BUILT_IN, join_released
+from ood_heatmap.networks import BUILT_IN
 
 # names and shapes as they stand in the released checkpoints
 RELEASED = {
@@ -82,35 +82,6 @@ def test_features_and_maps_have_the_references_shapes(name, num_features, shapes
     assert (classifier.num_features, classifier.num_classes) == (num_features, 7)
     assert classifier.head == "linear"
     assert classifier.map_shapes == shapes
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_released_checkpoint_loads(tmp_path, prefix):
-    torch.manual_seed(0)
-    network = BUILT_IN["wrn-40-2"].build(10).eval()
-    state = network.state_dict()
-    torch.save(
-        {
-            "epoch": 99,
-            "net_state_dict": {
-                prefix + name: item for name, item in state.items() if not name.startswith("linear")
-            },
-            "cls_state_dict": {
-                prefix + name: item for name, item in state.items() if name.startswith("linear")
-            },
-        },
-        tmp_path / "released.pt",
-    )
-    classifier = load_classifier("wrn-40-2", weights=tmp_path / "released.pt")
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        wanted = network(images / 127.5 - 1)
-    torch.testing.assert_close(classifier(images).logits, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_other_checkpoints_are_left_alone():
-    assert join_released({"state_dict": {}}) is None
-    assert join_released({"net_state_dict": {}, "cls_state_dict": 3}) is None
 
 
 def test_a_basic_block_is_two_convolutions_and_a_shortcut():

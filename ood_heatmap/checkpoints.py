@@ -1,0 +1,171 @@
+"""Weights of a network: read from the usual kinds of checkpoint, put in strictly, and hashed."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ood_heatmap.errors import OodHeatmapError
+
+log = logging.getLogger(__name__)
+
+_NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network")
+# heads of GoogLeNet and Inception v3 that run in training alone; files come with and without them
+_AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Load the state dict in a safetensors file or a checkpoint; pickled code never runs.
+
+    The usual nestings are unwrapped.
+
+    Raises:
+        OodHeatmapError: The file is missing, damaged, holds pickled code, or no tensors.
+    """
+    if not path.is_file():
+        raise OodHeatmapError(f"there is no weights file {path}.")
+    try:
+        content: Any
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # a damaged file can provoke any exception in the unpickler
+    except Exception as error:
+        raise OodHeatmapError(
+            f"{path} does not load as plain weights ({_reason(error)}). Save the state dict as "
+            "safetensors: safetensors.torch.save_file(model.state_dict(), path)."
+        ) from error
+    return _unwrap(content, path)
+
+
+def _reason(error: Exception) -> str:
+    """Shorten what a loader says to the class or the fault that is to blame."""
+    text = str(error).strip()
+    blamed = re.search(r"GLOBAL (\S+) was not an allowed", text)
+    if blamed:
+        return f"it holds a pickled {blamed[1]}"
+    if not text or "weights_only" in text or isinstance(error, KeyError):
+        return "not a PyTorch checkpoint, or damaged"
+    return text.splitlines()[0].partition(". ")[0]
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return the state dict inside the usual nestings of a checkpoint."""
+    if not isinstance(content, Mapping):
+        raise OodHeatmapError(f"{path} holds no state dict, but a {type(content).__name__}.")
+    joined = _join_released(content)
+    if joined is not None:
+        return joined
+    for key in _NESTINGS:
+        if isinstance(content.get(key), Mapping):
+            averaged = [name for name in content if "ema" in str(name).lower().split("_")]
+            if averaged:
+                log.warning(
+                    "%s: took %s; there are averaged weights too (%s): to use those, save them as "
+                    "a file of their own",
+                    path,
+                    key,
+                    averaged[0],
+                )
+            return _unwrap(content[key], path)
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise OodHeatmapError(
+            f"{path} holds no state dict, but {first_few(list(map(str, content))) or 'nothing'}; "
+            f"looked into {', '.join(_NESTINGS)}."
+        )
+    return state
+
+
+def _join_released(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Join the state dicts of features and head that the reference's checkpoints keep apart.
+
+    Args:
+        checkpoint: With ``net_state_dict`` and ``cls_state_dict``, else None is returned.
+    """
+    joined: dict[str, Tensor] = {}
+    for key in ("net_state_dict", "cls_state_dict"):
+        state = checkpoint.get(key)
+        if not isinstance(state, Mapping):
+            return None
+        joined |= {str(name).removeprefix("module."): value for name, value in state.items()}
+    return joined
+
+
+def put_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly; a prefix that all its names share may be left out.
+
+    Args:
+        network: Takes the weights.
+        state: Weights by name.
+        path: Where they come from, for messages.
+
+    Raises:
+        OodHeatmapError: Names missing and unexpected keys, or keys of another shape.
+    """
+    own = network.state_dict()
+    state = _strip_prefix(state, own)
+    missing = [
+        name for name in own if name not in state and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [
+        name for name in state if name not in own and not name.startswith(_AUXILIARY_HEADS)
+    ]
+    reshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if missing or unexpected or reshaped:
+        faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+        text = "; ".join(f"{fault}: {first_few(names)}" for fault, names in faults.items() if names)
+        raise OodHeatmapError(
+            f"{path} does not fit the classifier ({text}). Check --classifier and --num-classes."
+        )
+    # updated in place: the network's own dict carries the versions of its modules
+    own.update({name: value for name, value in state.items() if name in own})
+    network.load_state_dict(own)
+
+
+def _strip_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without what wrappers put before or into its names.
+
+    DataParallel puts ``module.`` before all names, Lightning the name of an attribute, such as
+    ``model.``, and ``torch.compile`` puts ``_orig_mod.`` anywhere.
+
+    Args:
+        state: Weights by name.
+        own: The network's, whose names are wanted.
+    """
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    candidates = [state]
+    while len({name.partition(".")[:2] for name in state}) == 1 and "." in next(iter(state)):
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+        candidates.append(state)
+    return max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
+
+
+def hash_of_weights(network: nn.Module) -> str:
+    """Return the sha256 over names, shapes, dtypes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        # a count of training steps, without effect in eval mode
+        if name.endswith("num_batches_tracked"):
+            continue
+        digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\n".encode())
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_few(names: Sequence[str], count: int = 4) -> str:
+    """Return the first few names and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
