@@ -388,15 +388,19 @@ def pieces(items: Int64, bytes_each: int) -> Sequence[Int64]:
     return [items[start : start + step] for start in range(0, len(items), step)]
 
 
-def mean_distance_to_kth(queries: Float32, bank: Float32, k: int) -> Float32:
-    """Return each query's distance to its k-th nearest row of a bank, both of unit length.
+def k_nearest(queries: Float32, bank: Float32, k: int) -> tuple[Float32, Int64]:
+    """Return each query's nearest rows of a bank, by FAISS's float32 distances.
 
-    Larger is more OOD.
+    Args:
+        queries: ``(B, D)``, centred or of unit length: FAISS loses digits far from the origin.
+        bank: ``(N, D)``, likewise.
+        k: How many; all N if there are fewer.
 
-    Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022.
+    Returns:
+        Euclidean distance, ascending, and position in the bank, ``(B, k)`` each.
     """
-    squared, _ = faiss.knn(queries, bank, min(k, len(bank)))
-    return np.sqrt(np.maximum(squared[:, -1], 0))
+    squared, positions = faiss.knn(queries, bank, min(k, len(bank)))
+    return np.sqrt(np.maximum(squared, 0)), positions
 
 
 def write_index(path: Path, features: Rows, order: Int64) -> None:

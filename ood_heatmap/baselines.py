@@ -2,10 +2,12 @@
 
 Larger is more OOD, everywhere. Most are post-hoc: they see nothing but the classifier and ID
 images. The last two are controls: they see the auxiliary OOD images, as the decoder does.
+``METHODS`` is the one list of them: what is in it is computed, stored and shown.
 """
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,12 +25,67 @@ from torch import Tensor, nn
 Float32: TypeAlias = NDArray[np.float32]
 FeatureScore: TypeAlias = Callable[[Float32], Float32]  # (B, D) to (B,)
 
-REACT_PERCENTILE = 0.9
-ASH_PERCENTILE = 0.65
-MLP_WIDTH, MLP_EPOCHS = 256, 30
+_REACT_PERCENTILE = 0.9
+_ASH_PERCENTILE = 0.65
+_MLP_WIDTH, _MLP_EPOCHS = 256, 30
 
 
-def float32(values: NDArray[Any]) -> Float32:
+@dataclass(frozen=True)
+class FitData:
+    """What the methods are fitted on.
+
+    Args:
+        features: ``(N, D)`` of ID training images.
+        labels: ``(N,)`` their classes.
+        ood_features: ``(M, D)`` of auxiliary OOD images.
+        head: The classifier's last linear layer, on the CPU.
+        seed: Random seed.
+    """
+
+    features: Float32
+    labels: NDArray[np.integer[Any]]
+    ood_features: Float32
+    head: nn.Linear
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What the methods score.
+
+    Args:
+        features: ``(B, D)``.
+        logits: ``(B, L)``.
+        knn_distance: ``(B,)`` distance of the unit-length features to the k-th nearest ID training
+            image's.
+    """
+
+    features: Float32
+    logits: Float32
+    knn_distance: Float32
+
+
+Score: TypeAlias = Callable[[ScoreInputs], Float32]  # (B,) of B images
+
+
+@dataclass(frozen=True)
+class Method:
+    """A detection method.
+
+    Args:
+        name: In ``metrics.json`` and in the files of scores.
+        label: In the report.
+        fit: From ID and auxiliary OOD images to the score.
+        sees_ood: Whether it is fitted on auxiliary OOD images.
+    """
+
+    name: str
+    label: str
+    fit: Callable[[FitData], Score]
+    sees_ood: bool = False
+
+
+def _float32(values: NDArray[Any]) -> Float32:
     """Return values as float32."""
     return np.asarray(values, dtype=np.float32)
 
@@ -42,7 +99,7 @@ def maximum_softmax(logits: Float32) -> Float32:
     # the sum of the others: `1 - p` would round to one and the same 0 for every confident image
     ascending = np.sort(logits.astype(np.float64), axis=1)
     others = logsumexp(ascending[:, :-1], axis=1) - logsumexp(ascending, axis=1)
-    return float32(np.exp(others))
+    return _float32(np.exp(others))
 
 
 def maximum_logit(logits: Float32) -> Float32:
@@ -51,7 +108,7 @@ def maximum_logit(logits: Float32) -> Float32:
     Source: Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML
         2022.
     """
-    return float32(-logits.max(axis=1))
+    return _float32(-logits.max(axis=1))
 
 
 def energy(logits: Float32) -> Float32:
@@ -59,13 +116,13 @@ def energy(logits: Float32) -> Float32:
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
-    return float32(-logsumexp(logits.astype(np.float64), axis=1))
+    return _float32(-logsumexp(logits.astype(np.float64), axis=1))
 
 
 def unit_length(features: Float32) -> Float32:
     """Return features divided by their norm; a zero row stays zero."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return float32(features / np.maximum(norms, np.finfo(np.float32).tiny))
+    return _float32(features / np.maximum(norms, np.finfo(np.float32).tiny))
 
 
 def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureScore:
@@ -95,7 +152,7 @@ def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureS
     def score(queries: Float32) -> Float32:
         white = (queries - centre) @ whiten
         squared = lengths - 2 * white @ white_means.T
-        return float32((white**2).sum(axis=1) + squared.min(axis=1))
+        return _float32((white**2).sum(axis=1) + squared.min(axis=1))
 
     return score
 
@@ -113,9 +170,9 @@ def vim(features: Float32, head: nn.Linear) -> FeatureScore:
     """
     width = features.shape[1]
     size = 1000 if width >= 2048 else 512 if width > 512 else width // 2
-    detector = ViM(None, size, head.weight, bias_of(head))
+    detector = ViM(None, size, head.weight, _bias_of(head))
     detector.fit_features(torch.from_numpy(features), torch.zeros(len(features)))
-    return scorer(detector.predict_features)
+    return _score_arrays(detector.predict_features)
 
 
 def react(features: Float32, head: nn.Linear) -> FeatureScore:
@@ -126,9 +183,9 @@ def react(features: Float32, head: nn.Linear) -> FeatureScore:
     Source: Sun et al., ReAct: Out-of-distribution Detection With Rectified Activations, NeurIPS
         2021.
     """
-    detector = ReAct(None, head, percentile=REACT_PERCENTILE)
+    detector = ReAct(None, head, percentile=_REACT_PERCENTILE)
     detector.fit_feature_maps(torch.from_numpy(features), torch.zeros(len(features)))
-    return scorer(detector.predict_feature_maps)
+    return _score_arrays(detector.predict_feature_maps)
 
 
 def ash(head: nn.Linear) -> FeatureScore:
@@ -137,20 +194,22 @@ def ash(head: nn.Linear) -> FeatureScore:
     Source: Djurisic et al., Extremely Simple Activation Shaping for Out-of-Distribution Detection,
         ICLR 2023.
     """
-    detector = ASH(None, lambda maps: head(maps.flatten(1)), "ash-s", ASH_PERCENTILE)
-    score = scorer(lambda features: detector.predict_feature_maps(features[:, :, None, None]))
-    nothing = -float(torch.logsumexp(bias_of(head), 0))  # features of zero: nothing to sharpen
+    detector = ASH(None, lambda maps: head(maps.flatten(1)), "ash-s", _ASH_PERCENTILE)
+    score = _score_arrays(
+        lambda features: detector.predict_feature_maps(features[:, :, None, None])
+    )
+    nothing = -float(torch.logsumexp(_bias_of(head), 0))  # features of zero: nothing to sharpen
     largest = np.finfo(np.float32).max  # features below zero can sharpen beyond all bounds
     return lambda features: np.nan_to_num(score(features), True, nothing, largest, -largest)
 
 
-def bias_of(head: nn.Linear) -> Tensor:
+def _bias_of(head: nn.Linear) -> Tensor:
     """Return the bias ``(L,)`` of a linear layer; zeros where it has none."""
     bias: Tensor | None = head.bias
     return torch.zeros(head.out_features) if bias is None else bias.detach()
 
 
-def scorer(predict: Callable[[Tensor], Tensor]) -> FeatureScore:
+def _score_arrays(predict: Callable[[Tensor], Tensor]) -> FeatureScore:
     """Return a score of tensors as one of arrays."""
 
     def score(features: Float32) -> Float32:
@@ -168,8 +227,8 @@ def logistic_regression(id_features: Float32, ood_features: Float32) -> FeatureS
         ood_features: ``(M, D)``.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    fit_quietly(model, id_features, ood_features)
-    return lambda features: float32(model.decision_function(features))
+    _fit_quietly(model, id_features, ood_features)
+    return lambda features: _float32(model.decision_function(features))
 
 
 def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> FeatureScore:
@@ -180,23 +239,67 @@ def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> Feature
         ood_features: ``(M, D)``.
         seed: Of its weights and of the order of images.
     """
-    network = MLPClassifier(MLP_WIDTH, max_iter=MLP_EPOCHS, random_state=seed)
+    network = MLPClassifier(_MLP_WIDTH, max_iter=_MLP_EPOCHS, random_state=seed)
     scaler = StandardScaler()
-    fit_quietly(make_pipeline(scaler, network), id_features, ood_features)
+    _fit_quietly(make_pipeline(scaler, network), id_features, ood_features)
     first, last = zip(network.coefs_, network.intercepts_, strict=True)
 
     def score(features: Float32) -> Float32:
         # by hand: its probabilities round to one and the same 1 for every clear image
         hidden = np.maximum(scaler.transform(features) @ first[0] + first[1], 0)
-        return float32((hidden @ last[0] + last[1])[:, 0])
+        return _float32((hidden @ last[0] + last[1])[:, 0])
 
     return score
 
 
-def fit_quietly(model: Any, id_features: Float32, ood_features: Float32) -> None:
+def _fit_quietly(model: Any, id_features: Float32, ood_features: Float32) -> None:
     """Fit a model of scikit-learn to tell ID, 0, from OOD, 1."""
     both = np.concatenate([id_features, ood_features])
     is_ood = np.repeat([0, 1], [len(id_features), len(ood_features)])
     with warnings.catch_warnings():  # so many steps and no more are meant
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(both, is_ood)
+
+
+def _of_logits(score: Callable[[Float32], Float32]) -> Callable[[FitData], Score]:
+    """Return how to fit a score of logits: there is nothing to fit."""
+    return lambda data: lambda inputs: score(inputs.logits)
+
+
+def _of_features(fit: Callable[[FitData], FeatureScore]) -> Callable[[FitData], Score]:
+    """Return how to fit a score of features."""
+
+    def fit_score(data: FitData) -> Score:
+        score = fit(data)
+        return lambda inputs: score(inputs.features)
+
+    return fit_score
+
+
+METHODS = (
+    Method("msp", "MSP", _of_logits(maximum_softmax)),
+    Method("max_logit", "max logit", _of_logits(maximum_logit)),
+    Method("energy", "energy", _of_logits(energy)),
+    # Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022
+    Method("knn", "kNN", lambda data: lambda inputs: inputs.knn_distance),
+    Method(
+        "mahalanobis",
+        "Mahalanobis",
+        _of_features(lambda data: mahalanobis(data.features, data.labels)),
+    ),
+    Method("vim", "ViM", _of_features(lambda data: vim(data.features, data.head))),
+    Method("react", "ReAct", _of_features(lambda data: react(data.features, data.head))),
+    Method("ash", "ASH", _of_features(lambda data: ash(data.head))),
+    Method(
+        "logistic_regression",
+        "logistic regression",
+        _of_features(lambda data: logistic_regression(data.features, data.ood_features)),
+        sees_ood=True,
+    ),
+    Method(
+        "mlp",
+        "MLP",
+        _of_features(lambda data: small_mlp(data.features, data.ood_features, data.seed)),
+        sees_ood=True,
+    ),
+)

@@ -257,7 +257,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
 
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
-    from ood_heatmap.pipeline.table import format_decisions, format_table
+    from ood_heatmap.pipeline.tables import format_decisions, format_table
 
     config = replace(config, near=near_names(config.near, data.ood_sources))
     with stage_device(device) as torch_device:
@@ -332,13 +332,13 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     import json
 
     from ood_heatmap.devices import choose_device
-    from ood_heatmap.pipeline.localize import format_table
     from ood_heatmap.pipeline.localize import localize as localize_run
+    from ood_heatmap.pipeline.tables import format_localization
 
     id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
     results = localize_run(run, id_images, ood_sets, choose_device(device), config).results
     folder = run / "localization"
-    click.echo(format_table(json.loads((folder / "localization.json").read_text("utf-8"))))
+    click.echo(format_localization(json.loads((folder / "localization.json").read_text("utf-8"))))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
     conclude(results)
 

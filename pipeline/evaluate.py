@@ -31,21 +31,24 @@ from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.gallery import PICTURES, REPORT, draw
 from ood_heatmap.pipeline.run import Index, open_index
-from ood_heatmap.pipeline.score import (
-    Part,
+from ood_heatmap.pipeline.scoring import (
+    HEATMAP,
+    ID,
+    ScoredSet,
+    Subset,
     finished_scores,
-    make_scorers,
+    make_detection_methods,
     open_detectors,
     score_set,
 )
 from ood_heatmap.pipeline.shares import sole_writer
-from ood_heatmap.pipeline.table import HEATMAP, ID, Scores, decisions, metrics_table, report
+from ood_heatmap.pipeline.tables import decisions, metrics_json, metrics_table
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
 CALIBRATION, CALIBRATION_FILE = "calibration", "calibration.safetensors"
-ID_TO_OOD = 5  # of the paper's protocol
+_ID_TO_OOD = 5  # of the paper's protocol
 
 
 def evaluate(
@@ -78,50 +81,51 @@ def evaluate(
     Raises:
         OodHeatmapError: See the design: stale or damaged caches, unreadable images and so on.
     """
-    check_names(ood_sets, config)
+    _check_names(ood_sets, config)
     with sole_writer(run):
         index = open_index(run)
-        decoders = check_runs([run, *more_runs])
-        parts = choose_images(id_images, ood_sets, calibration_images, config)
+        decoders = _check_runs([run, *more_runs])
+        subsets = _choose_images(id_images, ood_sets, calibration_images, config)
         detectors = open_detectors([run, *more_runs], index, device)
-        stage = Stage(run, "evaluation", inputs_of(decoders, parts, config))
+        stage = Stage(run, "evaluation", _inputs(decoders, subsets, config))
         finished = from_main(stage.begin(overwrite=config.overwrite) if is_main() else None)
         if finished is not None:
             log.info("%s is finished already", stage.directory)
             return finished
-        scores = score_sets(stage, parts, detectors, index, config)
+        scored = _score_sets(stage, subsets, detectors, index, config)
         if is_main():
-            publish(stage, scores, parts, decoders, detectors[0], index, config)
+            _publish(stage, scored, subsets, decoders, detectors[0], index, config)
         barrier()
         return read_manifest(run, "evaluation")
 
 
-def publish(
+def _publish(
     stage: Stage,
-    everything: Mapping[str, Scores],
-    parts: Mapping[str, Part],
+    scored: Mapping[str, ScoredSet],
+    subsets: Mapping[str, Subset],
     decoders: Sequence[Manifest],
     detector: HeatmapDetector,
     index: Index,
     config: EvaluateConfig,
 ) -> None:
     """Write the table, the thresholds, the pictures and the report, then the manifest."""
-    scores = {name: item for name, item in everything.items() if name != CALIBRATION}
-    metrics = report(metrics_table(scores, config), scores, detector.classes, config)
-    metrics["runs"] = [describe_decoder(decoder) for decoder in decoders]
+    shown = {name: item for name, item in scored.items() if name != CALIBRATION}
+    table = metrics_table({name: item.scores for name, item in shown.items()}, config)
+    metrics = metrics_json(table, shown[ID], detector.classes, config)
+    metrics["runs"] = [_describe_decoder(decoder) for decoder in decoders]
     metrics["sets"] = {
-        name: write_names(stage, name, part.images, everything[name])
-        for name, part in parts.items()
+        name: _write_names(stage, name, subset.images, scored[name])
+        for name, subset in subsets.items()
     }
-    calibration = calibrate(stage, everything.get(CALIBRATION))
+    calibration = _calibrate(stage, scored.get(CALIBRATION))
     if calibration is not None:
-        metrics["decisions"] = decisions(scores, calibration, config.false_alarm)
+        metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
     write_json(stage.directory / "metrics.json", metrics)
-    draw(stage, metrics, parts, scores, detector, index, calibration, config)
-    finish(stage, everything, calibration, config)
+    draw(stage, metrics, subsets, shown, detector, index, calibration, config)
+    _finish(stage, scored, calibration, config)
 
 
-def check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:
+def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:
     """Refuse set names that would collide or that nobody gave."""
     if not ood_sets:
         raise UsageError("there is no OOD set to evaluate on: add --ood NAME=SOURCE.")
@@ -140,7 +144,7 @@ def check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> Non
         )
 
 
-def check_runs(runs: Sequence[Path]) -> list[Manifest]:
+def _check_runs(runs: Sequence[Path]) -> list[Manifest]:
     """Return the manifest of each run's decoder, made from the same caches but for the seed.
 
     Raises:
@@ -150,17 +154,17 @@ def check_runs(runs: Sequence[Path]) -> list[Manifest]:
     decoders = [read_manifest(run, "decoder") for run in runs]
     for number, other in enumerate(runs[1:], start=1):
         for stage in ("index", "targets", "decoder"):
-            check_same(read_manifest(runs[0], stage), read_manifest(other, stage), other)
+            _check_same(read_manifest(runs[0], stage), read_manifest(other, stage), other)
         if decoders[number].fingerprint in [one.fingerprint for one in decoders[:number]]:
             raise UsageError(f"--runs {other} has the seed of another run: train it with --seed.")
     return decoders
 
 
-def check_same(ours: Manifest, theirs: Manifest, other: Path) -> None:
+def _check_same(ours: Manifest, theirs: Manifest, other: Path) -> None:
     """Refuse a stage of another run that was made from something else; names what differs."""
     differing = [
         f"{ours.stage} {name} ({short(there)}, here {short(here)})"
-        for name, here, there in differing_fields(made_from(ours), made_from(theirs))
+        for name, here, there in differing_fields(_made_from(ours), _made_from(theirs))
     ]
     if differing:
         raise OodHeatmapError(
@@ -169,7 +173,7 @@ def check_same(ours: Manifest, theirs: Manifest, other: Path) -> None:
         )
 
 
-def made_from(manifest: Manifest) -> dict[str, Any]:
+def _made_from(manifest: Manifest) -> dict[str, Any]:
     """Return all that a stage was made from, but for the seed of training."""
     inputs = {**manifest.inputs, "content": manifest.content}
     if manifest.stage == "decoder":
@@ -178,23 +182,23 @@ def made_from(manifest: Manifest) -> dict[str, Any]:
     return inputs
 
 
-def choose_images(
+def _choose_images(
     id_images: ImageSet,
     ood_sets: Mapping[str, ImageSet],
     calibration_images: ImageSet | None,
     config: EvaluateConfig,
-) -> dict[str, Part]:
+) -> dict[str, Subset]:
     """Return which images of each set are looked at: ID, held-out ID, and OOD.
 
     Raises:
         UsageError: No ID image is left for the table.
     """
-    held_out = Part(id_images, np.arange(0))
+    held_out = Subset(id_images, np.arange(0))
     if calibration_images is not None:
-        held_out = Part(calibration_images, np.arange(len(calibration_images)))
+        held_out = Subset(calibration_images, np.arange(len(calibration_images)))
     elif config.calibration_share:
         count = max(1, round(config.calibration_share * len(id_images)))
-        held_out = Part(id_images, draw_rows(len(id_images), count, config.seed))
+        held_out = Subset(id_images, _draw_rows(len(id_images), count, config.seed))
     kept = np.arange(len(id_images))
     if held_out.images is id_images:
         kept = np.setdiff1d(kept, held_out.rows)
@@ -203,103 +207,105 @@ def choose_images(
             f"{id_images.source} has no image left beside those held out for the thresholds: name "
             f"more, or others with --calibration, or --calibration-share 0."
         )
-    parts = {ID: Part(id_images, kept)}
+    subsets = {ID: Subset(id_images, kept)}
     if len(held_out.rows):
-        parts[CALIBRATION] = held_out
+        subsets[CALIBRATION] = held_out
     for name, images in ood_sets.items():
-        parts[name] = Part(images, ood_rows(name, images, len(kept), config))
-    return parts
+        subsets[name] = Subset(images, _ood_rows(name, images, len(kept), config))
+    return subsets
 
 
-def ood_rows(name: str, images: ImageSet, num_id: int, config: EvaluateConfig) -> Int64:
+def _ood_rows(name: str, images: ImageSet, num_id: int, config: EvaluateConfig) -> Int64:
     """Return the rows of an OOD set that the protocol looks at, ascending."""
     wanted = len(images)
     if config.protocol == "paper":
-        wanted = max(1, num_id // ID_TO_OOD)
+        wanted = max(1, num_id // _ID_TO_OOD)
     if wanted > len(images):
         log.warning(
             "%s has %d images, fewer than the %d of ID:OOD = %d:1: all are taken",
-            *(name, len(images), wanted, ID_TO_OOD),
+            *(name, len(images), wanted, _ID_TO_OOD),
         )
-    return draw_rows(len(images), min(wanted, len(images)), config.seed)
+    return _draw_rows(len(images), min(wanted, len(images)), config.seed)
 
 
-def draw_rows(num_rows: int, count: int, seed: int) -> Int64:
+def _draw_rows(num_rows: int, count: int, seed: int) -> Int64:
     """Return ``count`` different rows, ascending."""
     return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
 
 
-def inputs_of(
-    decoders: Sequence[Manifest], parts: Mapping[str, Part], config: EvaluateConfig
+def _inputs(
+    decoders: Sequence[Manifest], subsets: Mapping[str, Subset], config: EvaluateConfig
 ) -> dict[str, Any]:
     """Return all that the result depends on."""
     without = ("overwrite", "batch_size", "workers")
     return {
         "decoder": decoders[0].fingerprint,
         "runs": [decoder.fingerprint for decoder in decoders[1:]],
-        "images": {name: part.images.describe() for name, part in parts.items()},
+        "images": {name: subset.images.describe() for name, subset in subsets.items()},
         "options": {name: value for name, value in asdict(config).items() if name not in without},
     }
 
 
-def score_sets(
+def _score_sets(
     stage: Stage,
-    parts: Mapping[str, Part],
+    subsets: Mapping[str, Subset],
     detectors: Sequence[HeatmapDetector],
     index: Index,
     config: EvaluateConfig,
-) -> dict[str, Scores]:
+) -> dict[str, ScoredSet]:
     """Return the scores of all sets; those that a stopped run has finished are read back."""
-    # as the first process sees them: all must score the same sets
-    scores = from_main({name: finished_scores(stage, name) for name in parts} if is_main() else {})
-    todo = [name for name, finished in scores.items() if finished is None]
-    if todo:
-        scorers = make_scorers(index, detectors, config)
-        scores |= {name: score_set(stage, name, parts[name], scorers, config) for name in todo}
-    return {name: item for name, item in scores.items() if item is not None}
+    # as rank 0 sees them: all ranks must score the same sets
+    found = from_main({name: finished_scores(stage, name) for name in subsets} if is_main() else {})
+    scored = {name: item for name, item in found.items() if item is not None}
+    missing = [name for name in subsets if name not in scored]
+    if missing:
+        methods = make_detection_methods(index, detectors, config)
+        scored |= {name: score_set(stage, name, subsets[name], methods) for name in missing}
+    return {name: scored[name] for name in subsets}
 
 
-def write_names(stage: Stage, name: str, images: ImageSet, scores: Scores) -> dict[str, Any]:
+def _write_names(stage: Stage, name: str, images: ImageSet, scored: ScoredSet) -> dict[str, Any]:
     """Write the names of a set's images; return what the set was, for ``metrics.json``."""
     path = stage.directory / f"images-{name}.txt"
-    text = "".join(f"{images.names[row]}\n" for row in scores["row"])
+    text = "".join(f"{images.names[row]}\n" for row in scored.row)
     with replacing(path) as scratch:
         # a file name that is not UTF-8 reaches Python as lone surrogates
         scratch.write_bytes(text.encode("utf-8", "surrogateescape"))
     return {
         "source": images.source,
-        "num_images": len(scores["row"]),
-        "content": str(scores["content"]),
+        "num_images": len(scored),
+        "content": scored.content,
         "names": path.name,
         "names_sha256": sha256_of(path),
     }
 
 
-def describe_decoder(decoder: Manifest) -> dict[str, Any]:
+def _describe_decoder(decoder: Manifest) -> dict[str, Any]:
     """Return which decoder it was, for ``metrics.json``."""
     return {"decoder": decoder.fingerprint, "seed": decoder.inputs["options"]["seed"]}
 
 
-def calibrate(stage: Stage, held_out: Scores | None) -> Calibration | None:
+def _calibrate(stage: Stage, held_out: ScoredSet | None) -> Calibration | None:
     """Write and return what the held-out ID images look like, if there are any."""
     if held_out is None:
         return None
-    calibration = Calibration.fit(held_out[HEATMAP], held_out["peak"])
+    calibration = Calibration.fit(held_out.scores[HEATMAP], held_out.max_pixel_score)
     with replacing(stage.directory / CALIBRATION_FILE) as scratch:
         calibration.save(scratch)
     return calibration
 
 
-def finish(
+def _finish(
     stage: Stage,
-    scores: Mapping[str, Scores],
+    scored: Mapping[str, ScoredSet],
     calibration: Calibration | None,
     config: EvaluateConfig,
 ) -> Manifest:
     """Write the manifest."""
-    content = fingerprint_of({name: str(item["content"]) for name, item in scores.items()})
-    names = [f"scores-{name}.npz" for name in scores] + [f"images-{name}.txt" for name in scores]
-    sets = [name for name in scores if name not in (ID, CALIBRATION)]
+    content = fingerprint_of({name: item.content for name, item in scored.items()})
+    names = [f"scores-{name}.npz" for name in scored]
+    names += [f"images-{name}.txt" for name in scored]
+    sets = [name for name in scored if name not in (ID, CALIBRATION)]
     results: dict[str, Any] = {"sets": sets, "near": list(config.near)}
     if calibration is not None:
         results["false_alarm"] = config.false_alarm

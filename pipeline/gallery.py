@@ -14,8 +14,7 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.figures import Card
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.run import Index
-from ood_heatmap.pipeline.score import Part
-from ood_heatmap.pipeline.table import HEATMAP, ID, METHODS, Scores
+from ood_heatmap.pipeline.scoring import HEATMAP, ID, ScoredSet, Subset
 from ood_heatmap.report import write_report
 
 HISTOGRAMS, ROC, EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
@@ -26,8 +25,8 @@ MAX_CARDS = 320  # of all sets together: the report stays under 10 MB
 def draw(
     stage: Stage,
     metrics: Mapping[str, Any],
-    parts: Mapping[str, Part],
-    scores: Mapping[str, Scores],
+    subsets: Mapping[str, Subset],
+    scored: Mapping[str, ScoredSet],
     detector: HeatmapDetector,
     index: Index,
     calibration: Calibration | None,
@@ -38,8 +37,8 @@ def draw(
     Args:
         stage: Where to.
         metrics: Content of ``metrics.json``.
-        parts: The images of each set.
-        scores: By set, ``id`` among them, and by method.
+        subsets: The images of each set.
+        scored: The scores of each set, ``id`` among them.
         detector: Of the run.
         index: Of the run.
         calibration: For p-values.
@@ -47,21 +46,22 @@ def draw(
     """
     (stage.directory / "figures").mkdir(exist_ok=True)
     bank = index.bank(detector.classifier.device)
-    each = min(config.gallery, max(1, MAX_CARDS // len(scores)))
+    each = min(config.gallery, max(1, MAX_CARDS // len(scored)))
     cards = {
-        name: cards_of(name, parts[name], scores[name], detector, index, bank, calibration, each)
-        for name in scores
+        name: cards_of(name, subsets[name], item, detector, index, bank, calibration, each)
+        for name, item in scored.items()
     }
     sheet = [
         of_set[step] for of_set in cards.values() for step in steps(len(of_set), config.examples)
     ]
-    heatmap = {name: values[HEATMAP] for name, values in scores.items()}
-    ood = [name for name in scores if name != ID]
-    by_method = {name: {method: scores[name][method] for method in METHODS} for name in ood}
+    heatmap = {name: item.scores[HEATMAP] for name, item in scored.items()}
+    ood = [name for name in scored if name != ID]
+    id_scores = scored[ID].by_method
+    by_method = {name: scored[name].by_method for name in ood}
     drawn = {
         HISTOGRAMS: figures.histograms(heatmap[ID], {name: heatmap[name] for name in ood}),
-        ROC: figures.roc_curves(scores[ID], by_method),
-        EXAMPLES: figures.sheet(sheet, detector.color_max, len(scores)),
+        ROC: figures.roc_curves(id_scores, by_method),
+        EXAMPLES: figures.sheet(sheet, detector.color_max, len(scored)),
     }
     for name, figure in drawn.items():
         figures.save(figure, stage.directory / name)
@@ -72,7 +72,7 @@ def draw(
         scores=heatmap,
         roc={
             name: {
-                method: figures.roc_points(scores[ID][method], values)
+                method: figures.roc_points(id_scores[method], values)
                 for method, values in of_set.items()
             }
             for name, of_set in by_method.items()
@@ -94,8 +94,8 @@ def steps(num_items: int, count: int) -> NDArray[np.int64]:
 
 def cards_of(
     name: str,
-    part: Part,
-    scores: Scores,
+    subset: Subset,
+    scored: ScoredSet,
     detector: HeatmapDetector,
     index: Index,
     bank: Bank,
@@ -106,11 +106,11 @@ def cards_of(
 
     No pick of the best.
     """
-    order = np.argsort(scores[HEATMAP], kind="stable")
+    order = np.argsort(scored.scores[HEATMAP], kind="stable")
     chosen = order[steps(len(order), count)]
-    rows, score = scores["row"][chosen], scores[HEATMAP][chosen]
+    rows, score = scored.row[chosen], scored.scores[HEATMAP][chosen]
     transform = detector.classifier.config.transform
-    pixels = np.stack([transform(part.images.read(int(row))[0]) for row in rows])
+    pixels = np.stack([transform(subset.images.read(int(row))[0]) for row in rows])
     result, output = detector.detect(pixels)
     found = bank.nearest(output.features.cpu().numpy(), result.prediction)
     nearest = index.columns["images"].take(index.positions(found.row))
@@ -119,7 +119,7 @@ def cards_of(
     return [
         Card(
             set_name=name,
-            name=part.images.names[row],
+            name=subset.images.names[row],
             image=pixels[i],
             strength=result.strength[i],
             nearest=nearest[i],

@@ -163,9 +163,9 @@ def test_logistic_regression_is_at_the_minimum_of_its_loss(drawn):
 
 def test_the_mlp_gives_the_log_odds_of_its_probabilities(drawn, monkeypatch):
     fitted = []
-    fit = baselines.fit_quietly
+    fit = baselines._fit_quietly
     monkeypatch.setattr(
-        baselines, "fit_quietly", lambda model, *data: (fitted.append(model), fit(model, *data))
+        baselines, "_fit_quietly", lambda model, *data: (fitted.append(model), fit(model, *data))
     )
     score = baselines.small_mlp(drawn["features"], drawn["auxiliary"], seed=0)
     probability = fitted[0].predict_proba(drawn["queries"])[:, 1].astype(np.float64)

@@ -18,6 +18,7 @@ from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from ood_heatmap.baselines import METHODS as BASELINES
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.detector import HeatmapDetector
@@ -28,10 +29,9 @@ from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConf
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import open_index
-from ood_heatmap.pipeline.score import fit_baselines, score_set
-from ood_heatmap.pipeline.table import (
+from ood_heatmap.pipeline.scoring import fit_data, score_set
+from ood_heatmap.pipeline.tables import (
     HEADLINES,
-    METHODS,
     format_decisions,
     format_table,
     metrics_table,
@@ -40,6 +40,7 @@ from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 
 CPU = torch.device("cpu")
+METHODS = ("heatmap", *(method.name for method in BASELINES))
 CONFIG = EvaluateConfig(near=("near",), batch_size=16, neighbours=5, examples=3)
 
 
@@ -136,15 +137,22 @@ def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finis
 
 
 def test_controls_do_not_take_patched_id_images_for_ood(data, run):
-    def odds():
+    def auxiliary():
         index = open_index(run)
-        return fit_baselines(index, index.classifier(CPU), 0)["logistic_regression"](queries)
+        return fit_data(index, index.classifier(CPU), 0).ood_features
 
-    queries = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
-    before = odds()
+    before = auxiliary()
     config = TargetsConfig(batch_size=16, patched=1.0, overwrite=True)
     assert build_targets(run, open_images(str(data / "ood")), CPU, config).results["num_patched"]
-    np.testing.assert_array_equal(odds(), before)
+    np.testing.assert_array_equal(auxiliary(), before)
+
+
+def test_a_method_that_is_computed_is_shown(finished_run):
+    shown = {method for method, _ in table(finished_run)[1]}
+    computed = set(scores(finished_run, "id").files)
+    assert computed - shown == {"peak", "prediction", "label", "row", "content", "fingerprint"}
+    assert shown <= computed
+    assert set(table(finished_run)[0]["methods"]) == shown - {"heatmap"}
 
 
 def test_pictures_and_sources_are_there(data, finished_run):
@@ -304,7 +312,7 @@ TINY = {"heatmap": [2]}
 def test_every_protocol_counts_as_defined_with_ties_and_tiny_sets(id_scores, near, far, protocol):
     config = EvaluateConfig(near=("near",), protocol=protocol, resamples=3)
     rows = {
-        row.set: row.figures
+        row.set: row.metrics
         for row in metrics_table(hand_made(near, far, **id_scores), config)
         if row.method == "heatmap"
     }
@@ -328,10 +336,10 @@ def test_the_conventions_on_a_set_counted_by_hand():
         hand_made([3, 6, 7, 9], [7], **TIED), EvaluateConfig(near=("near",), resamples=3)
     )
     (row,) = [row for row in rows if (row.method, row.set) == ("heatmap", "near")]
-    assert row.figures["fpr95_id_pos"] == 2 / 4
-    assert row.figures["fpr95_ood_pos"] == 6 / 10
+    assert row.metrics["fpr95_id_pos"] == 2 / 4
+    assert row.metrics["fpr95_ood_pos"] == 6 / 10
     # 4 + 1, 8 + 1, 10 and 10 of 10 pairs, ties half
-    assert row.figures["auroc"] == (5 + 9 + 10 + 10) / 40
+    assert row.metrics["auroc"] == (5 + 9 + 10 + 10) / 40
 
 
 @pytest.mark.parametrize(
@@ -373,7 +381,7 @@ def test_intervals_are_those_of_images_drawn_again():
     rows = metrics_table(made, EvaluateConfig(near=("near",)))
     deviation = np.sqrt(0.75 * 0.25 / 400)
     for row in rows[:5]:
-        assert row.figures["auroc"] == 0.75
+        assert row.metrics["auroc"] == 0.75
         # near and far meet the same ID images: their mean is as uncertain as either
         low, high = row.intervals["auroc"]
         assert low == pytest.approx(0.75 - 1.96 * deviation, abs=0.01)
@@ -386,7 +394,7 @@ def test_intervals_are_the_same_every_time_and_for_every_method():
     assert first == again
     assert len({str(row.intervals) for row in first if row.set == "far"}) == 1
     other = metrics_table(made, EvaluateConfig(resamples=60, seed=1))
-    assert other[0].figures == first[0].figures
+    assert other[0].metrics == first[0].metrics
     assert other[0].intervals != first[0].intervals
 
 
@@ -405,12 +413,12 @@ def test_several_runs_give_mean_and_spread():
     ]
     row = rows["heatmap, 3 runs", "mean all"]
     np.testing.assert_allclose(row.runs["auroc"], np.mean(wanted, axis=1))
-    assert row.figures["auroc"] == pytest.approx(np.mean(wanted))
+    assert row.metrics["auroc"] == pytest.approx(np.mean(wanted))
     assert row.spread["auroc"] == pytest.approx(statistics.stdev(np.mean(wanted, axis=1).tolist()))
-    assert rows["heatmap", "near"].figures["auroc"] == pytest.approx(wanted[0][0])
+    assert rows["heatmap", "near"].metrics["auroc"] == pytest.approx(wanted[0][0])
     assert not rows["heatmap", "near"].spread
     low, high = row.intervals["auroc"]
-    assert low <= row.figures["auroc"] <= high
+    assert low <= row.metrics["auroc"] <= high
 
 
 # ---- protocols, runs, and starting again

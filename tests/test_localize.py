@@ -16,9 +16,11 @@ from ood_heatmap.images import open_images
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline import localize as module
+from ood_heatmap.pipeline import scoring
 from ood_heatmap.pipeline.config import LocalizeConfig, TrainConfig
-from ood_heatmap.pipeline.localize import format_table, localize
+from ood_heatmap.pipeline.localize import localize
 from ood_heatmap.pipeline.run import open_decoder, open_index
+from ood_heatmap.pipeline.tables import LocalizationRow, format_localization
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.pipeline.verify import verify
 
@@ -59,10 +61,10 @@ def table(run):
     return content, {tuple(row[key] for key in keys): row for row in content["table"]}
 
 
-def judge_of(run):
+def methods_of(run):
     index = open_index(run)
     decoder = open_decoder(run, index.manifest, CPU).decoder
-    return index, module.make_judge(index, decoder, CPU, CONFIG)
+    return index, scoring.make_localization_methods(index, decoder, CPU, CONFIG)
 
 
 def patched(data, run, set_name, side, edges):
@@ -101,60 +103,60 @@ def test_every_method_set_size_and_kind_is_there_with_its_means(measured):
 
 def test_the_heatmaps_figures_are_those_of_the_detector(measured, data):
     images, masks = patched(data, measured, "far", 0.5, "hard")
-    strengths = HeatmapDetector.load(measured, "cpu")(images).strength
-    wanted = localization_metrics(strengths, masks)
+    scores_by_method = HeatmapDetector.load(measured, "cpu")(images).strength
+    wanted = localization_metrics(scores_by_method, masks)
     found = table(measured)[1]["heatmap", "far", 0.5, "hard"]
     assert found["pixel_auroc"] == pytest.approx(wanted.pixel_auroc, abs=1e-5)
     assert found["aupro"] == pytest.approx(wanted.aupro, abs=1e-5)
 
 
 def test_the_nearest_difference_is_to_the_nearest_id_image_of_the_predicted_class(measured, data):
-    index, judge = judge_of(measured)
+    index, methods = methods_of(measured)
     images, _ = patched(data, measured, "ood", 0.25, "blended")
-    output = judge.forward.classifier(torch.from_numpy(images))
+    output = methods.forward.classifier(torch.from_numpy(images))
     prediction = output.logits.argmax(dim=1).numpy()
     bank = index.columns["features"].read().astype(np.float64)
     distance = ((output.features.numpy()[:, None] - bank) ** 2).sum(axis=2)
     distance[prediction[:, None] != index.columns["prediction"].read()] = np.inf
     nearest = index.columns["images"].take(distance.argmin(axis=1)).astype(int)
     wanted = np.abs(nearest - images).max(axis=1)
-    np.testing.assert_array_equal(judge(images)["nearest difference"], wanted)
+    np.testing.assert_array_equal(methods(images)["nearest difference"], wanted)
 
 
 def test_the_feature_distance_is_brute_force_to_the_id_places(measured, data):
-    index, judge = judge_of(measured)
+    index, methods = methods_of(measured)
     images, _ = patched(data, measured, "ood", 0.25, "hard")
-    maps = judge.forward.classifier(torch.from_numpy(index.columns["images"].read())).maps[0]
+    maps = methods.forward.classifier(torch.from_numpy(index.columns["images"].read())).maps[0]
     # so few images that every place is taken
     places = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).numpy()
-    assert judge.locations.shape == places.shape
-    asked = judge.forward.classifier(torch.from_numpy(images)).maps[0].permute(0, 2, 3, 1).numpy()
+    assert methods.locations.shape == places.shape
+    asked = methods.forward.classifier(torch.from_numpy(images)).maps[0].permute(0, 2, 3, 1).numpy()
     distance = np.sqrt(((asked[..., None, :] - places) ** 2).sum(axis=-1).min(axis=-1))
     wanted = interpolate(torch.from_numpy(distance)[:, None], (16, 16), mode="bilinear")[:, 0]
-    np.testing.assert_allclose(judge(images)["feature distance"], wanted, atol=5e-3)
+    np.testing.assert_allclose(methods(images)["feature distance"], wanted, atol=5e-3)
 
 
 def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
-    index, judge = judge_of(measured)
+    index, methods = methods_of(measured)
     images, _ = patched(data, measured, "ood", 0.25, "hard")
-    output = judge.forward.classifier(torch.from_numpy(images))
+    output = methods.forward.classifier(torch.from_numpy(images))
     swapped = (output.logits.argmax(dim=1) + 1) % 4
     maps = [output.maps[0].half().float()]
     with torch.no_grad():
-        wanted = judge.decoder(output.features, swapped, maps).abs().amax(dim=1)
-    strengths = judge(images)
-    np.testing.assert_allclose(strengths["swapped class"], wanted, atol=1e-5)
-    own, shuffled = index.classifier(CPU).network, judge.shuffled.classifier.network
+        wanted = methods.decoder(output.features, swapped, maps).abs().amax(dim=1)
+    scores_by_method = methods(images)
+    np.testing.assert_allclose(scores_by_method["swapped class"], wanted, atol=1e-5)
+    own, shuffled = index.classifier(CPU).network, methods.shuffled.classifier.network
     for before, after in zip(own.parameters(), shuffled.parameters(), strict=True):
         assert torch.equal(before.flatten().sort()[0], after.flatten().sort()[0])
     assert any(
         not torch.equal(*pair) for pair in zip(own.parameters(), shuffled.parameters(), strict=True)
     )
-    assert not np.allclose(strengths["shuffled weights"], strengths["heatmap"])
+    assert not np.allclose(scores_by_method["shuffled weights"], scores_by_method["heatmap"])
 
 
 def test_the_centre_prior_looks_at_no_image(measured, data):
-    prior = module.centre_prior(5)
+    prior = scoring.centre_prior(5)
     assert np.unravel_index(prior.argmax(), prior.shape) == (2, 2)
     np.testing.assert_allclose(prior, prior[::-1].T)
     rows = table(measured)[1]
@@ -164,10 +166,10 @@ def test_the_centre_prior_looks_at_no_image(measured, data):
 
 def test_a_sanity_check_that_lowers_nothing_is_said(measured, caplog):
     rows = [
-        module.Row(method, "mean", "mean", "mean", {"pixel_auroc": value}, np.zeros((0, 3)))
+        LocalizationRow(method, "mean", "mean", "mean", {"pixel_auroc": value}, np.zeros((0, 3)))
         for method, value in [("heatmap", 0.8), ("shuffled weights", 0.6), ("swapped class", 0.9)]
     ]
-    lowered = module.sanity(rows)["lowered_pixel_auroc"]
+    lowered = module._check_sanity(rows)
     assert lowered == pytest.approx({"shuffled weights": 0.2, "swapped class": -0.1})
     assert [record.getMessage()[:13] for record in caplog.records] == ["swapped class"]
 
@@ -208,9 +210,9 @@ def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch
     monkeypatch.setitem(index.manifest.inputs["classifier"], "num_maps", 0)
     monkeypatch.setattr("ood_heatmap.classifier.find_maps", none)
     decoder = open_decoder(run, index.manifest, CPU).decoder
-    judge = module.make_judge(index, decoder, CPU, CONFIG)
-    strengths = judge(np.zeros((2, 3, 16, 16), np.uint8))
-    assert list(strengths) == [method for method in METHODS if method != "feature distance"]
+    methods = scoring.make_localization_methods(index, decoder, CPU, CONFIG)
+    scores_by_method = methods(np.zeros((2, 3, 16, 16), np.uint8))
+    assert list(scores_by_method) == [method for method in METHODS if method != "feature distance"]
 
 
 @pytest.mark.parametrize("name", ["id", "mean"])
@@ -231,7 +233,7 @@ def test_a_set_with_nothing_readable_is_one_line(run, data, tmp_path):
 
 def test_the_table_has_a_line_for_each_method_and_set(measured):
     content, rows = table(measured)
-    text, ahead = format_table(content).split("\n\n")
+    text, ahead = format_localization(content).split("\n\n")
     lines = text.splitlines()
     assert len(lines) == 1 + len(METHODS) * 3
     assert lines[0].split()[:3] == ["method", "set", "AUROC"]
@@ -254,11 +256,11 @@ def test_the_table_has_a_line_for_each_method_and_set(measured):
 def test_intervals_are_those_of_drawing_images_again(measured, data):
     """The interval of a cell against sklearn's figures of images drawn with NumPy."""
     images, masks = patched(data, measured, "far", 0.5, "hard")
-    strengths = judge_of(measured)[1](images)["heatmap"]
+    scores_by_method = methods_of(measured)[1](images)["heatmap"]
     generator, drawn = np.random.default_rng(1), []
     for _ in range(400):
         rows = generator.integers(0, 12, 12)
-        drawn.append(localization_metrics(strengths[rows], masks[rows]))
+        drawn.append(localization_metrics(scores_by_method[rows], masks[rows]))
     row = table(measured)[1]["heatmap", "far", 0.5, "hard"]
     for key in ("pixel_auroc", "aupro", "pointing"):
         values = np.array([getattr(one, key) for one in drawn])

@@ -186,10 +186,14 @@ def test_the_index_file_holds_the_rows_in_order_and_damage_is_refused(tmp_path):
         neighbours.read_index(path, 10, 3)
 
 
-def test_distance_to_the_kth_neighbour():
-    bank = np.float32([[1, 0], [0, 1], [-1, 0]])
-    found = neighbours.mean_distance_to_kth(np.float32([[1, 0]]), bank, 2)
-    np.testing.assert_allclose(found, [np.sqrt(2)], rtol=1e-6)
+def test_the_k_nearest_rows_are_those_of_brute_force():
+    rng = np.random.default_rng(0)
+    queries, bank = (rng.normal(size=(count, 6)).astype(np.float32) for count in (20, 30))
+    distance, position = neighbours.k_nearest(queries, bank, 4)
+    wanted = np.linalg.norm(queries[:, None] - bank.astype(np.float64), axis=2)
+    np.testing.assert_array_equal(position, wanted.argsort(axis=1)[:, :4])
+    np.testing.assert_allclose(distance, np.sort(wanted, axis=1)[:, :4], rtol=1e-5)
+    assert neighbours.k_nearest(queries, bank[:3], 4)[0].shape == (20, 3)
 
 
 def test_two_faiss_packages_are_refused_with_the_way_out(monkeypatch):

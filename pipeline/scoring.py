@@ -1,0 +1,440 @@
+"""Every method's scores: of images for detection, and of pixels for localisation."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, unit_length
+from ood_heatmap.cache.files import replacing
+from ood_heatmap.cache.manifest import Stage, fingerprint_of
+from ood_heatmap.cache.neighbours import Bank, k_nearest
+from ood_heatmap.classifier import Classifier, Output
+from ood_heatmap.decoder import Decoder
+from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.distributed import gather, is_main, rank, world_size
+from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.heatmap import strength
+from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
+from ood_heatmap.pipeline.embed import Embedded, Meter, embed
+from ood_heatmap.pipeline.forward import Forward
+from ood_heatmap.pipeline.log import log_event
+from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
+PixelScores = dict[str, Float32]  # method to (B, H, W), larger is more OOD
+
+ID, HEATMAP = "id", "heatmap"
+CENTRE, DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
+SHUFFLED, SWAPPED = "shuffled weights", "swapped class"
+# of the ID training set, for the feature distance
+NUM_IMAGES, NUM_LOCATIONS = 2_000, 20_000
+
+# images that are scored at once, which bounds the heatmaps in memory, and that a rank is dealt
+_CHUNK = 1024
+_MAX_FIT = 50_000  # images of each kind that a method is fitted on, at most
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images of a set that are evaluated: ``rows`` of it, ascending."""
+
+    images: ImageSet
+    rows: Int64
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """What every method says of B images.
+
+    Args:
+        scores: ``(B,)`` float32 by method; larger is more OOD.
+        max_pixel_score: ``(B,)`` float32, the largest pixel score of each heatmap.
+        prediction: ``(B,)`` int32 predicted class.
+        label: ``(B,)`` int32 class, -1 where unknown.
+        row: ``(B,)`` int64 rows of the set.
+        content: sha256 of the images' bytes.
+    """
+
+    scores: Mapping[str, Float32]
+    max_pixel_score: Float32
+    prediction: NDArray[np.int32]
+    label: NDArray[np.int32]
+    row: Int64
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def by_method(self) -> dict[str, Float32]:
+        """The scores without those of runs with other seeds."""
+        return {
+            name: values
+            for name, values in self.scores.items()
+            if not name.startswith(f"{HEATMAP}-")
+        }
+
+    @staticmethod
+    def concatenate(parts: Sequence["ScoredSet"]) -> "ScoredSet":
+        """Return the parts of a set as one."""
+        return ScoredSet(
+            {key: np.concatenate([part.scores[key] for part in parts]) for key in parts[0].scores},
+            np.concatenate([part.max_pixel_score for part in parts]),
+            np.concatenate([part.prediction for part in parts]),
+            np.concatenate([part.label for part in parts]),
+            np.concatenate([part.row for part in parts]),
+            fingerprint_of([part.content for part in parts]),
+        )
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write the set atomically, the same bytes every time.
+
+        Args:
+            path: The ``.npz`` file.
+            fingerprint: Of the settings that it was made with.
+        """
+        arrays = {
+            **self.scores,
+            "peak": self.max_pixel_score,
+            "prediction": self.prediction,
+            "label": self.label,
+            "row": self.row,
+            "content": np.array(self.content),
+            "fingerprint": np.array(fingerprint),
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        with replacing(path) as scratch:
+            scratch.write_bytes(buffer.getbuffer())
+
+    @staticmethod
+    def load(path: Path, fingerprint: str) -> "ScoredSet | None":
+        """Return what ``save`` wrote, or None if it was made with other settings."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        if str(arrays.pop("fingerprint")) != fingerprint:
+            return None
+        content = str(arrays.pop("content"))
+        peak, prediction, label, row = (
+            arrays.pop(key) for key in ("peak", "prediction", "label", "row")
+        )
+        return ScoredSet(arrays, peak, prediction, label, row, content)
+
+
+def name_of_run(number: int) -> str:
+    """Return the name of a decoder's score: the run's own first, then those of other seeds."""
+    return f"{HEATMAP}-{number + 1}" if number else HEATMAP
+
+
+@dataclass(frozen=True)
+class DetectionMethods:
+    """The heatmap and all methods of ``METHODS``, fitted.
+
+    Args:
+        detectors: Of the run, then of the runs with other seeds; one classifier for all.
+        id_features: ``(N, D)`` of all ID training images, of unit length.
+        by_name: The fitted methods.
+        config: Settings of the stage.
+    """
+
+    detectors: Sequence[HeatmapDetector]
+    id_features: Float32
+    by_name: Mapping[str, Score]
+    config: EvaluateConfig
+
+    def __call__(self, embedded: Embedded, labels: NDArray[np.int32]) -> ScoredSet:
+        """Score images that the classifier has seen.
+
+        Args:
+            embedded: The classifier's outputs.
+            labels: ``(B,)`` classes, -1 where unknown.
+        """
+        heatmap_scores, max_pixel_score = self._decode(embedded)
+        distance, _ = k_nearest(
+            unit_length(embedded.features), self.id_features, self.config.neighbours
+        )
+        inputs = ScoreInputs(embedded.features, embedded.logits, distance[:, -1])
+        scores = {name: score(inputs) for name, score in self.by_name.items()}
+        return ScoredSet(
+            {**heatmap_scores, **scores},
+            max_pixel_score,
+            embedded.prediction,
+            labels,
+            embedded.rows,
+            embedded.content,
+        )
+
+    def _decode(self, embedded: Embedded) -> tuple[dict[str, Float32], Float32]:
+        """Return each decoder's image scores, and the run's own largest pixel scores."""
+        device, size = self.detectors[0].classifier.device, self.config.batch_size
+        batches = [
+            _to_output(embedded, slice(start, start + size), device)
+            for start in range(0, len(embedded.rows), size)
+        ]
+        scores, max_pixel_score = {}, np.empty(0, np.float32)
+        for number, detector in enumerate(self.detectors):
+            results = [detector.decode(batch) for batch in batches]
+            scores[name_of_run(number)] = np.concatenate([result.score for result in results])
+            if number == 0:
+                max_pixel_score = np.concatenate(
+                    [result.strength.max(axis=(1, 2)) for result in results]
+                )
+        return scores, max_pixel_score
+
+
+def _to_output(embedded: Embedded, rows: slice, device: torch.device) -> Output:
+    """Return some images' outputs of the classifier on the device."""
+    return Output(
+        torch.from_numpy(embedded.features[rows]).to(device),
+        torch.from_numpy(embedded.logits[rows]).to(device),
+        tuple(torch.from_numpy(maps[rows]).to(device) for maps in embedded.maps),
+    )
+
+
+def open_detectors(
+    runs: Sequence[Path], index: Index, device: torch.device
+) -> list[HeatmapDetector]:
+    """Return the detector of each run; one classifier for all."""
+    first = make_detector(index, open_decoder(runs[0], index.manifest, device), device)
+    decoders = [open_decoder(run, index.manifest, device).decoder for run in runs[1:]]
+    return [first, *(HeatmapDetector(first.classifier, decoder) for decoder in decoders)]
+
+
+def make_detection_methods(
+    index: Index, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
+) -> DetectionMethods:
+    """Fit every method."""
+    data = fit_data(index, detectors[0].classifier, config.seed)
+    return DetectionMethods(
+        detectors,
+        unit_length(index.columns["features"].read()),
+        {method.name: method.fit(data) for method in METHODS},
+        config,
+    )
+
+
+def fit_data(index: Index, classifier: Classifier, seed: int) -> FitData:
+    """Return what the caches hold for the methods to be fitted on."""
+    columns, manifest = index.columns, index.manifest
+    rows = _sample(np.arange(len(columns["row"])), seed)
+    features, prediction, label = (
+        columns[name].take(rows) for name in ("features", "prediction", "label")
+    )
+    known = bool(manifest.results["classes"]) and bool((label >= 0).all())
+    auxiliary = open_targets(index.run, index).columns
+    # patched images are ID images in part
+    paired = np.flatnonzero(auxiliary["patched"].read() == 0)
+    head = copy.deepcopy(classifier.network.get_submodule(classifier.head)).cpu()
+    assert isinstance(head, nn.Linear), "what find_head looks for"
+    return FitData(
+        features,
+        label if known else prediction,
+        auxiliary["features"].take(_sample(paired, seed)),
+        head,
+        seed,
+    )
+
+
+def _sample(rows: Int64, seed: int) -> Int64:
+    """Return the rows to fit on, ascending: all if they are few, or a seeded draw."""
+    if len(rows) <= _MAX_FIT:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, _MAX_FIT, replace=False))
+
+
+def scores_path(stage: Stage, name: str) -> Path:
+    """Return where the scores of a set are."""
+    return stage.directory / f"scores-{name}.npz"
+
+
+def finished_scores(stage: Stage, name: str) -> ScoredSet | None:
+    """Return the scores of a set that a stopped run has finished."""
+    path = scores_path(stage, name)
+    return ScoredSet.load(path, stage.settings_fingerprint) if path.is_file() else None
+
+
+def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods) -> ScoredSet:
+    """Score a set and write its scores; the ranks share its images."""
+    config, classifier = methods.config, methods.detectors[0].classifier
+    # the same for any batch size, as the content hash depends on it
+    chunks = [subset.rows[start : start + _CHUNK] for start in range(0, len(subset.rows), _CHUNK)]
+    mine = range(len(chunks))[rank() :: world_size()]
+    meter = Meter(sum(len(chunks[number]) for number in mine), f"evaluate {name}")
+    embedded = embed(
+        subset.images,
+        [chunks[number] for number in mine],
+        classifier,
+        meter,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    )
+    own = {
+        number: methods(chunk, subset.images.labels[chunk.rows])
+        for number, chunk in zip(mine, embedded, strict=True)
+    }
+    stats = meter.close()
+    done = {number: part for share in gather(own) for number, part in share.items()}
+    scored = ScoredSet.concatenate([done[number] for number in range(len(chunks))])
+    if is_main():
+        log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
+        scored.save(scores_path(stage, name), stage.settings_fingerprint)
+    return scored
+
+
+@dataclass(frozen=True)
+class LocalizationMethods:
+    """The heatmap, its controls and its sanity checks.
+
+    Args:
+        index: Finished, for the nearest ID images.
+        bank: Its features.
+        decoder: Trained, in eval mode.
+        forward: The classifier; returns one feature map at least, where its network has any.
+        shuffled: The same with the elements of each weight in random order.
+        locations: ``(M, C)`` features of locations in ID training images; None without feature
+            maps.
+        batch_size: Images per forward pass of the decoder.
+    """
+
+    index: Index
+    bank: Bank
+    decoder: Decoder
+    forward: Forward
+    shuffled: Forward
+    locations: Float32 | None
+    batch_size: int
+
+    def __call__(self, pixels: UInt8) -> PixelScores:
+        """Score the pixels of images ``(B, 3, H, W)``."""
+        output = self.forward(pixels)
+        prediction = output.logits.argmax(dim=1)
+        scores = {
+            HEATMAP: self._heatmap(output, prediction),
+            CENTRE: np.broadcast_to(centre_prior(pixels.shape[-1]), pixels[:, 0].shape),
+            DIFFERENCE: self._difference(pixels, output, prediction),
+        }
+        if self.locations is not None:
+            scores[DISTANCE] = self._distance(output.maps[0], pixels.shape[-1])
+        shuffled = self.shuffled(pixels)
+        scores[SHUFFLED] = self._heatmap(shuffled, shuffled.logits.argmax(dim=1))
+        swapped = (prediction + 1) % self.forward.classifier.num_classes
+        return {**scores, SWAPPED: self._heatmap(output, swapped)}
+
+    @torch.inference_mode()
+    def _heatmap(self, output: Output, prediction: Tensor) -> Float32:
+        """Return the decoder's pixel scores, ``(B, H, W)``."""
+        device, parts = self.forward.classifier.device, []
+        maps = output.maps[: len(self.decoder.config.map_shapes)]
+        for start in range(0, len(prediction), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            heatmap = self.decoder(
+                output.features[rows].to(device),
+                prediction[rows].to(device),
+                [item[rows].to(device).float() for item in maps],
+            )
+            parts.append(strength(heatmap).cpu())
+        # shuffled weights may overflow to infinity: such a heatmap says nothing
+        scores: Float32 = torch.cat(parts).nan_to_num(0.0).numpy()
+        return scores
+
+    def _difference(self, pixels: UInt8, output: Output, prediction: Tensor) -> Float32:
+        """Return the absolute difference to the nearest ID image of the predicted class."""
+        found = self.bank.nearest(output.features.numpy(), prediction.numpy())
+        nearest = self.index.columns["images"].take(self.index.positions(found.row))
+        difference: Float32 = np.abs(nearest.astype(np.float32) - pixels).max(axis=1)
+        return difference
+
+    def _distance(self, maps: Tensor, size: int) -> Float32:
+        """Return each location's distance to the nearest ID location, ``(B, size, size)``.
+
+        Source: after Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022.
+        """
+        assert self.locations is not None
+        centre = self.locations.mean(axis=0)  # FAISS loses digits far from the origin
+        queries = _locations(maps).reshape(-1, maps.shape[1]) - centre
+        distance, _ = k_nearest(np.ascontiguousarray(queries), self.locations - centre, k=1)
+        coarse = torch.from_numpy(distance).view(len(maps), 1, *maps.shape[2:])
+        fine: Float32 = interpolate(coarse, (size, size), mode="bilinear")[:, 0].numpy()
+        return fine
+
+
+def make_localization_methods(
+    index: Index, decoder: Decoder, device: torch.device, config: LocalizeConfig
+) -> LocalizationMethods:
+    """Return all methods; the seed draws the ID locations and shuffles the weights."""
+    num_maps = len(decoder.config.map_shapes)
+    classifier = index.classifier(device, num_maps)
+    if not num_maps:
+        # one for the feature distance, unless the network has none
+        with contextlib.suppress(OodHeatmapError):
+            classifier = index.classifier(device, 1)
+    shuffled = index.classifier(device, num_maps)
+    _shuffle_weights(shuffled, config.seed)
+    forward = Forward(classifier, config.batch_size)
+    return LocalizationMethods(
+        index,
+        index.bank(device),
+        decoder,
+        forward,
+        Forward(shuffled, config.batch_size),
+        _draw_locations(index, forward, config) if classifier.map_names else None,
+        config.batch_size,
+    )
+
+
+def _shuffle_weights(classifier: Classifier, seed: int) -> None:
+    """Put the elements of each of a classifier's weights in random order.
+
+    Source: after Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for weight in classifier.network.parameters():
+        order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+        weight.data.copy_(weight.data.flatten()[order].view(weight.shape))
+
+
+def _locations(maps: Tensor) -> Float32:
+    """Return maps ``(B, C, h, w)`` as the features of each location, ``(B, h w, C)`` float32."""
+    locations: Float32 = maps.float().flatten(2).transpose(1, 2).contiguous().numpy()
+    return locations
+
+
+def _draw_locations(index: Index, forward: Forward, config: LocalizeConfig) -> Float32:
+    """Return features of random locations in random ID training images, of the deepest map.
+
+    Returns:
+        ``(M, C)`` float32, M at most ``NUM_LOCATIONS``.
+    """
+    generator = np.random.default_rng(config.seed)
+    num_id = len(index.columns["row"])
+    rows = np.sort(generator.choice(num_id, min(num_id, NUM_IMAGES), replace=False))
+    parts = []
+    for start in range(0, len(rows), config.batch_size):
+        images = index.columns["images"].take(rows[start : start + config.batch_size])
+        features = _locations(forward(images).maps[0])
+        order = generator.permuted(
+            np.tile(np.arange(features.shape[1]), (len(features), 1)), axis=1
+        )
+        chosen = order[:, : max(1, NUM_LOCATIONS // len(rows)), None]
+        parts.append(np.take_along_axis(features, chosen, axis=1).reshape(-1, features.shape[2]))
+    return np.concatenate(parts)
+
+
+def centre_prior(size: int) -> Float32:
+    """Return a guess that looks at no image: the nearer to the centre, the higher the score."""
+    offset = np.arange(size) - (size - 1) / 2
+    prior: Float32 = -np.hypot(offset[:, None], offset).astype(np.float32)
+    return prior
