@@ -27,7 +27,7 @@ from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
-from ood_heatmap.pipeline.config import IndexConfig
+from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.meter import Meter, report
@@ -79,7 +79,7 @@ def build_index(
     inputs = {
         "classifier": classifier.fingerprint(),
         "images": images.describe(),
-        "options": {"shard_mb": config.shard_mb, "skip_unreadable": config.skip_unreadable},
+        "options": result_options(config),
     }
     stage = Stage(run, "index", inputs)
     with sole_writer(run):
