@@ -28,7 +28,7 @@ from ood_heatmap.distributed import barrier, is_main, main_first
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
-from ood_heatmap.pipeline.config import TargetsConfig
+from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.index import map_arrays, missing
 from ood_heatmap.pipeline.log import log_speed
@@ -95,14 +95,7 @@ def build_targets(
         inputs = {
             "index": index.manifest.fingerprint,
             "images": images.describe(),
-            "options": {
-                "limit": config.limit,
-                "seed": config.seed,
-                "pairing": config.pairing,
-                "patched": config.patched,
-                "shard_mb": config.shard_mb,
-                "skip_unreadable": config.skip_unreadable,
-            },
+            "options": result_options(config),
         }
         stage = Stage(run, "targets", inputs)
         row_bytes = bytes_per_row(index)
