@@ -28,7 +28,7 @@ from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
 from ood_heatmap.distributed import barrier, from_main, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import strength
-from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.config import TrainConfig, result_options
 from ood_heatmap.pipeline.feed import (
     Feed,
     TrainingBatch,
@@ -83,7 +83,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         targets = open_targets(run, index)
         data = TrainingSet(index.columns, targets.columns, config.feature_maps)
         check_maps(data, config)
-        inputs = {"targets": targets.manifest.fingerprint, "options": options_of(config)}
+        inputs = {"targets": targets.manifest.fingerprint, "options": result_options(config)}
         stage = Stage(run, "decoder", inputs)
         finished = from_main(stage.begin(overwrite=config.overwrite) if is_main() else None)
         if finished is not None:
@@ -95,15 +95,6 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
             log_speed(stage, "train", speed)
         barrier()
         return read_manifest(run, "decoder")
-
-
-def options_of(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that the result depends on."""
-    return {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in ("overwrite", "feed", "step")
-    }
 
 
 def check_maps(data: TrainingSet, config: TrainConfig) -> None:
