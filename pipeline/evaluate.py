@@ -6,7 +6,6 @@ and from which score on an image is called OOD, found on held-out ID images alon
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import barrier, from_main, is_main
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
-from ood_heatmap.pipeline.config import EvaluateConfig
+from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import PICTURES, REPORT, draw
 from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.scoring import (
@@ -237,12 +236,11 @@ def _inputs(
     decoders: Sequence[Manifest], subsets: Mapping[str, Subset], config: EvaluateConfig
 ) -> dict[str, Any]:
     """Return all that the result depends on."""
-    without = ("overwrite", "batch_size", "workers")
     return {
         "decoder": decoders[0].fingerprint,
         "runs": [decoder.fingerprint for decoder in decoders[1:]],
         "images": {name: subset.images.describe() for name, subset in subsets.items()},
-        "options": {name: value for name, value in asdict(config).items() if name not in without},
+        "options": result_options(config),
     }
 
 
