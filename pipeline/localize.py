@@ -24,7 +24,7 @@ from ood_heatmap.images import ImageSet, Transform, batches
 from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
-from ood_heatmap.pipeline.config import LocalizeConfig
+from ood_heatmap.pipeline.config import LocalizeConfig, result_options
 from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.run import open_decoder, open_index
 from ood_heatmap.pipeline.scoring import (
@@ -85,12 +85,7 @@ def localize(
         inputs = {
             "decoder": trained.manifest.fingerprint,
             "images": {name: images.describe() for name, images in sets.items()},
-            "options": {
-                "count": config.count,
-                "seed": config.seed,
-                "resamples": config.resamples,
-                "skip_unreadable": config.skip_unreadable,
-            },
+            "options": result_options(config),
         }
         stage = Stage(run, "localization", inputs)
         finished = stage.begin(overwrite=config.overwrite)
