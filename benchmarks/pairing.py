@@ -148,7 +148,7 @@ def strengths_of(detector: HeatmapDetector, pixels: UInt8) -> NDArray[np.float32
     """Return how OOD each pixel is, batch by batch."""
     size = LocalizeConfig.batch_size
     starts = range(0, len(pixels), size)
-    return np.concatenate([detector(pixels[start : start + size]).strength for start in starts])
+    return np.concatenate([detector(pixels[start : start + size]).pixel_score for start in starts])
 
 
 def write(out: Path, lines: list[Line], device: torch.device) -> None:

@@ -43,11 +43,8 @@ class Result:
     is_ood: NDArray[np.bool_] | None
 
     @property
-    def strength(self) -> NDArray[np.float32]:
-        """``(B, H, W)`` in [0, 1].
-
-        How OOD each pixel is, the maximum over channels of ``|heatmap|``.
-        """
+    def pixel_score(self) -> NDArray[np.float32]:
+        """``(B, H, W)`` in [0, 1], how OOD each pixel is: maximum of |heatmap| over channels."""
         return strength(torch.from_numpy(self.heatmap)).numpy()
 
 
@@ -167,6 +164,10 @@ class HeatmapDetector:
             self.p_value(scores),
             scores > self.threshold if self.calibration else None,
         )
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number when the classes have no names."""
+        return self.classes[label] if self.classes else str(label)
 
     def p_value(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the p-value of each score, ``(B,)``; NaN when not calibrated."""

@@ -1,7 +1,9 @@
-"""The errors that a user can mend.
+"""Errors that a user can fix, and text that is safe to show.
 
-This module imports nothing, so that every other may import it.
+Imports nothing of the package, so that every other module may import it.
 """
+
+import unicodedata
 
 
 class OodHeatmapError(Exception):
@@ -25,3 +27,17 @@ class StaleCacheError(OodHeatmapError):
 
 class DamagedCacheError(OodHeatmapError):
     """A file of a cache is missing, cut short or changed since it was written."""
+
+
+def printable(text: str) -> str:
+    """Return text as a single line for messages, figures and pages.
+
+    Names of files and classes may hold anything. Line breaks, control characters and bytes that
+    are not UTF-8 are escaped as in a Python string: ``a\\nb``, ``\\udcff``.
+    """
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        else character
+        for character in text
+    )

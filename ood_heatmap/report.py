@@ -1,7 +1,7 @@
 """The report of an evaluation: one HTML page that opens from disk and needs no network.
 
-Tables and pictures are written here, escaped; the plots and the controls are the script in
-``report.html``, which draws them from the JSON that this module embeds.
+This module renders tables and images, escaped. Plots and controls are drawn by the script in
+``report.html`` from the JSON embedded here.
 """
 
 import base64
@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,25 +21,29 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from ood_heatmap.cache.files import replacing
-from ood_heatmap.figures import COLORS, Card
+from ood_heatmap.errors import printable
+from ood_heatmap.figures import COLORMAP, Card, share_of_scale
 
 ID = "id"
-HEATMAP = "heatmap"  # the method whose scores are in the histograms and under the threshold
-PICTURE_SIZE = 96  # pixels of the longer side, as on the page: 200 cards of 224 px would be 50 MB
-SLIDER_STEPS = 1000  # at least; the next power of ten that divides the range into more
+# the method of the histograms and of the threshold
+HEATMAP = "heatmap"
+# pixels of the longer side, as on the page: 200 cards of 224 px would be 50 MB
+_PICTURE_SIZE = 96
+# at least; the step is the next smaller power of ten
+_SLIDER_STEPS = 1000
 
-Curves = Mapping[str, tuple[list[float], list[float]]]
+_Curves = Mapping[str, tuple[list[float], list[float]]]
 
 
 @dataclass(frozen=True)
-class Column:
+class _Column:
     """One metric of the table."""
 
     key: str
     head: str
     note: str
-    sign: int  # +1: higher is better, -1: lower is better
+    # +1: higher is better, -1: lower is better
+    sign: int
 
     @property
     def arrow(self) -> str:
@@ -48,94 +51,120 @@ class Column:
         return "&uarr;" if self.sign > 0 else "&darr;"
 
 
-COLUMNS = (
-    Column("auroc", "AUROC", "", 1),
-    Column("aupr_in", "AUPR-IN", "ID positive", 1),
-    Column("aupr_out", "AUPR-OUT", "OOD positive", 1),
-    Column("fpr95_id_pos", "FPR95", "ID positive", -1),
-    Column("fpr95_ood_pos", "FPR95", "OOD positive", -1),
+_COLUMNS = (
+    _Column("auroc", "AUROC", "", 1),
+    _Column("aupr_in", "AUPR-IN", "ID positive", 1),
+    _Column("aupr_out", "AUPR-OUT", "OOD positive", 1),
+    _Column("fpr95_id_pos", "FPR95", "ID positive", -1),
+    _Column("fpr95_ood_pos", "FPR95", "OOD positive", -1),
 )
 
 
-def write_report(
-    path: Path,
+def render_report(
     *,
     title: str,
     metrics: Mapping[str, Any],
     scores: Mapping[str, NDArray[np.float32]],
-    roc: Mapping[str, Curves],
+    roc: Mapping[str, _Curves],
     cards: Sequence[Card],
     color_max: float,
     threshold: float | None,
-    classes: Sequence[str] | None = None,
-) -> None:
-    """Write the report whole; the same input gives the same bytes.
+    classes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> str:
+    """Render the report; the same input gives the same page.
 
     Args:
-        path: The HTML file.
         title: Its heading.
         metrics: Content of ``metrics.json``: ``table`` has a row for each method and set, shares in
-            [0, 1]. A row may have ``intervals``, ``{metric: [low, high]}``.
+            [0, 1]. A row may have ``intervals``, ``{metric: [low, high]}``. ``decisions``, where
+            there are any, say how many held-out images the threshold rests on.
         scores: All heatmap scores by set; the set ``id`` is in-distribution.
-        roc: By set and method, the false and true positive rates; OOD is the positive class.
+        roc: By set and method, false and true positive rates; OOD is the positive class.
         cards: The gallery, in the order in which it is first shown.
-        color_max: Top of the one colour scale of all heatmaps.
-        threshold: Where the slider starts; ``None`` for the 95th percentile of the ID scores.
-        classes: Names of the ID classes.
+        color_max: Top of the colour scale shared by all heatmaps.
+        threshold: Initial position of the slider; None for the 95th percentile of the ID scores.
+        classes: Names of the ID classes; empty when unknown.
+        warnings: What the stages of the run warned about, shown above everything else.
 
     Raises:
         ValueError: The set ``id`` is missing, or a set has no scores or some that are not finite.
     """
-    check_scores(scores)
+    _check_scores(scores)
     start = float(np.quantile(scores[ID], 0.95) if threshold is None else threshold)
-    low, high, step = slider_range(scores, start)
+    low, high, step = _slider_range(scores, start)
     data = {
         "threshold": start,
         "low": low,
         "high": high,
         "sets": [
-            {"name": name, "id": name == ID, "scores": encoded(scores[name])}
+            {"name": printable(name), "id": name == ID, "scores": _encode_scores(scores[name])}
             for name in [ID, *(name for name in scores if name != ID)]
         ],
-        "methods": distinct(method for curves in roc.values() for method in curves),
-        "roc": [panel(name, curves) for name, curves in roc.items()],
+        "methods": _unique(method for curves in roc.values() for method in curves),
+        "roc": [_roc_data(name, curves) for name, curves in roc.items()],
         "main": HEATMAP,
     }
     template = files("ood_heatmap").joinpath("report.html").read_text("utf-8")
-    page = fill(
+    return _fill(
         template,
         {
-            "title": escape(title),
-            "script_hash": script_hash(template),
-            "summary": summary(metrics, scores, classes),
-            "table": table(metrics["table"]),
-            "table_sets": options(distinct(row["set"] for row in metrics["table"])),
+            "title": _escape(title),
+            "script_hash": _script_hash(template),
+            "warnings": _render_warnings(warnings),
+            "summary": _render_summary(metrics, scores, classes),
+            "table": _render_table(metrics["table"]),
+            "table_sets": _render_options(_unique(row["set"] for row in metrics["table"])),
             "slider": f'min="{low!r}" max="{high!r}" step="{step!r}"',
             "step": repr(step),
-            "origin": "the 95th percentile of the ID scores"
-            if threshold is None
-            else "the threshold of this evaluation",
-            "scale": image_tag(
-                colored(np.linspace(0, 1, 256, dtype=np.float32)[None], 1.0),
+            "origin": _format_origin(threshold, metrics.get("decisions")),
+            "scale": _image_tag(
+                _colorize(np.linspace(0, 1, 256, dtype=np.float32)[None], 1.0),
                 f"colour scale of the heatmaps, from dark at 0 to bright at {color_max:g}",
             ),
             "color_max": f"{color_max:g}",
-            "card_sets": options(distinct(card.set_name for card in cards)),
-            "cards": gallery(cards, color_max),
+            "card_sets": _render_options(_unique(card.set_name for card in cards)),
+            "cards": _render_cards(cards, color_max),
             "p_value": "The p-value is the share of ID images that score at least as high."
             if any(card.p_value is not None for card in cards)
             else "",
             "num_cards": f"{len(cards):,}",
-            "data": embedded(data),
+            "data": _embed_json(data),
         },
     )
-    with replacing(path) as scratch:
-        # a file name that is not UTF-8 reaches Python as lone surrogates
-        scratch.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 
-def check_scores(scores: Mapping[str, NDArray[np.float32]]) -> None:
-    """Refuse scores that cannot be counted."""
+def _escape(text: str) -> str:
+    """Return text on one line, with the characters that are markup escaped."""
+    return escape(printable(text))
+
+
+def _render_warnings(warnings: Sequence[str]) -> str:
+    """Render the box of warnings; nothing without any."""
+    if not warnings:
+        return ""
+    items = "".join(f"<li>{_escape(text)}</li>" for text in warnings)
+    return (
+        '<section class="warnings" aria-labelledby="warnings-title">'
+        f'<h2 id="warnings-title">Warnings</h2><ul>{items}</ul></section>'
+    )
+
+
+def _format_origin(threshold: float | None, decisions: Mapping[str, Any] | None) -> str:
+    """Say where the slider starts, and why there is no threshold where there is none."""
+    if threshold is not None:
+        return "the threshold of this evaluation"
+    origin = "the 95th percentile of the ID scores"
+    if decisions is None:
+        return origin
+    return (
+        f"{origin}: this evaluation has no threshold, {decisions['num_calibration']:,} held-out ID "
+        f"images are too few for a false-alarm level of {decisions['level']:g}"
+    )
+
+
+def _check_scores(scores: Mapping[str, NDArray[np.float32]]) -> None:
+    """Raise ValueError for scores that cannot be plotted."""
     if ID not in scores:
         raise ValueError(f"scores must have the set {ID!r}, got {list(scores)}")
     for name, values in scores.items():
@@ -143,31 +172,31 @@ def check_scores(scores: Mapping[str, NDArray[np.float32]]) -> None:
             raise ValueError(f"scores of {name!r} must be finite and at least one")
 
 
-def slider_range(
+def _slider_range(
     scores: Mapping[str, NDArray[np.float32]], start: float
 ) -> tuple[float, float, float]:
-    """Return bottom, top and step of the slider: round numbers around 0, all scores, the start."""
+    """Return minimum, maximum and step of the slider: round numbers that span all scores."""
     bottom = min(0.0, start, *(float(values.min()) for values in scores.values()))
     top = max(start, *(float(values.max()) for values in scores.values()))
     width = top - bottom or 1.0
-    exponent = math.floor(math.log10(width / SLIDER_STEPS))
+    exponent = math.floor(math.log10(width / _SLIDER_STEPS))
     step = float(f"1e{exponent}")
     low, high = math.floor(bottom / step), math.ceil((bottom + width) / step)
     return float(f"{low}e{exponent}"), float(f"{high}e{exponent}"), step
 
 
-def encoded(scores: NDArray[np.float32]) -> str:
+def _encode_scores(scores: NDArray[np.float32]) -> str:
     """Return sorted scores as base64 of little-endian float32.
 
-    Bit for bit, so that the page counts what Python counts.
+    Exact, so that the page counts what Python counts.
     """
     return base64.b64encode(np.sort(scores).astype("<f4").tobytes()).decode("ascii")
 
 
-def panel(name: str, curves: Curves) -> dict[str, Any]:
+def _roc_data(name: str, curves: _Curves) -> dict[str, Any]:
     """Return the ROC curves of a set for the script; five digits are finer than a pixel."""
     return {
-        "set": name,
+        "set": printable(name),
         "curves": [
             {
                 "method": method,
@@ -179,65 +208,65 @@ def panel(name: str, curves: Curves) -> dict[str, Any]:
     }
 
 
-def embedded(data: Mapping[str, Any]) -> str:
-    """Return JSON that cannot end the ``<script>`` it stands in."""
+def _embed_json(data: Mapping[str, Any]) -> str:
+    """Return JSON that cannot close its ``<script>`` element."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def script_hash(template: str) -> str:
-    """Return the hash by which the page allows its own script, and no other, to run."""
+def _script_hash(template: str) -> str:
+    """Return the hash by which the page's policy admits its own script and no other."""
     (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
-def fill(template: str, parts: Mapping[str, str]) -> str:
-    """Return the template with each ``{{ name }}`` replaced, in one pass: no part is searched."""
+def _fill(template: str, parts: Mapping[str, str]) -> str:
+    """Replace each ``{{ name }}`` of the template in one pass, so that no value is expanded."""
     return re.sub(r"\{\{ (\w+) \}\}", lambda found: parts[found[1]], template)
 
 
-def distinct(names: Iterable[str]) -> list[str]:
+def _unique(names: Iterable[str]) -> list[str]:
     """Return each name once, in order of first appearance."""
     return list(dict.fromkeys(names))
 
 
-def options(names: Sequence[str]) -> str:
-    """Return a choice for each set, known to the script by its number and not by its name."""
+def _render_options(names: Sequence[str]) -> str:
+    """Render a choice for each set, known to the script by its number and not by its name."""
     return "".join(
-        f'<option value="{number}">{escape(name)}</option>' for number, name in enumerate(names)
+        f'<option value="{number}">{_escape(name)}</option>' for number, name in enumerate(names)
     )
 
 
-def summary(
+def _render_summary(
     metrics: Mapping[str, Any],
     scores: Mapping[str, NDArray[np.float32]],
-    classes: Sequence[str] | None,
+    classes: Sequence[str],
 ) -> str:
-    """Return what was evaluated, in a sentence or two."""
+    """Render what was evaluated, in a sentence or two."""
     ood = [name for name in scores if name != ID]
-    counts = ", ".join(f"{escape(name)} ({len(scores[name]):,})" for name in ood)
+    counts = ", ".join(f"{_escape(name)} ({len(scores[name]):,})" for name in ood)
     lines = [
         f"<p>{len(scores[ID]):,} in-distribution (ID) images against {counts or 'no OOD set'}."
     ]
     if metrics.get("id_accuracy") is not None:
         lines.append(
-            f"The classifier is right on {percent(metrics['id_accuracy'])} % of the ID set."
+            f"The classifier is right on {_format_percent(metrics['id_accuracy'])} % of the ID set."
         )
     lines.append("Scores: larger is more out-of-distribution (OOD).</p>")
     if classes:
-        names = ", ".join(escape(name) for name in classes)
+        names = ", ".join(_escape(name) for name in classes)
         lines.append(
             f"<details><summary>{len(classes):,} ID classes</summary><p>{names}</p></details>"
         )
     return "\n".join(lines)
 
 
-def percent(share: float) -> str:
-    """Return a share in [0, 1] in percent."""
+def _format_percent(share: float) -> str:
+    """Format a share in [0, 1] in percent."""
     return f"{100 * share:.2f}"
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of metrics, a group of rows for each set.
+def _render_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Render the table of metrics, a group of rows for each set.
 
     A metric with intervals has a second column for them, so that its numbers stay in line.
     """
@@ -245,14 +274,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = "".join(
         f'<th scope="col"{" colspan=2" if column.key in wide else ""}>{column.head}&nbsp;'
         f'<span aria-hidden="true">{column.arrow}</span><small>{column.note}</small></th>'
-        for column in COLUMNS
+        for column in _COLUMNS
     )
     prevalence = any("prevalence_ood" in row for row in rows)
     if prevalence:
         heads += '<th scope="col">OOD share</th>'
     groups = "".join(
-        group(number, name, [row for row in rows if row["set"] == name], wide, prevalence)
-        for number, name in enumerate(distinct(row["set"] for row in rows))
+        _render_group(number, name, [row for row in rows if row["set"] == name], wide, prevalence)
+        for number, name in enumerate(_unique(row["set"] for row in rows))
     )
     return (
         f'<table id="metrics"><thead><tr><th scope="col">Set</th><th scope="col">Method</th>'
@@ -260,76 +289,77 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def group(
+def _render_group(
     number: int,
     name: str,
     rows: Sequence[Mapping[str, Any]],
     wide: Collection[str],
     prevalence: bool,
 ) -> str:
-    """Return the rows of one set, with the best of each metric in bold."""
-    best = {column.key: best_of(column, rows) for column in COLUMNS}
-    head = f'<th scope="rowgroup" rowspan="{len(rows)}">{escape(name)}</th>'
+    """Render the rows of one set, with the best of each metric in bold."""
+    best = {column.key: _best_metric(column, rows) for column in _COLUMNS}
+    head = f'<th scope="rowgroup" rowspan="{len(rows)}">{_escape(name)}</th>'
     lines = []
     for row in rows:
         cells = ""
         for key in best:
-            cells += cell(shown(row, key), best[key])
+            cells += _render_cell(_format_metric(row, key), best[key])
             if key in wide:
-                cells += margin_cell(row, key)
+                cells += _render_margin(row, key)
         if prevalence:
             share = row.get("prevalence_ood")
-            cells += cell(None if share is None else f"{100 * share:.1f}")
-        method = f'<th scope="row">{escape(row["method"])}</th>'
+            cells += _render_cell(None if share is None else f"{100 * share:.1f}")
+        method = f'<th scope="row">{_escape(row["method"])}</th>'
         lines.append(f"<tr>{head}{method}{cells}</tr>\n")
-        head = ""  # it spans the rows of its set
+        # the head spans all rows of the set
+        head = ""
     return f'<tbody data-set="{number}">{"".join(lines)}</tbody>\n'
 
 
-def shown(row: Mapping[str, Any], key: str) -> str | None:
-    """Return a metric as the table shows it, in percent."""
+def _format_metric(row: Mapping[str, Any], key: str) -> str | None:
+    """Format a metric for the table, in percent."""
     share = row.get(key)
-    return None if share is None or math.isnan(share) else percent(share)
+    return None if share is None or math.isnan(share) else _format_percent(share)
 
 
-def best_of(column: Column, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the best number of a column as it is shown: what ties on paper is a tie."""
-    numbers = [text for row in rows if (text := shown(row, column.key)) is not None]
+def _best_metric(column: _Column, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the best number of a column as displayed; numbers that display alike are tied."""
+    numbers = [text for row in rows if (text := _format_metric(row, column.key)) is not None]
     return (max if column.sign > 0 else min)(numbers, key=float, default=None)
 
 
-def cell(text: str | None, best: str | None = None) -> str:
-    """Return one number of the table, bold if it is the best."""
+def _render_cell(text: str | None, best: str | None = None) -> str:
+    """Render one number of the table, bold if it is the best."""
     if text is None:
         return "<td>&ndash;</td>"
     return f"<td>{f'<strong>{text}</strong>' if text == best else text}</td>"
 
 
-def margin_cell(row: Mapping[str, Any], key: str) -> str:
-    """Return how far to trust the number before it: its spread over runs, or else its interval."""
+def _render_margin(row: Mapping[str, Any], key: str) -> str:
+    """Render the uncertainty of a metric: its spread over runs, or else its interval."""
     interval = (row.get("intervals") or {}).get(key, ())
-    text = "&ndash;".join(percent(end) for end in interval)
+    text = "&ndash;".join(_format_percent(end) for end in interval)
     if "spread" in row:
-        text = f"&plusmn; {percent(row['spread'][key])}"
+        text = f"&plusmn; {_format_percent(row['spread'][key])}"
     return f'<td class="interval">{text}</td>'
 
 
-def gallery(cards: Sequence[Card], color_max: float) -> str:
-    """Return the cards as items of a list."""
-    sets = {name: number for number, name in enumerate(distinct(card.set_name for card in cards))}
-    return "\n".join(item(card, sets[card.set_name], color_max) for card in cards)
+def _render_cards(cards: Sequence[Card], color_max: float) -> str:
+    """Render the cards as list items."""
+    sets = {name: number for number, name in enumerate(_unique(card.set_name for card in cards))}
+    return "\n".join(_render_card(card, sets[card.set_name], color_max) for card in cards)
 
 
-def item(card: Card, set_number: int, color_max: float) -> str:
-    """Return one card: image, heatmap, nearest ID image, and what is known of them."""
-    name = escape(card.name)
+def _render_card(card: Card, set_number: int, color_max: float) -> str:
+    """Render one card: image, heatmap and nearest ID image, with their numbers."""
+    name = _escape(card.name)
     pictures = (
-        (photo(card.image), f"image {card.name}", "image"),
-        (heat(card.strength, color_max), f"heatmap of {card.name}", "heatmap"),
-        (photo(card.nearest), f"nearest ID image of {card.name}", "nearest ID"),
+        (_to_picture(card.image), f"image {card.name}", "image"),
+        (_to_heatmap_picture(card.pixel_score, color_max), f"heatmap of {card.name}", "heatmap"),
+        (_to_picture(card.nearest), f"nearest ID image of {card.name}", "nearest ID"),
     )
     figures = "".join(
-        f"<figure>{image_tag(picture, alt)}<figcaption>{caption}</figcaption></figure>"
+        f"<figure>{_image_tag(picture, alt)}<figcaption>{caption}</figcaption></figure>"
         for picture, alt, caption in pictures
     )
     p_value = (
@@ -340,53 +370,51 @@ def item(card: Card, set_number: int, color_max: float) -> str:
     return (
         f'<li class="card" data-set="{set_number}" data-score="{score!r}" '
         f'data-distance="{distance!r}">'
-        f'<p class="name"><b>{name}</b> <span>{escape(card.set_name)}</span></p>'
+        f'<p class="name"><b>{name}</b> <span>{_escape(card.set_name)}</span></p>'
         f'<div class="pictures">{figures}</div>'
         f"<dl><div><dt>score</dt><dd>{score:.4f}</dd></div>{p_value}"
         f"<div><dt>distance</dt><dd>{distance:.3f}</dd></div>"
-        f"<div><dt>predicted</dt><dd>{escape(card.prediction)}</dd></div></dl>"
+        f"<div><dt>predicted</dt><dd>{_escape(card.prediction)}</dd></div></dl>"
         '<p class="flag" hidden>flagged</p></li>'
     )
 
 
-def photo(image: NDArray[np.uint8]) -> Image.Image:
+def _to_picture(image: NDArray[np.uint8]) -> Image.Image:
     """Return ``(3, H, W)`` uint8 as a picture."""
-    return shrunk(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))
+    return _shrink(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))
 
 
-def heat(strength: NDArray[np.float32], color_max: float) -> Image.Image:
-    """Return ``(H, W)`` in [0, 1] as a picture; where it shrinks, strengths are averaged."""
-    return colored(np.asarray(shrunk(Image.fromarray(strength.astype(np.float32)))), color_max)
+def _to_heatmap_picture(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image:
+    """Return ``(H, W)`` in [0, 1] as a picture; where it shrinks, pixel scores are averaged."""
+    shrunk = _shrink(Image.fromarray(pixel_score.astype(np.float32)))
+    return _colorize(np.asarray(shrunk), color_max)
 
 
-def shrunk(picture: Image.Image) -> Image.Image:
-    """Return a picture of at most ``PICTURE_SIZE``; a smaller one stays as it is."""
-    picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+def _shrink(picture: Image.Image) -> Image.Image:
+    """Shrink a picture to ``_PICTURE_SIZE``, in place; a smaller one is not changed."""
+    picture.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE), Image.Resampling.BOX)
     return picture
 
 
-def colored(strength: NDArray[np.float32], color_max: float) -> Image.Image:
-    """Return a picture on the colour scale from 0 to ``color_max``.
-
-    A ``color_max`` of 0, of a decoder that answers nothing, leaves it dark.
-    """
-    share = strength / color_max if color_max > 0 else np.zeros_like(strength)
+def _colorize(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image:
+    """Return a picture on the colour scale from 0 to ``color_max``, with a palette."""
+    share = share_of_scale(pixel_score, color_max)
     picture = Image.fromarray(np.clip(share * 256, 0, 255).astype(np.uint8))
-    palette = colormaps[COLORS](np.arange(256), bytes=True)[:, :3]
+    palette = colormaps[COLORMAP](np.arange(256), bytes=True)[:, :3]
     picture.putpalette(palette.tobytes())
     return picture
 
 
-def image_tag(picture: Image.Image, alt: str) -> str:
-    """Return a picture as an ``<img>`` that holds its own bytes.
+def _image_tag(picture: Image.Image, alt: str) -> str:
+    """Render a picture as an ``<img>`` with embedded bytes.
 
-    Exact, but for photos that were made smaller: as PNG they would be most of the page.
+    Lossless except for photos that were shrunk: as PNG they would dominate the size of the page.
     """
-    kind = "JPEG" if picture.mode == "RGB" and max(picture.size) == PICTURE_SIZE else "PNG"
+    kind = "JPEG" if picture.mode == "RGB" and max(picture.size) == _PICTURE_SIZE else "PNG"
     buffer = io.BytesIO()
     picture.save(buffer, kind, optimize=True, quality=85)
     source = base64.b64encode(buffer.getvalue()).decode("ascii")
     return (
         f'<img src="data:image/{kind.lower()};base64,{source}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{escape(alt)}">'
+        f'height="{picture.height}" alt="{_escape(alt)}">'
     )

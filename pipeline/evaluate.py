@@ -28,7 +28,7 @@ from ood_heatmap.distributed import barrier, from_main, is_main
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
-from ood_heatmap.pipeline.gallery import PICTURES, REPORT, draw
+from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
 from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
@@ -120,7 +120,7 @@ def _publish(
     if calibration is not None:
         metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
     write_json(stage.directory / "metrics.json", metrics)
-    draw(stage, metrics, subsets, shown, detector, index, calibration, config)
+    write_report(stage, metrics, subsets, shown, detector, index, calibration, config)
     _finish(stage, scored, calibration, config)
 
 
@@ -309,4 +309,4 @@ def _finish(
         results["false_alarm"] = config.false_alarm
         results["num_calibration"] = len(calibration.scores)
         names.append(CALIBRATION_FILE)
-    return stage.finish(content, results, ["metrics.json", *names, *PICTURES, REPORT])
+    return stage.finish(content, results, ["metrics.json", *names, *FIGURES, REPORT])

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: figures, and the report with its gallery."""
+"""Figures and report of an evaluation, and the example images in them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_heatmap import figures
-from ood_heatmap.cache.manifest import Stage
+from ood_heatmap.cache.files import replacing
+from ood_heatmap.cache.manifest import Stage, read_manifest
 from ood_heatmap.cache.neighbours import Bank
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
@@ -15,14 +16,15 @@ from ood_heatmap.figures import Card
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.run import Index
 from ood_heatmap.pipeline.scoring import HEATMAP, ID, ScoredSet, Subset
-from ood_heatmap.report import write_report
+from ood_heatmap.report import render_report
 
-HISTOGRAMS, ROC, EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
-PICTURES, REPORT = (HISTOGRAMS, ROC, EXAMPLES), "report.html"
-MAX_CARDS = 320  # of all sets together: the report stays under 10 MB
+_HISTOGRAMS, _ROC, _EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
+FIGURES, REPORT = (_HISTOGRAMS, _ROC, _EXAMPLES), "report.html"
+# over all sets: keeps the report under 10 MB
+MAX_CARDS = 320
 
 
-def draw(
+def write_report(
     stage: Stage,
     metrics: Mapping[str, Any],
     subsets: Mapping[str, Subset],
@@ -35,7 +37,7 @@ def draw(
     """Write the figures and the report.
 
     Args:
-        stage: Where to.
+        stage: The evaluation.
         metrics: Content of ``metrics.json``.
         subsets: The images of each set.
         scored: The scores of each set, ``id`` among them.
@@ -44,88 +46,105 @@ def draw(
         calibration: For p-values.
         config: Settings of the stage.
     """
-    (stage.directory / "figures").mkdir(exist_ok=True)
     bank = index.bank(detector.classifier.device)
-    each = min(config.gallery, max(1, MAX_CARDS // len(scored)))
+    num_cards = min(config.gallery, max(1, MAX_CARDS // len(scored)))
     cards = {
-        name: cards_of(name, subsets[name], item, detector, index, bank, calibration, each)
-        for name, item in scored.items()
+        name: _make_cards(
+            name, subsets[name], scored[name], num_cards, detector, index, bank, calibration
+        )
+        for name in scored
     }
-    sheet = [
-        of_set[step] for of_set in cards.values() for step in steps(len(of_set), config.examples)
+    examples = [
+        cards[name][step] for name in cards for step in _steps(len(cards[name]), config.examples)
     ]
-    heatmap = {name: item.scores[HEATMAP] for name, item in scored.items()}
+    heatmap = {name: scored[name].scores[HEATMAP] for name in scored}
     ood = [name for name in scored if name != ID]
-    id_scores = scored[ID].by_method
-    by_method = {name: scored[name].by_method for name in ood}
-    drawn = {
-        HISTOGRAMS: figures.histograms(heatmap[ID], {name: heatmap[name] for name in ood}),
-        ROC: figures.roc_curves(id_scores, by_method),
-        EXAMPLES: figures.sheet(sheet, detector.color_max, len(scored)),
-    }
-    for name, figure in drawn.items():
-        figures.save(figure, stage.directory / name)
-    write_report(
-        stage.directory / REPORT,
+    by_method = {name: scored[name].by_method for name in scored}
+    for name, figure in (
+        (_HISTOGRAMS, figures.score_histograms(heatmap[ID], {key: heatmap[key] for key in ood})),
+        (_ROC, figures.roc_curves(by_method[ID], {key: by_method[key] for key in ood})),
+        (_EXAMPLES, figures.example_grid(examples, detector.color_max, len(scored))),
+    ):
+        _write(stage, name, figures.to_png(figure))
+    page = render_report(
         title="Out-of-distribution detection with heatmaps",
         metrics=metrics,
         scores=heatmap,
         roc={
             name: {
-                method: figures.roc_points(id_scores[method], values)
-                for method, values in of_set.items()
+                method: figures.roc_points(by_method[ID][method], values)
+                for method, values in by_method[name].items()
             }
-            for name, of_set in by_method.items()
+            for name in ood
         },
-        cards=[card for of_set in cards.values() for card in of_set],
+        cards=[card for name in cards for card in cards[name]],
         color_max=detector.color_max,
         threshold=metrics.get("decisions", {}).get("threshold"),
         classes=detector.classes,
+        warnings=_collect_warnings(stage, metrics),
     )
+    _write(stage, REPORT, page.encode())
 
 
-def steps(num_items: int, count: int) -> NDArray[np.int64]:
-    """Return ``count`` or fewer positions at even steps from the first to the last."""
+def _write(stage: Stage, name: str, content: bytes) -> None:
+    """Write one file of the stage."""
+    path = stage.directory / name
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+
+
+def _collect_warnings(stage: Stage, metrics: Mapping[str, Any]) -> list[str]:
+    """Return the warnings of all stages that led to this evaluation, each once."""
+    before = (
+        read_manifest(stage.run, name).results.get("warnings", ())
+        for name in ("index", "targets", "decoder")
+    )
+    found = [text for warnings in (*before, metrics.get("warnings", ())) for text in warnings]
+    return list(dict.fromkeys(found))
+
+
+def _steps(num_items: int, count: int) -> NDArray[np.int64]:
+    """Return at most ``count`` evenly spaced positions from the first to the last."""
     even: NDArray[np.int64] = (
         np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64)
     )
     return even
 
 
-def cards_of(
-    name: str,
+def _make_cards(
+    set_name: str,
     subset: Subset,
     scored: ScoredSet,
+    count: int,
     detector: HeatmapDetector,
     index: Index,
     bank: Bank,
     calibration: Calibration | None,
-    count: int,
 ) -> list[Card]:
-    """Return images at even steps from the lowest to the highest score of a set.
+    """Return images evenly spaced from the lowest to the highest score of a set.
 
-    No pick of the best.
+    None is picked for its looks.
     """
     order = np.argsort(scored.scores[HEATMAP], kind="stable")
-    chosen = order[steps(len(order), count)]
+    chosen = order[_steps(len(order), count)]
     rows, score = scored.row[chosen], scored.scores[HEATMAP][chosen]
     transform = detector.classifier.config.transform
     pixels = np.stack([transform(subset.images.read(int(row))[0]) for row in rows])
     result, output = detector.detect(pixels)
     found = bank.nearest(output.features.cpu().numpy(), result.prediction)
     nearest = index.columns["images"].take(index.positions(found.row))
-    classes = detector.classes or [str(label) for label in range(detector.classifier.num_classes)]
     p_values = calibration.p_value(score) if calibration is not None else None
     return [
         Card(
-            set_name=name,
+            set_name=set_name,
             name=subset.images.names[row],
             image=pixels[i],
-            strength=result.strength[i],
+            pixel_score=result.pixel_score[i],
             nearest=nearest[i],
             score=float(score[i]),
             distance=float(found.distance[i]),
-            prediction=classes[int(result.prediction[i])],
+            prediction=detector.class_name(int(result.prediction[i])),
             p_value=None if p_values is None else float(p_values[i]),
         )
         for i, row in enumerate(rows)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ood_heatmap import figures
-from ood_heatmap.cache.files import locked, write_json
+from ood_heatmap.cache.files import locked, replacing, write_json
 from ood_heatmap.cache.manifest import Manifest, Stage, fingerprint_of
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet, Transform, batches
@@ -102,7 +102,8 @@ def localize(
         (stage.directory / "figures").mkdir(exist_ok=True)
         color_max = trained.manifest.results["color_max"]
         picture = "figures/localization.png"
-        figures.save(_sheet(examples, color_max), stage.directory / picture)
+        with replacing(stage.directory / picture) as scratch:
+            scratch.write_bytes(figures.to_png(_sheet(examples, color_max)))
         log_event(run, "localize", cells=len(cells), device=str(device))
         images_hash = fingerprint_of({name: sample.content for name, sample in samples.items()})
         results = {"lowered_pixel_auroc": _check_sanity(table)}
@@ -251,7 +252,7 @@ def _sheet(examples: Sequence[_Example], color_max: float) -> Figure:
         for axes, method in zip(line[1:], methods, strict=True):
             low = float(example.pixel_scores[method].min()) if method == CENTRE else 0
             axes.imshow(
-                example.pixel_scores[method], cmap=figures.COLORS, vmin=low, vmax=top[method]
+                example.pixel_scores[method], cmap=figures.COLORMAP, vmin=low, vmax=top[method]
             )
             axes.set_title(method, fontsize=7)
         for axes in line:

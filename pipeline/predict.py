@@ -25,7 +25,7 @@ from ood_heatmap.cache.files import make_directory, replacing
 from ood_heatmap.classifier import Output
 from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.figures import overlay, with_legend
+from ood_heatmap.figures import add_legend, overlay
 from ood_heatmap.images import (
     EXTENSIONS,
     Batch,
@@ -244,7 +244,7 @@ def write_pictures(
     """Write an image's overlay with its legend, and its raw heatmap."""
     heatmap = found.result.heatmap[i]
     picture = overlay(found.pixels[i], np.abs(heatmap).max(axis=0), detector.color_max)
-    picture = with_legend(picture, legend(record), detector.color_max)
+    picture = add_legend(picture, legend(record), detector.color_max)
     with replacing(out / str(record["overlay"])) as scratch:
         picture.save(scratch, "png", compress_level=1)
     with replacing(out / str(record["heatmap"])) as scratch, scratch.open("wb") as file:

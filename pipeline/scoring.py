@@ -189,7 +189,7 @@ class DetectionMethods:
             scores[name_of_run(number)] = np.concatenate([result.score for result in results])
             if number == 0:
                 max_pixel_score = np.concatenate(
-                    [result.strength.max(axis=(1, 2)) for result in results]
+                    [result.pixel_score.max(axis=(1, 2)) for result in results]
                 )
         return scores, max_pixel_score
 

@@ -40,8 +40,8 @@ def test_every_kind_of_input_means_the_same(detector):
 def test_the_score_is_read_off_the_heatmap(detector):
     result = detector(np.random.default_rng(0).integers(0, 256, (3, 30, 20, 3)).astype(np.uint8))
     assert result.heatmap.shape == (3, 3, 16, 16)
-    np.testing.assert_array_equal(result.strength, np.abs(result.heatmap).max(axis=1))
-    np.testing.assert_allclose(result.score, result.strength.mean(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(result.pixel_score, np.abs(result.heatmap).max(axis=1))
+    np.testing.assert_allclose(result.score, result.pixel_score.mean(axis=(1, 2)), rtol=1e-6)
     assert result.prediction.shape == (3,)
 
 
@@ -70,7 +70,7 @@ def noise(seed: int, count: int) -> np.ndarray:
 
 def calibrate(detector: HeatmapDetector, images: np.ndarray) -> Calibration:
     result = detector(images)
-    return Calibration.fit(result.score, result.strength.max(axis=(1, 2)))
+    return Calibration.fit(result.score, result.pixel_score.max(axis=(1, 2)))
 
 
 def test_without_a_calibration_there_is_no_decision(detector):
@@ -88,7 +88,9 @@ def test_p_values_count_the_held_out_images_and_decide(detector):
     np.testing.assert_allclose(result.p_value, wanted)
     assert result.is_ood.tolist() == [p <= 0.2 for p in wanted]
     assert calibrated.threshold == np.sort(known)[-4]
-    assert calibrated.pixel_threshold == np.sort(detector(held_out).strength.max(axis=(1, 2)))[-4]
+    assert (
+        calibrated.pixel_threshold == np.sort(detector(held_out).pixel_score.max(axis=(1, 2)))[-4]
+    )
 
 
 def test_the_level_changes_without_fitting_again(detector):

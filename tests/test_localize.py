@@ -103,7 +103,7 @@ def test_every_method_set_size_and_kind_is_there_with_its_means(measured):
 
 def test_the_heatmaps_figures_are_those_of_the_detector(measured, data):
     images, masks = patched(data, measured, "far", 0.5, "hard")
-    scores_by_method = HeatmapDetector.load(measured, "cpu")(images).strength
+    scores_by_method = HeatmapDetector.load(measured, "cpu")(images).pixel_score
     wanted = localization_metrics(scores_by_method, masks)
     found = table(measured)[1]["heatmap", "far", 0.5, "hard"]
     assert found["pixel_auroc"] == pytest.approx(wanted.pixel_auroc, abs=1e-5)

@@ -14,9 +14,10 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
+from ood_heatmap import figures
 from ood_heatmap.figures import Card
 from ood_heatmap.pipeline.gallery import MAX_CARDS
-from ood_heatmap.report import colored, slider_range, write_report
+from ood_heatmap.report import render_report
 
 NASTY = "<script>alert(1)</script>\"'&{{ data }}</td>"
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_pos", "fpr95_ood_pos")
@@ -41,7 +42,7 @@ def make_cards(scores, *, each=4, size=16):
             set_name=name,
             name=f"{number:03d} {NASTY if name == NASTY else name}.png",
             image=rng.integers(0, 256, (3, size, size)).astype(np.uint8),
-            strength=rng.random((size, size)).astype(np.float32),
+            pixel_score=rng.random((size, size)).astype(np.float32),
             nearest=rng.integers(0, 256, (3, size, size)).astype(np.uint8),
             score=float(scores[name][number]),
             distance=float(rng.gamma(9)),
@@ -103,15 +104,15 @@ def arguments():
 
 
 @pytest.fixture(scope="module")
-def path(arguments, tmp_path_factory):
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, **arguments)
-    return path
+def text(arguments):
+    return render_report(**arguments)
 
 
 @pytest.fixture(scope="module")
-def text(path):
-    return path.read_text("utf-8")
+def path(text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(text, "utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -155,34 +156,31 @@ def test_nothing_is_loaded_from_elsewhere(page, text):
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_same_input_gives_the_same_bytes(path, arguments, tmp_path):
-    write_report(tmp_path / "again.html", **arguments)
-    assert (tmp_path / "again.html").read_bytes() == path.read_bytes()
-    assert [file.name for file in tmp_path.iterdir()] == ["again.html"]
+def test_same_input_gives_the_same_page(text, arguments):
+    assert render_report(**arguments) == text
 
 
-def test_a_large_report_stays_small(tmp_path):
+def test_a_large_report_stays_small():
     scores = make_scores(count=10_000)
     scores.update({f"set {number}": scores["far"] for number in range(7)})
     cards = make_cards(scores, each=20, size=32)  # 200, of noise, which no PNG can make smaller
-    write_report(tmp_path / "report.html", **make_arguments(scores=scores, cards=cards))
-    assert (tmp_path / "report.html").stat().st_size < 5e6
+    text = render_report(**make_arguments(scores=scores, cards=cards))
+    assert len(text.encode()) < 5e6
 
 
-def test_a_full_gallery_of_photos_stays_below_ten_megabytes(tmp_path):
+def test_a_full_gallery_of_photos_stays_below_ten_megabytes():
     """Of noise, which nothing can make smaller; as many cards as an evaluation shows at most."""
     scores = make_scores()
     cards = make_cards(scores, each=8, size=224)
     cards = (cards * (MAX_CARDS // len(cards) + 1))[:MAX_CARDS]
-    write_report(tmp_path / "report.html", **make_arguments(cards=cards))
-    assert (tmp_path / "report.html").stat().st_size < 10e6
+    text = render_report(**make_arguments(cards=cards))
+    assert len(text.encode()) < 10e6
 
 
-def test_large_pictures_are_made_smaller(tmp_path):
+def test_large_pictures_are_made_smaller():
     scores = make_scores()
     cards = make_cards(scores, each=1, size=224)
-    write_report(tmp_path / "report.html", **make_arguments(cards=cards))
-    text = (tmp_path / "report.html").read_text("utf-8")
+    text = render_report(**make_arguments(cards=cards))
     images = Page(text).all("img")[1:]  # after the colour scale
     assert {(image["width"], image["height"]) for image in images} == {("96", "96")}
     assert all(picture(image["src"]).shape == (96, 96, 3) for image in images)
@@ -199,16 +197,21 @@ def test_every_card_is_there_pixel_by_pixel(page, arguments):
         image, heatmap, nearest = (picture(one["src"]) for one in images[3 * number :][:3])
         np.testing.assert_array_equal(image, card.image.transpose(1, 2, 0))
         np.testing.assert_array_equal(nearest, card.nearest.transpose(1, 2, 0))
-        share = np.clip(card.strength / arguments["color_max"], 0, 1)
+        share = np.clip(card.pixel_score / arguments["color_max"], 0, 1)
         colors = colormaps["inferno"](share, bytes=True)[..., :3]
         np.testing.assert_array_equal(heatmap, colors)
         assert card.name in images[3 * number]["alt"]
 
 
 def test_a_decoder_that_answers_nothing_gives_dark_heatmaps():
-    drawn = np.asarray(colored(np.zeros((2, 2), np.float32), 0.0).convert("RGB"))
+    card = replace(make_cards(make_scores())[0], pixel_score=np.zeros((2, 2), np.float32))
+    page = Page(render_report(**make_arguments(cards=[card], color_max=0.0)))
     darkest = colormaps["inferno"](0, bytes=True)[:3]
-    np.testing.assert_array_equal(drawn, np.broadcast_to(darkest, (2, 2, 3)))
+    heatmap = picture(page.all("img")[2]["src"])
+    np.testing.assert_array_equal(heatmap, np.broadcast_to(darkest, (2, 2, 3)))
+    # on an overlay the image shows through
+    drawn = figures.overlay(card.image[:, :2, :2], card.pixel_score, 0.0, size=2)
+    np.testing.assert_array_equal(np.asarray(drawn), card.image[:, :2, :2].transpose(1, 2, 0))
 
 
 def test_scores_come_back_bit_for_bit(text, arguments):
@@ -240,23 +243,24 @@ def test_the_table_is_in_percent_with_the_best_in_bold_and_ties_too(text):
     assert rows[NASTY, "heatmap"][0] == bold("90.00")
 
 
-def test_a_metric_that_is_missing_is_a_dash(tmp_path):
+def test_a_metric_that_is_missing_is_a_dash():
     table = [
         {"method": "heatmap", "set": "far", "auroc": 0.5, "aupr_in": float("nan")},
         {"method": "knn", "set": "far", "auroc": 0.25, "aupr_in": 0.125},
     ]
-    write_report(tmp_path / "report.html", **make_arguments(metrics={"table": table}))
-    rows = rows_of((tmp_path / "report.html").read_text("utf-8"))
+    text = render_report(**make_arguments(metrics={"table": table}))
+    rows = rows_of(text)
     assert rows["far", "heatmap"] == ["<strong>50.00</strong>", *["&ndash;"] * 4]
     assert rows["far", "knn"][1] == "<strong>12.50</strong>"
 
 
-def test_a_file_name_that_is_not_utf8_is_written(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_written():
     cards = [
         replace(make_cards(make_scores())[0], name=b"\xff.png".decode("utf-8", "surrogateescape"))
     ]
-    write_report(tmp_path / "report.html", **make_arguments(cards=cards))
-    assert "\\udcff.png" in (tmp_path / "report.html").read_text("utf-8")
+    text = render_report(**make_arguments(cards=cards))
+    assert "\\udcff.png" in text
+    text.encode()
 
 
 @pytest.mark.parametrize(
@@ -267,21 +271,29 @@ def test_a_file_name_that_is_not_utf8_is_written(tmp_path):
         ({"id": np.ones(3), "far": np.array([1, np.nan])}, "'far' must be finite"),
     ],
 )
-def test_scores_that_cannot_be_counted_are_refused(changed, message, tmp_path):
+def test_scores_that_cannot_be_counted_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
-        write_report(tmp_path / "report.html", **make_arguments(scores=changed))
-    assert not list(tmp_path.iterdir())
+        render_report(**make_arguments(scores=changed))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.37, 1.0, 25.0, 3e4])
 def test_the_slider_covers_every_score_in_fine_round_steps(scale):
     scores = {"id": np.float32([0.1, 0.5]) * np.float32(scale), "far": np.float32([scale])}
-    low, high, step = slider_range(scores, 0.2 * scale)
+    low, high, step = slider_of(scores, 0.2 * scale)
     assert low == 0
     assert high >= np.float32(scale)
     assert 1000 <= (high - low) / step <= 10_100
     assert float(f"{step:.0e}") == step
-    assert slider_range({"id": np.zeros(3, np.float32)}, 0.0)[1] == 1  # not an empty range
+
+
+def test_the_slider_of_equal_scores_is_not_an_empty_range():
+    assert slider_of({"id": np.zeros(3, np.float32)}, 0.0)[:2] == [0, 1]
+
+
+def slider_of(scores, threshold):
+    page = Page(render_report(**make_arguments(scores=scores, threshold=threshold, cards=[])))
+    (slider,) = [tag for tag in page.all("input") if tag["type"] == "range"]
+    return [float(slider[name]) for name in ("min", "max", "step")]
 
 
 def luminance(color):
@@ -308,6 +320,23 @@ def test_colours_are_told_apart_in_light_and_dark(text):
         for name in ("edge", "id", *(f"curve-{number}" for number in range(6))):
             assert contrast(colors[name], colors["page"]) >= 3, name
     assert len(styles) == 2
+
+
+def test_warnings_of_the_stages_come_first_and_escaped():
+    warnings = [f"accuracy 10.00 % {NASTY}", "line one\nline two"]
+    text = render_report(**make_arguments(warnings=warnings))
+    box = text[text.index('<section class="warnings"') : text.index('id="metrics-title"')]
+    items = [unescape(item) for item in re.findall(r"<li>(.*?)</li>", box, re.DOTALL)]
+    assert items == [warnings[0], "line one\\nline two"]
+    assert 'class="warnings"' not in render_report(**make_arguments())
+
+
+def test_a_missing_threshold_is_explained():
+    decisions = {"level": 0.01, "num_calibration": 60, "threshold": None}
+    metrics = make_metrics(make_scores()) | {"decisions": decisions}
+    text = render_report(**make_arguments(metrics=metrics))
+    assert "no threshold, 60 held-out ID images are too few for a false-alarm level of 0.01" in text
+    assert "no threshold" not in render_report(**make_arguments())
 
 
 # ---- in a browser
@@ -396,7 +425,7 @@ def test_it_starts_at_the_95th_percentile_of_the_id_scores(opened, arguments):
 @pytest.mark.browser
 def test_it_starts_at_a_threshold_that_is_given(opened, tmp_path):
     arguments = make_arguments(threshold=0.123456789012)
-    write_report(tmp_path / "report.html", **arguments)
+    (tmp_path / "report.html").write_text(render_report(**arguments), "utf-8")
     opened.get((tmp_path / "report.html").as_uri())
     assert counts(opened) == expected_counts(arguments["scores"], 0.123456789012)
 

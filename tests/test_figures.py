@@ -1,0 +1,118 @@
+"""Figures: text is drawn literally, nothing touches a notebook's backend."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from PIL import Image
+
+from ood_heatmap.errors import printable
+from ood_heatmap.figures import (
+    Card,
+    add_legend,
+    example_grid,
+    roc_points,
+    score_histograms,
+    share_of_scale,
+    to_png,
+)
+
+NAMES = [r"$\foo{$", "a\nb", "\x07bell", "\udcff", "猫", "_hidden", "a$b$c"]
+
+
+def make_card(name: str) -> Card:
+    image, pixel_score = np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8), np.float32)
+    return Card(name, name, image, pixel_score, image, 0.1, 1.0, name, None)
+
+
+def title_png(title: str) -> bytes:
+    figure = Figure(figsize=(3, 1))
+    figure.subplots().set_title(title)
+    return to_png(figure)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_class_name_can_be_drawn(name):
+    figure = example_grid([make_card(name), make_card("cat")], 0.5)
+    assert Image.open(io.BytesIO(to_png(figure))).width > 100
+    add_legend(Image.new("RGB", (64, 64)), [name, "score"], 0.5)
+
+
+def test_a_dollar_sign_is_no_mathematics():
+    assert title_png("$x$") != title_png("x")
+    assert title_png("a\nb") == title_png(r"a\nb")
+
+
+def test_the_same_figure_gives_the_same_bytes():
+    scores = np.linspace(0, 1, 50, dtype=np.float32)
+    assert to_png(score_histograms(scores, {"far": scores})) == to_png(
+        score_histograms(scores, {"far": scores})
+    )
+
+
+def test_every_set_is_in_the_legend_of_the_histograms():
+    scores = np.linspace(0, 1, 50, dtype=np.float32)
+    figure = score_histograms(scores, {"_far": scores, "ID": scores})
+    (legend,) = figure.findobj(Legend)
+    assert isinstance(legend, Legend)
+    assert [text.get_text() for text in legend.get_texts()] == ["ID", "_far", "ID"]
+
+
+def test_shares_of_the_colour_scale():
+    found = share_of_scale(np.array([[0, 0.2, 0.4, 0.8]], np.float32), 0.4)
+    np.testing.assert_allclose(found, [[0, 0.5, 1, 1]])
+    np.testing.assert_array_equal(share_of_scale(np.ones((2, 2), np.float32), 0.0), 0)
+
+
+def test_roc_points_keep_both_ends():
+    rng = np.random.default_rng(0)
+    fpr, tpr = roc_points(rng.random(5000), rng.random(5000) + 0.2, count=50)
+    assert len(fpr) <= 51
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+    assert (np.diff(fpr) >= 0).all()
+    assert (np.diff(tpr) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("naïve 猫 $x$", "naïve 猫 $x$"),
+        ("a\nb\tc\x1b[2J", r"a\nb\tc\x1b[2J"),
+        ("\udcff\u2028", r"\udcff\u2028"),
+    ],
+)
+def test_printable_text_is_one_line(text, wanted):
+    assert printable(text) == wanted
+
+
+def test_importing_the_package_leaves_the_matplotlib_backend_alone():
+    code = """
+import pkgutil, importlib, sys
+import ood_heatmap
+for module in pkgutil.walk_packages(ood_heatmap.__path__, "ood_heatmap."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for folder in ("cache", "pipeline"):
+    package = importlib.import_module(f"ood_heatmap.{folder}")
+    for module in pkgutil.iter_modules(package.__path__, f"ood_heatmap.{folder}."):
+        importlib.import_module(module.name)
+from ood_heatmap.figures import score_histograms, to_png
+import numpy as np
+to_png(score_histograms(np.zeros(2), {}))
+assert "ood_heatmap.pipeline.evaluate" in sys.modules
+assert "matplotlib.pyplot" not in sys.modules
+import matplotlib
+print(matplotlib.get_backend())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"MPLBACKEND": "svg", "PATH": "", "HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "svg"
