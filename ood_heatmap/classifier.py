@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ def load_classifier(
     spec = with_whole_path(spec)
     network, transform, own_mean, own_std = build(spec, num_classes, pretrained=weights is None)
     if size is not None:
-        transform = Transform(size, 0, transform.interpolation if transform else "bilinear")
+        transform = replace(transform, size=size, resize=0) if transform else Transform(size)
     if transform is None:
         raise UsageError(f"the input size of {spec} is not known: add --size PX.")
     config = ClassifierConfig(

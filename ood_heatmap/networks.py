@@ -234,7 +234,7 @@ def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> 
     except (ValueError, KeyError) as error:
         raise UsageError(f"torchvision has no such classifier: {error}.") from error
     preset = weights.transforms()
-    transform = Transform(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
+    transform = Transform.from_torchvision(preset)
     arguments = {} if num_classes is None else {"num_classes": num_classes}
     try:
         network = models.get_model(name, weights=weights if pretrained else None, **arguments)
@@ -262,10 +262,7 @@ def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
             f"timm/{name} cannot be loaded ({error}). Add --weights FILE."
         ) from error
     preset = timm.data.config.resolve_data_config({}, model=network)
-    size, kind = preset["input_size"][1], preset["interpolation"]
-    transform = Transform(
-        size, int(size / preset["crop_pct"]), kind if kind in ("bilinear", "bicubic") else "bicubic"
-    )
+    transform = Transform.from_timm(preset)
     return network, transform, tuple(preset["mean"]), tuple(preset["std"])
 
 

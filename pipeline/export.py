@@ -110,6 +110,8 @@ def metadata(detector: HeatmapDetector, fingerprint: str) -> dict[str, str]:
         "input_size": detector.classifier.config.transform.size,
         "resize": detector.classifier.config.transform.resize,
         "interpolation": detector.classifier.config.transform.interpolation,
+        "crop_mode": detector.classifier.config.transform.crop_mode,
+        "fill": detector.classifier.config.transform.fill,
         "target": detector.decoder.config.target,
         "color_max": detector.color_max,
         "false_alarm": detector.false_alarm,

@@ -32,66 +32,6 @@ def all_of(images, transform, **options):
     return list(batches(images, pieces, transform, workers=2, **options))
 
 
-def test_an_image_of_the_input_size_passes_unchanged():
-    image = picture()
-    np.testing.assert_array_equal(Transform(8)(image), np.asarray(image).transpose(2, 0, 1))
-
-
-def antialiased(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """Return ``(length, ...)`` resized along its first axis, by the definition, in float64.
-
-    The mean of all pixels under the kernel, which is as much wider as the image becomes smaller.
-    """
-    scale = len(pixels) / size
-    centre = (np.arange(size) + 0.5) * scale - 0.5
-    distance = np.abs(np.arange(len(pixels)) - centre[:, None]) / max(scale, 1)
-    if interpolation == "bilinear":
-        weight = np.maximum(1 - distance, 0)
-    else:  # Keys' cubic kernel, a = -0.5
-        near = 1.5 * distance**3 - 2.5 * distance**2 + 1
-        far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
-        weight = np.where(distance < 1, near, np.where(distance < 2, far, 0))
-    weight /= weight.sum(axis=1, keepdims=True)
-    return np.tensordot(weight, pixels.astype(np.float64), axes=1)
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(
-    ("width", "height"), [(20, 10), (10, 20), (13, 17), (1, 9), (90, 61), (500, 375)]
-)
-def test_the_shorter_side_is_resized_and_the_centre_cropped(width, height, interpolation):
-    image = picture(width, height)
-    scale = 6 / min(width, height)
-    new_width, new_height = round(width * scale), round(height * scale)
-    pixels = np.asarray(image)
-    # as all do: along the rows first, rounded to whole pixels, then along the columns
-    wide = antialiased(pixels.transpose(1, 0, 2), new_width, interpolation)
-    wide = wide.clip(0, 255).round().transpose(1, 0, 2)
-    whole = antialiased(wide, new_height, interpolation).clip(0, 255)
-    left, top = (new_width - 4) // 2, (new_height - 4) // 2
-    wanted = whole[top : top + 4, left : left + 4].transpose(2, 0, 1)
-    found = Transform(4, resize=6, interpolation=interpolation)(image)
-    assert found.shape == (3, 4, 4)
-    assert np.abs(found - wanted).max() < 1.1  # half a level each for two roundings
-    pillow = image.resize((new_width, new_height), Image.Resampling[interpolation.upper()])
-    theirs = np.asarray(pillow)[top : top + 4, left : left + 4].transpose(2, 0, 1)
-    assert np.abs(found.astype(int) - theirs).max() <= 1
-
-
-def test_an_array_is_resized_as_the_picture_of_it():
-    image = picture(40, 30)
-    array = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    np.testing.assert_array_equal(Transform(8)(array), Transform(8)(image))
-
-
-def test_shrinking_is_antialiased():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255  # without antialiasing: all 0 or all 255
-    small = Transform(8)(Image.fromarray(stripes))
-    assert small.min() > 100
-    assert small.max() < 156
-
-
 def test_every_mode_becomes_rgb():
     grey = Image.fromarray(np.full((4, 4), 100, np.uint8))
     deep = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
