@@ -1,0 +1,312 @@
+"""Sanity checks: what was measured, and is probably not what was meant.
+
+Each check is a pure function that returns findings. It does not refuse anything: a stage writes the
+findings into its manifest, and the command ends with them.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+Int64 = NDArray[np.int64]
+
+# Cohen's kappa (0 by chance, 1 if all are right): below the first, accuracy is that of chance;
+# below the second it is low for a classifier on the images it was trained on
+_CHANCE_KAPPA, _LOW_KAPPA = 0.1, 0.6
+_MIN_IMAGES = 10  # of fewer nothing is said
+_MAX_CLASSES = 2000  # an assignment takes cubic time
+_NUM_SHUFFLES = 10
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that was measured and is probably not meant.
+
+    Args:
+        text: What it is, with the value, and the way out.
+        suspicious: Whether going on is pointless unless it is meant.
+    """
+
+    text: str
+    suspicious: bool = False
+
+
+def to_results(findings: Sequence[Finding]) -> dict[str, list[str]]:
+    """Return findings as a manifest holds them: all ``warnings``, and which are ``suspicious``."""
+    return {
+        "warnings": [finding.text for finding in findings],
+        "suspicious": [finding.text for finding in findings if finding.suspicious],
+    }
+
+
+def natural_order(name: str) -> tuple[Any, ...]:
+    """Return a sort key by which ``10`` comes after ``2``."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in _parts(name))
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split(r"([0-9]+)", name) if part]
+
+
+# other orders in which class folders are sorted elsewhere
+ORDERS: Mapping[str, Callable[[str], Any]] = {
+    "natural": natural_order,
+    "case-insensitive": str.casefold,
+    "natural, case-insensitive": lambda name: natural_order(name.casefold()),
+}
+
+
+def confusion_matrix(
+    label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], num_classes: int
+) -> Int64:
+    """Return how many images of each class are predicted as each class.
+
+    Args:
+        label: ``(N,)`` classes; images with a label outside [0, num_classes) are left out.
+        prediction: ``(N,)`` predicted classes.
+        num_classes: L.
+
+    Returns:
+        ``(L, L)``, the first axis is the label.
+    """
+    known = (label >= 0) & (label < num_classes)
+    cell = label[known].astype(np.int64) * num_classes + prediction[known]
+    return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def check_classification(
+    label: NDArray[np.integer[Any]],
+    prediction: NDArray[np.integer[Any]],
+    classes: Sequence[str],
+    num_classes: int,
+    *,
+    hints: Sequence[str] = (),
+    unnormalized: bool = False,
+) -> list[Finding]:
+    """Check what a classifier predicts on ID images.
+
+    Args:
+        label: ``(N,)`` classes, -1 where unknown.
+        prediction: ``(N,)`` predicted classes.
+        classes: Class names by label; empty when unknown.
+        num_classes: L.
+        hints: What else may be wrong when the accuracy is that of chance.
+        unnormalized: Whether mean and std are 0 and 1, which may not be what the network wants.
+    """
+    names = list(classes) or [str(number) for number in range(num_classes)]
+    findings = _check_one_class(label, prediction, names)
+    if findings:
+        return findings
+    known = (label >= 0) & (label < num_classes)
+    if known.sum() < _MIN_IMAGES:
+        if unnormalized:
+            findings.append(
+                Finding(
+                    "mean and std are 0 and 1, and without class labels nobody knows whether that "
+                    "is right: add --mean and --std unless the network takes pixels in [0, 1]."
+                )
+            )
+        return findings
+    label, prediction = label[known], prediction[known]
+    findings = check_class_order(label, prediction, names)
+    if any(finding.suspicious for finding in findings):
+        return findings
+    accuracy = float((label == prediction).mean())
+    chance = _chance_accuracy(label, prediction, num_classes)
+    kappa = (accuracy - chance) / (1 - chance) if chance < 1 else 1.0
+    if kappa < _CHANCE_KAPPA:
+        causes = [*hints, "Check --weights, --mean, --std and --size."]
+        findings.append(
+            Finding(
+                f"accuracy is {accuracy:.2%}, and chance alone would give {chance:.2%}. "
+                f"{' '.join(causes)}",
+                suspicious=True,
+            )
+        )
+    elif unnormalized and kappa < _LOW_KAPPA:
+        findings.append(
+            Finding(
+                f"accuracy is {accuracy:.2%}, and mean and std are 0 and 1: add the --mean and "
+                "--std that the classifier was trained with.",
+                suspicious=True,
+            )
+        )
+    return findings
+
+
+def _check_one_class(
+    label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], names: Sequence[str]
+) -> list[Finding]:
+    """Check that not all images are predicted as one class."""
+    counts = np.bincount(prediction, minlength=len(names))
+    top = int(counts.argmax())
+    num_images, count = len(prediction), int(counts[top])
+    expected = label == top  # images that are of this class
+    if num_images < _MIN_IMAGES or len(names) < 2 or count < 0.99 * num_images:
+        return []
+    if expected.mean() > 0.9:
+        return []
+    return [
+        Finding(
+            f"{count:,} of {num_images:,} images are predicted as class {names[top]!r}. Check "
+            "--weights, --mean, --std and --size.",
+            suspicious=count == num_images,
+        )
+    ]
+
+
+def _chance_accuracy(
+    label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], num_classes: int
+) -> float:
+    """Return the accuracy if the predictions were dealt out to the images at random."""
+    shares = [np.bincount(item, minlength=num_classes) / len(item) for item in (label, prediction)]
+    return float(shares[0] @ shares[1])
+
+
+def check_class_order(
+    label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], names: Sequence[str]
+) -> list[Finding]:
+    """Check that no other order of the classes fits the predictions far better.
+
+    The best assignment of labels to predictions is found over the confusion matrix. It must be
+    clearly better than that of shuffled predictions: with few images of many classes, some
+    assignment always looks good.
+
+    Args:
+        label: ``(N,)`` classes, all known.
+        prediction: ``(N,)`` predicted classes.
+        names: Class names by label.
+
+    Returns:
+        A finding when an assignment doubles the accuracy, or when most images of some classes are
+        predicted as each other; suspicious when the accuracy would be far better.
+    """
+    num_classes = len(names)
+    if num_classes > _MAX_CLASSES:
+        return []
+    confusion = confusion_matrix(label, prediction, num_classes)
+    accuracy = confusion.trace() / len(label)
+    rows, columns, best = _best_assignment(confusion)
+    sizes = confusion.sum(axis=1)
+    moved = [
+        (row, column)
+        for row, column in zip(rows, columns, strict=True)
+        if row != column and confusion[row, column] > sizes[row] / 2 and sizes[row] >= 5
+    ]
+    far_better = best >= max(2 * accuracy, accuracy + 0.05) or best > accuracy + 0.25
+    if not far_better and len(moved) < 2:
+        return []
+    generator = np.random.default_rng(0)
+    by_chance = max(
+        _best_assignment(confusion_matrix(label, generator.permutation(prediction), num_classes))[2]
+        for _ in range(_NUM_SHUFFLES)
+    )
+    if best < by_chance + _CHANCE_KAPPA * (1 - by_chance):
+        return []
+    moved = moved or [
+        (row, column)
+        for row, column in zip(rows, columns, strict=True)
+        if row != column and confusion[row, column]
+    ]
+    moved.sort(key=lambda pair: -confusion[pair])
+    examples = ", ".join(
+        f"{confusion[row, column]} of {sizes[row]} images of {names[row]!r} are predicted as "
+        f"{names[column]!r}"
+        for row, column in moved[:_SHOWN]
+    )
+    more = f", and {len(moved) - _SHOWN} more classes" if len(moved) > _SHOWN else ""
+    order = _better_order(confusion, names, best)
+    return [
+        Finding(
+            f"the classes are in another order than the classifier's: accuracy is {accuracy:.2%}, "
+            f"and {best:.2%} with the best assignment of classes ({examples}{more}). {order}",
+            suspicious=bool(far_better),
+        )
+    ]
+
+
+def _best_assignment(confusion: Int64) -> tuple[list[int], list[int], float]:
+    """Return the assignment of labels to predictions with the highest accuracy, and that."""
+    rows, columns = linear_sum_assignment(confusion, maximize=True)
+    return rows.tolist(), columns.tolist(), float(confusion[rows, columns].sum() / confusion.sum())
+
+
+def _better_order(confusion: Int64, names: Sequence[str], best: float) -> str:
+    """Return which order of the class folders explains an assignment, and the way out."""
+    for order, key in ORDERS.items():
+        in_order = sorted(names, key=key)
+        position = {name: number for number, name in enumerate(in_order)}
+        columns = [position[name] for name in names]
+        accuracy = confusion[range(len(names)), columns].sum() / confusion.sum()
+        if accuracy > 0.99 * best:
+            shown = ", ".join(in_order[:_SHOWN])
+            return (
+                f"The {order} order of the folders ({shown}, ...) gives {accuracy:.2%}: rename "
+                "them so that they sort like this."
+            )
+    return "Rename the class folders so that they sort in the order of the classifier's classes."
+
+
+def check_scores(scores: Mapping[str, Mapping[str, NDArray[np.floating[Any]]]]) -> list[Finding]:
+    """Check that each method tells images apart.
+
+    Args:
+        scores: By set and by method, ``(B,)`` each.
+    """
+    constant, tied = [], []
+    for method in next(iter(scores.values())):
+        values = np.concatenate([by_method[method] for by_method in scores.values()])
+        largest = np.unique(values, return_counts=True)[1].max() / len(values)
+        if np.ptp(values) <= 4 * np.finfo(np.float32).eps * np.abs(values).max():
+            constant.append(method)
+        elif largest > 0.5 and len(values) >= _MIN_IMAGES:
+            tied.append(f"{method} ({largest:.0%})")
+    findings = []
+    if constant:
+        findings.append(
+            Finding(
+                f"{', '.join(constant)}: every image has the same score, so the metrics of it say "
+                "nothing.",
+                suspicious="heatmap" in constant,
+            )
+        )
+    if tied:
+        findings.append(
+            Finding(
+                f"{', '.join(tied)}: so many images share one score that the metrics say little."
+            )
+        )
+    return findings
+
+
+def num_calibration_needed(level: float) -> int:
+    """Return how many held-out ID images a threshold at a false-alarm level takes at least."""
+    # the tolerance: 1 / 0.07 * 0.07 and the like are not whole numbers in floating point
+    return max(1, math.ceil(1 / level - 1 - 1e-9))
+
+
+def check_calibration(num_images: int, level: float) -> list[Finding]:
+    """Check that there are enough held-out ID images for a false-alarm level.
+
+    Args:
+        num_images: Held-out ID images.
+        level: Share of ID images that may be called OOD.
+    """
+    needed = num_calibration_needed(level)
+    if num_images >= needed:
+        return []
+    return [
+        Finding(
+            f"no threshold, and no decision: a false-alarm level of {level:g} takes at least "
+            f"{needed:,} held-out ID images, and there are {num_images:,}. Hold out more with "
+            "--calibration or --calibration-share, or raise --false-alarm to "
+            f"{math.ceil(1000 / (num_images + 1)) / 1000:g}."
+        )
+    ]
