@@ -142,10 +142,21 @@ def open_classifier(given: ClassifierOptions, device: "torch.device") -> "Classi
     return classifier.to(device)
 
 
-def conclude(results: Mapping[str, Any], next_command: str = "") -> None:
-    """Print the warnings of a stage, and the command that comes next."""
+def conclude(
+    results: Mapping[str, Any], next_command: str = "", *, allow_suspicious: bool = True
+) -> None:
+    """Print the warnings of a stage, and the command that comes next.
+
+    Raises:
+        OodHeatmapError: A result is suspicious, and that is not allowed.
+    """
     for warning in results.get("warnings", []):
         click.echo(f"{click.style('warning:', fg='yellow')} {warning}", err=True)
+    if results.get("suspicious") and not allow_suspicious:
+        raise OodHeatmapError(
+            "the stage is complete, but its result is suspicious (see the warning). Correct the "
+            "command and add --overwrite, or add --allow-suspicious if it is meant."
+        )
     if next_command:
         click.echo(f"next: ood-heatmap {next_command}")
 
@@ -187,7 +198,7 @@ def index(
     empty = [str(label) for label, count in enumerate(counts) if count == 0]
     if empty:
         click.echo(f"no image is predicted as class {', '.join(empty)}")
-    conclude(results, f"targets {run} --ood SOURCE")
+    conclude(results, f"targets {run} --ood SOURCE", allow_suspicious=config.allow_suspicious)
 
 
 @main.command()

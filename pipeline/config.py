@@ -85,6 +85,14 @@ Overwrite: TypeAlias = Annotated[
 ShardMegabytes: TypeAlias = Annotated[
     int, Option("Approximate size of a shard on disk, in megabytes.", "Output", min=1)
 ]
+AllowSuspicious: TypeAlias = Annotated[
+    bool,
+    Option(
+        "Exit with 0 although a result is suspicious, such as an accuracy of chance.",
+        "Output",
+        affects_result=False,
+    ),
+]
 BatchSize: TypeAlias = Annotated[
     int,
     Option("Images per forward pass of the classifier.", "Speed", min=1, affects_result=False),
@@ -274,6 +282,7 @@ class IndexConfig(EmbedConfig):
         bool, Option("Treat class folders as plain folders, without labels.", "Data")
     ] = False
     shard_mb: ShardMegabytes = SHARD_MEGABYTES
+    allow_suspicious: AllowSuspicious = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.audit import check_index
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.log import log_speed
@@ -40,6 +42,7 @@ from ood_heatmap.pipeline.shares import (
     sole_writer,
     split_rows,
 )
+from ood_heatmap.sanity import to_results
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ def build_index(
         config: Settings of the stage.
 
     Returns:
-        The manifest; ``results`` has the accuracy, the class counts and the range of the features.
+        The manifest; ``results`` has the accuracy, the class counts, the range of the features and
+        ``warnings``, of which ``suspicious`` say that going on is probably pointless.
 
     Raises:
         OodHeatmapError: See the design: stale or damaged caches, unreadable images, a full disk
@@ -75,6 +79,8 @@ def build_index(
     """
     check_faiss()
     check_classes(images, classifier, config)
+    if config.ignore_labels:
+        images = replace(images, labels=np.full(len(images), -1, np.int32), classes=())
     make_directory(run)
     inputs = {
         "classifier": classifier.fingerprint(),
@@ -196,6 +202,7 @@ def finish(stage: Stage, images: ImageSet, classifier: Classifier) -> Manifest:
         "map_shapes": [list(shape) for shape in classifier.map_shapes],
         "backend": backend(classifier.device),
         **statistics(columns, classifier.num_classes),
+        **to_results(check_index(columns, images.classes, classifier)),
         "skipped": [images.names[row] for row in missing(columns["row"].read(), len(images))],
     }
     names = [*(path.name for path in paths), INDEX, WEIGHTS]
@@ -203,12 +210,13 @@ def finish(stage: Stage, images: ImageSet, classifier: Classifier) -> Manifest:
 
 
 def statistics(columns: Mapping[str, Rows], num_classes: int) -> dict[str, Any]:
-    """Return accuracy, class counts and the range of the features."""
+    """Return accuracy of the labelled images, class counts and the range of the features."""
     prediction, label = columns["prediction"].read(), columns["label"].read()
     known = (label >= 0) & (label < num_classes)
     return {
         "num_images": len(prediction),
-        "accuracy": float((prediction == label)[known].mean()) if known.all() else None,
+        "num_labelled": int(known.sum()),
+        "accuracy": float((prediction == label)[known].mean()) if known.any() else None,
         "class_counts": np.bincount(prediction, minlength=num_classes).tolist(),
         "feature_min": min(float(part.min()) for part in columns["features"]),
         "feature_max": max(float(part.max()) for part in columns["features"]),

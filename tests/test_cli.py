@@ -20,7 +20,11 @@ def run_command(*arguments: object):
 
 def index_arguments(data, spec, run):
     weights = ["--weights", data / "weights.safetensors"]
-    return ["index", run, "--id", data / "id", "--classifier", spec, *weights]
+    # its weights are random
+    return [
+        *("index", run, "--id", data / "id", "--classifier", spec, *weights),
+        "--allow-suspicious",
+    ]
 
 
 def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
@@ -252,3 +256,20 @@ def test_the_demo_leaves_another_run_alone(run):
     assert result.exit_code == 2
     assert "is not a run of the demo" in result.output
     assert sorted(run.rglob("*")) == before
+
+
+def test_a_suspicious_index_is_kept_and_ends_with_1_unless_allowed(data, spec, tmp_path):
+    run, allow = tmp_path / "run", "--allow-suspicious"
+    refused = [item for item in index_arguments(data, spec, run) if item != allow]
+    for _ in range(2):  # started again it says the same
+        result = run_command(*refused, "--device", "cpu")
+        assert result.exit_code == 1
+        assert "warning: accuracy is" in result.output
+        assert "the stage is complete, but its result is suspicious" in result.output
+        assert "next:" not in result.output
+        assert "Traceback" not in result.output
+    assert (run / "index" / "manifest.json").is_file()
+    result = run_command(*refused, allow, "--device", "cpu")
+    assert result.exit_code == 0
+    assert "warning: accuracy is" in result.output
+    assert "next: ood-heatmap targets" in result.output

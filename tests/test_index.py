@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -203,3 +204,47 @@ def test_the_log_and_the_manifest_say_how_fast_it_was(finished_run):
     )
     for part in ("decode", "embed", "write"):
         assert speed["waited"][part] >= 0
+
+
+def test_ignored_labels_are_unknown_everywhere(data, classifier, tmp_path):
+    images = open_images(str(data / "id"))
+    config = IndexConfig(batch_size=16, ignore_labels=True)
+    results = build_index(tmp_path / "run", images, classifier, config).results
+    assert results["accuracy"] is None
+    assert results["classes"] == []
+    assert results["num_labelled"] == 0
+    columns = open_index(tmp_path / "run").columns
+    assert (columns["label"].read() == -1).all()
+    with pytest.raises(StaleCacheError, match=r"options\.ignore_labels"):
+        build_index(tmp_path / "run", images, classifier, IndexConfig(batch_size=16))
+
+
+def test_one_unknown_label_does_not_hide_the_accuracy_of_the_others(data, classifier, tmp_path):
+    images = open_images(str(data / "id"))
+    labels = images.labels.copy()
+    labels[5] = -2
+    results = build_index(
+        tmp_path / "run", replace(images, labels=labels), classifier, IndexConfig(batch_size=16)
+    ).results
+    prediction = open_index(tmp_path / "run").columns["prediction"].read()
+    others = np.delete(np.arange(80), 5)
+    assert results["accuracy"] == (prediction == labels)[others].mean()
+    assert results["num_labelled"] == 79
+
+
+def test_a_classifier_that_guesses_is_suspicious_and_one_that_knows_is_not(
+    data, classifier, spec, tmp_path
+):
+    images = open_images(str(data / "id"))
+    first = build_index(tmp_path / "first", images, classifier, IndexConfig()).results
+    assert "accuracy is" in first["warnings"][0]
+    assert "a network is random without --weights" in first["warnings"][0]
+    assert first["suspicious"] == first["warnings"]
+    prediction = open_index(tmp_path / "first").columns["prediction"].read()
+    right = replace(images, labels=prediction)  # as if the folders were what it predicts
+    knows = build_index(tmp_path / "second", right, classifier, IndexConfig()).results
+    assert knows["warnings"] == knows["suspicious"] == []
+    order = (prediction + 1) % 4  # the same in another order
+    other = replace(images, labels=order.astype(np.int32))
+    permuted = build_index(tmp_path / "third", other, classifier, IndexConfig()).results
+    assert "100.00% with the best assignment" in permuted["suspicious"][0]

@@ -138,7 +138,8 @@ def test_a_field_affects_the_result_unless_it_says_otherwise():
 def test_the_fingerprint_leaves_out_what_cannot_change_a_result(kind):
     config = kind()
     without = {field.name for field in fields(config)} - set(result_options(config))
-    assert without <= {"batch_size", "workers", "overwrite", "feed", "step"}
+    irrelevant = {"batch_size", "workers", "overwrite", "allow_suspicious", "feed", "step"}
+    assert without <= irrelevant
     assert ("batch_size" in without) == (kind is not TrainConfig)
     for name, value in result_options(config).items():
         changed = replace(config, **{name: (value, "other")})
