@@ -60,7 +60,7 @@ def weighted_squared_error(heatmap: Tensor, target: Tensor, weight: Tensor | Non
     """
     if heatmap.shape != target.shape:
         raise ValueError(f"heatmap {tuple(heatmap.shape)} and target {tuple(target.shape)} differ")
-    each = ((1 + 5 * target.abs()) * (heatmap.float() - target).square()).sum(dim=(1, 2, 3))
+    each = ((1 + 5 * target.abs()) * (heatmap - target).square()).sum(dim=(1, 2, 3))
     return each.mean() if weight is None else (weight * each).mean()
 
 
