@@ -1,10 +1,10 @@
 """Click options from the dataclasses of settings, and commands that list them by group."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING
 from functools import wraps
 from pathlib import Path
 from types import NoneType
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.pipeline.config import Group, Option, Rgb, described_fields
+from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, fields_of
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
@@ -72,8 +72,10 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UsageError as error:
+            _LOG.debug("traceback", exc_info=True)
             raise click.UsageError(str(error), ctx) from error
         except OodHeatmapError as error:
+            _LOG.debug("traceback", exc_info=True)
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted: run the same command again to resume.", err=True)
@@ -110,12 +112,12 @@ class _RgbType(click.ParamType):  # type: ignore[type-arg]
             numbers = tuple(float(part) for part in value.split(","))
         except ValueError:
             numbers = ()
-        if len(numbers) != 3:
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
             self.fail(f"{value!r} is not three numbers such as 0.49,0.48,0.45", param, ctx)
         return numbers
 
 
-def options(**kinds: type[Any]) -> Decorator[Any]:
+def options(**kinds: type[Settings]) -> Decorator[Any]:
     """Give a command an option for each described field of some settings dataclasses.
 
     Args:
@@ -129,47 +131,48 @@ def options(**kinds: type[Any]) -> Decorator[Any]:
                 name: kind(
                     **{
                         field.name: given.pop(field.name)
-                        for field, _, option in described_fields(kind)
-                        if option is not None
+                        for field in fields_of(kind)
+                        if field.option is not None
                     }
                 )
                 for name, kind in kinds.items()
             }
+            for settings in filled.values():
+                _LOG.debug("%s", settings)
             return command(**filled, **given)
 
         for kind in reversed(kinds.values()):
-            for field, type_, option in reversed(list(described_fields(kind))):
-                if option is not None:
-                    run = _click_option(field.name, type_, option, field.default)(run)
+            for field in reversed(fields_of(kind)):
+                if field.option is not None:
+                    run = _click_option(field, field.option)(run)
         return run
 
     return decorate
 
 
-def _click_option(name: str, type_: Any, option: Option, default: Any) -> Decorator[Any]:
+def _click_option(field: Field, option: Option) -> Decorator[Any]:
     """Return the click option of one field."""
-    flag = option.flag or "--" + name.replace("_", "-")
+    flag = field.flag
     settings: dict[str, Any] = {
         "cls": GroupedOption,
         "group": option.group,
         "help": option.help,
         "metavar": option.metavar,
+        "required": field.is_required,
     }
-    if default is MISSING:
-        settings["required"] = True
-    elif default is None:
+    if field.default is None:
         settings["show_default"] = option.unset or False
-    elif default != ():
-        settings |= {"default": default, "show_default": default != ""}
-    if type_ is bool:
+    elif not field.is_required and field.default != ():
+        settings |= {"default": field.default, "show_default": field.default != ""}
+    if field.type is bool:
         settings["is_flag"] = True
         # what is on by default is switched off by --no-...
-        flag = f"{flag}/--no-{flag.removeprefix('--')}" if default else flag
-    elif get_origin(type_) is tuple and type_ is not Rgb:
-        settings |= {"multiple": True, "type": _click_type(get_args(type_)[0], option)}
+        flag = f"{flag}/--no-{flag.removeprefix('--')}" if field.default else flag
+    elif get_origin(field.type) is tuple and field.type is not Rgb:
+        settings |= {"multiple": True, "type": _click_type(get_args(field.type)[0], option)}
     else:
-        settings["type"] = _click_type(type_, option)
-    return click.option(flag, name, **settings)
+        settings["type"] = _click_type(field.type, option)
+    return click.option(flag, field.name, **settings)
 
 
 def _click_type(type_: Any, option: Option) -> Any:

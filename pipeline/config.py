@@ -5,10 +5,12 @@ fingerprint of a stage takes all fields that affect its result. Imports nothing 
 reads this module.
 """
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+from ood_heatmap.errors import UsageError
 
 Group: TypeAlias = Literal[
     "Data", "Classifier", "Pairing", "Decoder", "Training", "Evaluation", "Speed", "Output", "Other"
@@ -45,31 +47,77 @@ class Option:
     affects_result: bool = True
 
 
-def described_fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any, Option | None]]:
-    """Yield the fields of a settings dataclass: field, bare type, and option if it has one.
+@dataclass(frozen=True)
+class Field:
+    """One field of a settings dataclass: what Python and the command line must know of it."""
 
-    Fields that it shares with others, from its base classes, come last.
-    """
+    name: str
+    type: Any
+    default: Any
+    option: Option | None
+
+    @property
+    def flag(self) -> str:
+        """The name of its option."""
+        named = self.option.flag if self.option else ""
+        return named or "--" + self.name.replace("_", "-")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is MISSING
+
+    def check(self, value: Any) -> None:
+        """Raise a ``UsageError`` for what is no choice, not finite or out of bounds."""
+        if get_origin(self.type) is Literal and value not in get_args(self.type):
+            choices = ", ".join(get_args(self.type))
+            raise UsageError(f"{self.flag} must be one of {choices}, got {value!r}.")
+        if self.option is None or not isinstance(value, int | float) or isinstance(value, bool):
+            return
+        low, high = self.option.min, self.option.max
+        bounds = []
+        if low is not None:
+            bounds.append(f"above {low}" if self.option.min_open else f"at least {low}")
+        if high is not None:
+            bounds.append(f"below {high}" if self.option.max_open else f"at most {high}")
+        too_low = low is not None and (value < low or (self.option.min_open and value == low))
+        too_high = high is not None and (value > high or (self.option.max_open and value == high))
+        if too_low or too_high or not math.isfinite(value):
+            raise UsageError(
+                f"{self.flag} must be {' and '.join(bounds) or 'finite'}, got {value}."
+            )
+
+
+class Settings:
+    """Base of the settings: checks choices and bounds, in Python as on the command line."""
+
+    def __post_init__(self) -> None:
+        for field in fields_of(type(self)):
+            field.check(getattr(self, field.name))
+
+
+def fields_of(kind: type[Any]) -> tuple[Field, ...]:
+    """Return the fields of a settings dataclass; those from its base classes come last."""
     hints = get_type_hints(kind, include_extras=True)
     bases = [base.__annotations__ for base in kind.__mro__[1:-1]]
+    found = []
     for field in sorted(fields(kind), key=lambda field: any(field.name in base for base in bases)):
         hint = hints[field.name]
-        if hasattr(hint, "__metadata__"):
-            bare, option = get_args(hint)
-            yield field, bare, option
-        else:
-            yield field, hint, None
+        is_described = hasattr(hint, "__metadata__")
+        bare, option = get_args(hint) if is_described else (hint, None)
+        found.append(Field(field.name, bare, field.default, option))
+    return tuple(found)
 
 
-def result_options(config: Any) -> dict[str, Any]:
+def result_options(config: Settings) -> dict[str, Any]:
     """Return the settings that the result of a stage depends on, for its fingerprint.
 
     A new field counts unless it says ``affects_result=False``.
     """
     return {
         field.name: getattr(config, field.name)
-        for field, _, option in described_fields(type(config))
-        if option is None or option.affects_result
+        for field in fields_of(type(config))
+        if field.option is None or field.option.affects_result
     }
 
 
@@ -77,6 +125,17 @@ SHARD_MEGABYTES = 128
 # the deepest alone: shallower maps see how an image was resized, not what it shows
 FEATURE_MAPS = 1
 FALSE_ALARM = 0.05
+
+
+def _seed(text: str, group: Group) -> Option:
+    # NumPy takes no negative seed
+    return Option(text, group, min=0, max=2**32 - 1)
+
+
+def _workers(text: str) -> Option:
+    # more threads than this only wait for each other, and a process cannot start any number
+    return Option(text, "Speed", min=1, max=256, affects_result=False)
+
 
 Overwrite: TypeAlias = Annotated[
     bool,
@@ -98,12 +157,13 @@ BatchSize: TypeAlias = Annotated[
     Option("Images per forward pass of the classifier.", "Speed", min=1, affects_result=False),
 ]
 Workers: TypeAlias = Annotated[
-    int, Option("Threads that decode images.", "Speed", min=1, affects_result=False)
+    int,
+    _workers("Threads that decode images."),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Settings):
     """Where image sets are found."""
 
     data_root: Annotated[Path, Option("Root folder of torchvision datasets.", "Data")] = Path(
@@ -188,7 +248,7 @@ class EvaluateData(TestData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions:
+class ClassifierOptions(Settings):
     """The classifier of a run, as ``index`` is told."""
 
     spec: Annotated[
@@ -263,7 +323,7 @@ class ClassifierOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
+class EmbedConfig(Settings):
     """Settings of every stage that runs images through the classifier."""
 
     batch_size: BatchSize = 256
@@ -315,13 +375,14 @@ class TargetsConfig(EmbedConfig):
         ),
     ] = 2.0
     seed: Annotated[
-        int, Option("Random seed of the draw, of patches and of random pairing.", "Pairing")
+        int,
+        _seed("Random seed of the draw, of patches and of random pairing.", "Pairing"),
     ] = 0
     shard_mb: ShardMegabytes = SHARD_MEGABYTES
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of stage 3, ``train``."""
 
     epochs: Annotated[int, Option("Passes over all ID and OOD images.", "Training", min=1)] = 20
@@ -353,7 +414,8 @@ class TrainConfig:
         ),
     ] = 0.5
     seed: Annotated[
-        int, Option("Random seed of initial weights, image order and noise.", "Training")
+        int,
+        _seed("Random seed of initial weights, image order and noise.", "Training"),
     ] = 0
     stack: Annotated[
         Literal["plain", "dcgan"],
@@ -455,7 +517,7 @@ class EvaluateConfig(EmbedConfig):
     ] = FALSE_ALARM
     seed: Annotated[
         int,
-        Option(
+        _seed(
             "Random seed of the protocol's draw, the held-out images and the bootstrap.",
             "Evaluation",
         ),
@@ -486,20 +548,20 @@ class LocalizeConfig(EmbedConfig):
     ] = 100
     seed: Annotated[
         int,
-        Option("Random seed of images, patch positions and sanity checks.", "Evaluation"),
+        _seed("Random seed of images, patch positions and sanity checks.", "Evaluation"),
     ] = 0
     # of the bootstrap
     resamples: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(Settings):
     """Settings of ``predict``."""
 
     batch_size: BatchSize = 64
     workers: Annotated[
         int,
-        Option("Threads that decode images, and as many that draw and write.", "Speed", min=1),
+        _workers("Threads that decode images, and as many that draw and write."),
     ] = 2
     format: Annotated[
         Literal["csv", "jsonl"],
@@ -513,7 +575,7 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorOptions:
+class DetectorOptions(Settings):
     """How a detector decides that is loaded from a run."""
 
     false_alarm: Annotated[
@@ -552,10 +614,10 @@ class ExportOptions(DetectorOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(Settings):
     """Settings of ``verify``."""
 
     samples: Annotated[int, Option("Targets to recompute by brute force.", "Evaluation", min=0)] = (
         200
     )
-    seed: Annotated[int, Option("Random seed of the sample.", "Evaluation")] = 0
+    seed: Annotated[int, _seed("Random seed of the sample.", "Evaluation")] = 0

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +250,58 @@ def test_warnings_come_last_before_the_next_command(capsys):
     assert printed.out == "next: ood-heatmap train runs/x\n"
     conclude({}, "")
     assert capsys.readouterr() == ("", "")
+
+
+def test_verbose_shows_settings_and_where_an_error_came_from(run, caplog):
+    assert run_command("train", run, "--epochs", 3).exit_code == 1
+    assert "TrainConfig(" not in caplog.text
+    assert run_command("train", run, "--epochs", 3, "-v").exit_code == 1
+    assert "TrainConfig(epochs=3, " in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_names_that_are_not_utf8_are_printed_escaped(tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    for arguments in (
+        [b"targets", os.fsencode(tmp_path), b"--ood", name],
+        [b"predict", os.fsencode(tmp_path), name, b"--out", os.fsencode(tmp_path)],
+        [b"train", name],
+    ):
+        done = subprocess.run(
+            [os.fsencode(sys.executable), b"-m", b"ood_heatmap", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+        )
+        assert done.returncode in (1, 2)
+        last = done.stderr.decode().splitlines()[-1]
+        assert last.startswith("Error: ")
+        assert ".png" in last
+        assert b"Traceback" not in done.stderr
+
+
+def examples():
+    """Yield the command lines of the README and of the help texts."""
+    texts = [(Path(__file__).parent.parent / "README.md").read_text("utf-8")]
+    groups = [main, main.commands["plan"]]
+    texts += [command.help for group in groups for command in group.commands.values()]
+    for text in texts:
+        # a line that begins with an option goes on with the line above
+        joined = re.sub(r"\s*\\?\n\s+(?=--)", " ", text)
+        for line in re.findall(r"^ +(?:find .*\| )?ood-heatmap (.+)", joined, re.MULTILINE):
+            yield line.partition(" #")[0].strip()
+
+
+@pytest.mark.parametrize("line", sorted(set(examples())))
+def test_examples_of_readme_and_help_are_commands_that_parse(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/c10", "RUN", "..."):
+        Path(run).mkdir(parents=True, exist_ok=True)
+    name, *arguments = shlex.split(line)
+    group = main
+    if name == "plan":
+        group, (name, *arguments) = main.commands["plan"], arguments
+    with group.commands[name].make_context(name, arguments) as context:
+        assert context.params
 
 
 def test_the_demo_leaves_another_run_alone(run):

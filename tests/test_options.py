@@ -1,15 +1,19 @@
 """Options of the commands: made from the dataclasses of settings, which are the only place."""
 
 import re
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import click
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ood_heatmap.cli import main
+from ood_heatmap.errors import UsageError
 from ood_heatmap.options import Command, options
 from ood_heatmap.pipeline import config as settings
 from ood_heatmap.pipeline.config import (
@@ -18,6 +22,7 @@ from ood_heatmap.pipeline.config import (
     LocalizeConfig,
     Option,
     Rgb,
+    Settings,
     TargetsConfig,
     TrainConfig,
     result_options,
@@ -27,7 +32,7 @@ STAGES = [IndexConfig, TargetsConfig, TrainConfig, EvaluateConfig, LocalizeConfi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class Shared(Settings):
     workers: Annotated[int, Option("Number of threads.", "Speed", min=1)] = 2
 
 
@@ -118,6 +123,7 @@ def test_a_command_receives_its_dataclass():
         (["--id", "x", "--share", "0"], "0.0 is not in the range 0<x<=1"),
         (["--id", "x", "--kind", "c"], "'c' is not one of 'a', 'b'"),
         (["--id", "x", "--mean", "1,2"], "'1,2' is not three numbers"),
+        (["--id", "x", "--mean", "1,2,nan"], "'1,2,nan' is not three numbers"),
         (["--id", "x", "--weights", "/"], "File '/' is a directory"),
     ],
 )
@@ -142,8 +148,55 @@ def test_the_fingerprint_leaves_out_what_cannot_change_a_result(kind):
     assert without <= irrelevant
     assert ("batch_size" in without) == (kind is not TrainConfig)
     for name, value in result_options(config).items():
-        changed = replace(config, **{name: (value, "other")})
+        changed = copy(config)
+        object.__setattr__(changed, name, (value, "other"))
         assert result_options(changed) != result_options(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (TrainConfig, {"epochs": 0}, "--epochs must be at least 1, got 0."),
+        (TrainConfig, {"lr": 0.0}, "--lr must be above 0, got 0.0."),
+        (TrainConfig, {"lr": float("nan")}, "--lr must be above 0, got nan."),
+        (TrainConfig, {"noise": float("inf")}, "--noise must be at least 0, got inf."),
+        (TrainConfig, {"region_weight": 1.5}, "--region-weight must be at least 0 and at most 1,"),
+        (TrainConfig, {"schedule": "linear"}, "--schedule must be one of cosine, constant, got"),
+        (EvaluateConfig, {"false_alarm": 1}, "--false-alarm must be above 0 and below 1, got 1."),
+        (TargetsConfig, {"seed": -1}, "--seed must be at least 0 and at most 4294967295, got -1."),
+        (LocalizeConfig, {"workers": 10**6}, "--workers must be at least 1 and at most 256, got"),
+    ],
+)
+def test_choices_and_bounds_hold_in_python_too(kind, given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        kind(**given)
+
+
+@pytest.mark.parametrize("kind", [TargetsConfig, TrainConfig, EvaluateConfig, LocalizeConfig])
+def test_every_seed_is_one_that_numpy_and_pytorch_take(kind):
+    for seed in (0, 2**32 - 1):
+        np.random.default_rng(kind(seed=seed).seed)
+        torch.Generator().manual_seed(kind(seed=seed).seed)
+    with pytest.raises(UsageError, match="--seed must be"):
+        kind(seed=-1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--seed", "-1"],
+        ["train", "--noise", "nan"],
+        ["train", "--lr", "inf"],
+        ["targets", "--ood", "nowhere", "--patched", "inf"],
+        ["plan", "train", "--noise", "inf"],
+    ],
+)
+def test_numbers_that_are_none_are_usage_errors(run, arguments):
+    verb = arguments[: 2 if arguments[0] == "plan" else 1]
+    result = CliRunner().invoke(main, [*verb, str(run), *arguments[len(verb) :]])
+    assert result.exit_code == 2
+    assert f"Usage: ood-heatmap {' '.join(verb)} " in result.output
+    assert arguments[-2] in result.output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +211,7 @@ def test_the_fingerprint_leaves_out_what_cannot_change_a_result(kind):
         ("evaluate", "--batch-size", "Images per forward pass of the classifier.", "x>=1", 256),
         ("evaluate", "--false-alarm", "Share of ID images that may be called OOD.", "0<x<1", 0.05),
         ("predict", "--batch-size", "Images per forward pass of the classifier.", "x>=1", 64),
-        ("localize", "--workers", "Threads that decode images.", "x>=1", 2),
+        ("localize", "--workers", "Threads that decode images.", "1<=x<=256", 2),
         ("verify", "--samples", "Targets to recompute by brute force.", "x>=0", 200),
     ],
 )
