@@ -1,7 +1,7 @@
 """From a score to a decision: p-values and thresholds from held-out ID images alone.
 
-Split conformal: of n held-out ID scores, the share that is at least as high is a p-value that holds
-for every further ID image, whatever the scores' distribution. No OOD image is needed.
+Split conformal: of n held-out ID scores, the share that is at least as high is a p-value, valid for
+every further ID image whatever the distribution of scores. No OOD image is needed.
 
 Source: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; Bates et al.,
     Testing for Outliers with Conformal p-values, Annals of Statistics 2023.
@@ -15,76 +15,107 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from ood_heatmap.errors import DamagedCacheError
 
-Float32 = NDArray[np.float32]
-FALSE_ALARM = 0.05
+# so that 0.29 * 100, in float64 28.999999999999996, counts as 29
+_TOLERANCE = 1e-9
+_Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What held-out ID images look like to the detector.
+    """Scores of held-out ID images, to which every further score is compared.
 
     Args:
         scores: ``(n,)`` float32 image scores, ascending.
-        peaks: ``(n,)`` float32 strongest pixel of each image, ascending.
+        max_pixel_scores: ``(n,)`` float32, of each image the maximum over its pixels, ascending.
     """
 
-    scores: Float32
-    peaks: Float32
+    scores: _Float32
+    max_pixel_scores: _Float32
 
     @staticmethod
-    def fit(scores: Float32, peaks: Float32) -> "Calibration":
+    def fit(scores: _Float32, max_pixel_scores: _Float32) -> "Calibration":
         """Return the calibration of held-out ID images, in any order."""
-        return Calibration(*(np.sort(item.astype(np.float32)) for item in (scores, peaks)))
+        columns = (scores, max_pixel_scores)
+        return Calibration(*(np.sort(values.astype(np.float32)) for values in columns))
 
     def p_value(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Return ``(1 + how many held-out ID images score at least as high) / (n + 1)``, ``(B,)``.
+        """Return ``(1 + number of held-out ID images with at least this score) / (n + 1)``.
 
         For an ID image it is at most ``a`` with a probability of at most ``a``.
+
+        Args:
+            scores: ``(B,)``.
+
+        Returns:
+            ``(B,)`` in (0, 1].
         """
         below = np.searchsorted(self.scores, np.asarray(scores, np.float32), side="left")
         return (1.0 + len(self.scores) - below) / (len(self.scores) + 1)
 
-    def threshold(self, false_alarm: float = FALSE_ALARM) -> float:
+    def threshold(self, false_alarm: float) -> float:
         """Return the score above which an image is called OOD.
 
         ``p_value(score) <= false_alarm`` and ``score > threshold`` are the same. Infinite when
-        there are too few held-out images for so low a level.
+        ``has_threshold`` is False: then nothing can be called OOD, and nothing ID either.
         """
-        return highest_allowed(self.scores, false_alarm)
+        return _largest_allowed(self.scores, false_alarm)
 
-    def pixel_threshold(self, false_alarm: float = FALSE_ALARM) -> float:
-        """Return the strength above which a pixel is called OOD.
+    def pixel_threshold(self, false_alarm: float) -> float:
+        """Return the pixel score above which a pixel is called OOD; infinite as ``threshold`` is.
 
         At most a share ``false_alarm`` of ID images have any such pixel.
         """
-        return highest_allowed(self.peaks, false_alarm)
+        return _largest_allowed(self.max_pixel_scores, false_alarm)
+
+    def has_threshold(self, false_alarm: float) -> bool:
+        """Return whether there are enough held-out images for decisions at this level."""
+        return len(self.scores) >= num_needed(false_alarm)
 
     def save(self, path: Path) -> None:
-        """Write it; wrap the call to make the file whole or absent."""
-        save_file({"scores": self.scores, "peaks": self.peaks}, path)
+        """Save to ``path``; not atomic."""
+        save_file({"scores": self.scores, "peaks": self.max_pixel_scores}, path)
 
     @staticmethod
     def load(path: Path) -> "Calibration":
-        """Read what ``save`` wrote.
+        """Load what ``save`` wrote.
 
         Raises:
-            DamagedCacheError: It is none.
+            DamagedCacheError: Not a calibration file.
         """
         try:
-            content = load_file(path)
-            return Calibration.fit(content["scores"], content["peaks"])
-        except (SafetensorError, OSError, KeyError) as error:
+            return Calibration.from_bytes(path.read_bytes(), str(path))
+        except OSError as error:
+            raise DamagedCacheError(f"cannot read {path} ({error}). Evaluate again.") from None
+
+    @staticmethod
+    def from_bytes(content: bytes, name: str) -> "Calibration":
+        """Load the content of a file that ``save`` wrote; ``name`` is for the message.
+
+        Raises:
+            DamagedCacheError: Not a calibration file.
+        """
+        try:
+            tensors = load(content)
+            return Calibration.fit(tensors["scores"], tensors["peaks"])
+        except (SafetensorError, KeyError) as error:
             raise DamagedCacheError(
-                f"{path} is no calibration ({error}). Evaluate again."
+                f"{name} is not a calibration file ({error}). Evaluate again."
             ) from None
 
 
-def highest_allowed(ascending: Float32, false_alarm: float) -> float:
+def num_needed(false_alarm: float) -> int:
+    """Return how many held-out ID images decisions at a level need: ``1 / level - 1``, rounded up.
+
+    With fewer, no p-value is as low as the level.
+    """
+    return math.ceil((1 - _TOLERANCE) / false_alarm - 1)
+
+
+def _largest_allowed(ascending: _Float32, false_alarm: float) -> float:
     """Return the value that a share of at most ``false_alarm`` of exchangeable values exceeds."""
-    # the tolerance: 0.29 * 100 is 28.999999999999996
-    num_above = math.floor(false_alarm * (len(ascending) + 1) + 1e-9)
+    num_above = math.floor(false_alarm * (len(ascending) + 1) + _TOLERANCE)
     return float(ascending[-num_above]) if num_above else math.inf

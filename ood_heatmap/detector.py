@@ -1,9 +1,12 @@
-"""What a user holds after training: images in; score, decision, heatmap and predicted class out."""
+"""The trained detector: images in; score, decision, heatmap and predicted class out."""
 
+import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -11,29 +14,36 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ood_heatmap.calibration import FALSE_ALARM, Calibration
+from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import score, strength
-from ood_heatmap.images import Transform
+from ood_heatmap.images import Transform, as_pixels, read_file
 
-Images = Image.Image | Sequence[Image.Image] | NDArray[np.uint8] | Tensor
+log = logging.getLogger(__name__)
+ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | NDArray[np.uint8] | Tensor
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
+_EXPECTED = (
+    "images must be PIL images, paths, or uint8 arrays or tensors with values 0 to 255: "
+    "(H, W), (H, W, 3) or (3, H, W), a list of these, or (B, H, W, 3) or (B, 3, H, W)"
+)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the detector says of B images.
+    """What the detector returns for B images.
 
     Args:
         score: ``(B,)`` float32 in [0, 1]; larger is more OOD.
         heatmap: ``(B, C, H, W)`` float32, as the decoder returns it: [-1, 1] signed, [0, 1]
             magnitude.
         prediction: ``(B,)`` int64 predicted class.
-        p_value: ``(B,)`` float64 in (0, 1], the share of held-out ID images that score as high; NaN
-            when the detector is not calibrated.
-        is_ood: ``(B,)`` bool, the decision at the detector's false-alarm level; None when it is not
-            calibrated.
+        p_value: ``(B,)`` float64 in (0, 1], the share of held-out ID images that score at least as
+            high; NaN without a calibration.
+        is_ood: ``(B,)`` bool, the decision at the detector's false-alarm level. None when there is
+            no decision: without a calibration, or with one on fewer held-out ID images than the
+            level needs.
     """
 
     score: NDArray[np.float32]
@@ -51,12 +61,14 @@ class Result:
 class HeatmapDetector:
     """A fixed classifier and its trained decoder.
 
+    Warns when the calibration has too few held-out ID images for decisions at the level.
+
     Args:
         classifier: On its device.
         decoder: On the same device, in eval mode.
         classes: Class names, empty when unknown.
         color_max: Top of the colour scale on which all heatmaps of this decoder are drawn.
-        calibration: What held-out ID images look like to it; without it there are no decisions.
+        calibration: Scores of held-out ID images; without it there are no decisions.
         false_alarm: The share of ID images that may be called OOD.
 
     Raises:
@@ -71,22 +83,30 @@ class HeatmapDetector:
         classes: Sequence[str] = (),
         color_max: float = 1.0,
         calibration: Calibration | None = None,
-        false_alarm: float = FALSE_ALARM,
+        false_alarm: float = 0.05,
     ) -> None:
         if not 0 < false_alarm < 1:
             raise UsageError(f"the false-alarm level is between 0 and 1, got {false_alarm}.")
         self.classifier, self.decoder = classifier, decoder
         self.classes, self.color_max = tuple(classes), color_max
         self.calibration, self.false_alarm = calibration, false_alarm
+        if calibration is not None and not self.decides:
+            log.warning(
+                "no decisions: a false-alarm level of %g needs at least %d held-out ID images, the "
+                "calibration has %d. Evaluate with more ID images, or choose a higher level.",
+                false_alarm,
+                num_needed(false_alarm),
+                len(calibration.scores),
+            )
 
     @staticmethod
     def load(
         run: str | Path, device: str = "auto", false_alarm: float | None = None
     ) -> "HeatmapDetector":
-        """Return the detector of a run directory, calibrated when the run has been evaluated.
+        """Load the detector of a run directory, calibrated if the run has been evaluated.
 
-        A run names the user's own model code by its path, and that code is run: load only runs you
-        trust.
+        A run names the user's own model code by its path, and that code is executed: load only runs
+        you trust.
 
         Args:
             run: The run directory.
@@ -94,8 +114,8 @@ class HeatmapDetector:
             false_alarm: The share of ID images that may be called OOD; as evaluated when None.
 
         Raises:
-            OodHeatmapError: A stage is missing, unfinished, damaged or stale; or a level is asked
-                for and the run is not calibrated.
+            OodHeatmapError: A stage is missing, unfinished, damaged or stale; or a level is given
+                and the run is not calibrated.
         """
         # not at the top: a detector in memory needs nothing that reads run directories
         from ood_heatmap.pipeline.run import load_detector
@@ -118,13 +138,21 @@ class HeatmapDetector:
         )
 
     @property
+    def decides(self) -> bool:
+        """Whether there are decisions: calibrated, on enough held-out ID images for the level."""
+        return self.calibration is not None and self.calibration.has_threshold(self.false_alarm)
+
+    @property
     def threshold(self) -> float:
-        """The score above which an image is called OOD; NaN when not calibrated."""
+        """The score above which an image is called OOD.
+
+        NaN without a calibration, infinite when it has too few held-out ID images for the level.
+        """
         return self.calibration.threshold(self.false_alarm) if self.calibration else math.nan
 
     @property
     def pixel_threshold(self) -> float:
-        """The strength above which a pixel is called OOD; NaN when not calibrated.
+        """The pixel score above which a pixel is called OOD; NaN or infinite as ``threshold`` is.
 
         At most a share ``false_alarm`` of ID images have any such pixel.
         """
@@ -134,35 +162,39 @@ class HeatmapDetector:
         """Detect on images of any size.
 
         Args:
-            images: A PIL image or several; or uint8 ``(H, W, 3)``, ``(B, H, W, 3)`` or ``(B, 3, H,
-                W)``.
+            images: One image or several: PIL images, paths, or uint8 arrays or tensors, each
+                ``(H, W)``, ``(H, W, 3)`` or ``(3, H, W)``; or a batch ``(B, H, W, 3)`` or ``(B, 3,
+                H, W)``. One channel in place of three is grey. Images of a list may differ in size
+                and kind. Where a shape could be read both ways, the channels are last.
 
         Raises:
-            UsageError: Another dtype or shape.
+            UsageError: Another type, dtype or shape, or no image.
+            UnreadableImageError: A file cannot be read, or an image cannot be converted to RGB.
         """
-        return self.detect(to_pixels(images, self.classifier.config.transform))[0]
+        return self.detect(_to_pixels(images, self.classifier.config.transform))[0]
 
     @torch.inference_mode()
     def detect(self, pixels: NDArray[np.uint8]) -> tuple[Result, Output]:
         """Detect on uint8 ``(B, 3, H, W)`` of the classifier's input size.
 
-        Return what the classifier says too.
+        Returns:
+            The result, and the classifier's output.
         """
         output = self.classifier(torch.from_numpy(pixels).to(self.classifier.device))
         return self.decode(output), output
 
     @torch.inference_mode()
     def decode(self, output: Output) -> Result:
-        """Return the heatmaps of what the classifier says, and what they say."""
+        """Return heatmaps, scores and decisions from the classifier's output."""
         prediction = output.logits.argmax(dim=1)
-        heatmap = heatmap_of(self.decoder, output, prediction)
+        heatmap = decode_heatmap(self.decoder, output, prediction)
         scores = score(heatmap).cpu().numpy()
         return Result(
             scores,
             heatmap.cpu().numpy(),
             prediction.cpu().numpy(),
             self.p_value(scores),
-            scores > self.threshold if self.calibration else None,
+            scores > self.threshold if self.decides else None,
         )
 
     def class_name(self, label: int) -> str:
@@ -170,39 +202,70 @@ class HeatmapDetector:
         return self.classes[label] if self.classes else str(label)
 
     def p_value(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the p-value of each score, ``(B,)``; NaN when not calibrated."""
+        """Return the p-value of each score, ``(B,)``; NaN without a calibration."""
         if self.calibration is None:
             return np.full(len(scores), np.nan)
         return self.calibration.p_value(scores)
 
 
-def heatmap_of(decoder: Decoder, output: Output, prediction: Tensor) -> Tensor:
-    """Return the heatmap ``(B, C, H, W)`` float32 of what the classifier says."""
+def decode_heatmap(decoder: Decoder, output: Output, prediction: Tensor) -> Tensor:
+    """Return the heatmap ``(B, C, H, W)`` float32 for the classifier's output."""
     # through float16, as the decoder has seen feature maps in training
-    maps = [item.half().float() for item in output.maps]
+    maps = [feature_map.half().float() for feature_map in output.maps]
     heatmap: Tensor = decoder(output.features, prediction, maps).float()
     return heatmap
 
 
-def to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:
+def _to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:
     """Return images as uint8 ``(B, 3, H, W)`` at the input size."""
-    if isinstance(images, Image.Image):
-        images = [images]
+    pixels = [
+        as_pixels(_to_picture(image), transform, _name(image, row))
+        for row, image in enumerate(_split(images))
+    ]
+    if not pixels:
+        raise UsageError(f"there is no image; {_EXPECTED}.")
+    return np.stack(pixels)
+
+
+def _split(images: Images) -> Iterable[ImageLike]:
+    """Return the images one by one, not yet checked."""
     if isinstance(images, Tensor):
-        images = images.cpu().numpy()
-    if isinstance(images, np.ndarray):
-        images = [Image.fromarray(item) for item in channels_last(images)]
-    return np.stack([transform(item) for item in images])
+        # one copy from a GPU, not one per image
+        images = images.cpu()
+    if isinstance(images, Tensor | np.ndarray):
+        return images if images.ndim == 4 else [images]
+    if isinstance(images, Image.Image | str | os.PathLike):
+        return [images]
+    if isinstance(images, Iterable) and not isinstance(images, Mapping | bytes | bytearray):
+        return images
+    raise UsageError(f"{_EXPECTED}; got {type(images).__name__}.")
 
 
-def channels_last(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return an array of images as ``(B, H, W, 3)``."""
-    if array.dtype != np.uint8:
-        raise UsageError(f"images must be uint8 with values 0 to 255, got {array.dtype}.")
-    if array.ndim == 3:
-        array = array[None]
-    if array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
-        raise UsageError(f"images must be (B, H, W, 3) or (B, 3, H, W), got shape {array.shape}.")
-    if array.shape[3] != 3:
-        array = array.transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(array)
+def _name(image: ImageLike, row: int) -> str:
+    """Return what a message calls an image."""
+    return os.fsdecode(image) if isinstance(image, str | os.PathLike) else f"image {row}"
+
+
+def _to_picture(image: ImageLike) -> Image.Image:
+    """Return one image as a PIL image of any mode."""
+    if isinstance(image, str | os.PathLike):
+        return read_file(Path(image))[0]
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise UsageError(f"an image has no pixels: its size is {image.width} x {image.height}.")
+        return image
+    if not isinstance(image, Tensor | np.ndarray):
+        raise UsageError(f"{_EXPECTED}; got {type(image).__name__} for one of them.")
+    if image.dtype not in (np.uint8, torch.uint8):
+        raise UsageError(
+            f"{_EXPECTED}; got {image.dtype}. Undo a normalization and convert to uint8 first."
+        )
+    array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+    if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        raise UsageError(f"{_EXPECTED}; got shape {tuple(image.shape)} for one of them.")
+    if array.size == 0:
+        raise UsageError(f"an image has no pixels: its shape is {tuple(image.shape)}.")
+    grey = array.ndim == 3 and array.shape[2] == 1
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if grey else array))

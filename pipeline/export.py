@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ood_heatmap import __version__
 from ood_heatmap.cache.files import replacing
-from ood_heatmap.detector import HeatmapDetector, heatmap_of
+from ood_heatmap.detector import HeatmapDetector, decode_heatmap
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import score
 
@@ -63,7 +63,7 @@ class Exported(nn.Module):
         """
         output = self.classifier(images)
         prediction = output.logits.argmax(dim=1)
-        heatmap = heatmap_of(self.decoder, output, prediction)
+        heatmap = decode_heatmap(self.decoder, output, prediction)
         scores = score(heatmap)
         results = (scores, heatmap, prediction, self.p_value(scores))
         return dict(zip(OUTPUTS, results, strict=True))
@@ -115,8 +115,9 @@ def metadata(detector: HeatmapDetector, fingerprint: str) -> dict[str, str]:
         "target": detector.decoder.config.target,
         "color_max": detector.color_max,
         "false_alarm": detector.false_alarm,
-        "threshold": detector.threshold,
-        "pixel_threshold": detector.pixel_threshold,
+        # JSON has no infinity; null where there are no decisions
+        "threshold": detector.threshold if detector.decides else None,
+        "pixel_threshold": detector.pixel_threshold if detector.decides else None,
         "fingerprint": fingerprint,
         "version": __version__,
     }

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ood_heatmap.calibration import Calibration
+from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.errors import DamagedCacheError
 
 tied = st.lists(st.integers(0, 6), min_size=1, max_size=40).map(
@@ -44,8 +44,23 @@ def test_pixels_are_flagged_in_few_id_images():
     assert (peaks > threshold).sum() == 99
 
 
-def test_too_few_images_for_a_level_flag_nothing():
-    assert Calibration.fit(np.arange(10), np.arange(10)).threshold(0.05) == math.inf
+@pytest.mark.parametrize(("level", "wanted"), [(0.5, 1), (0.05, 19), (0.01, 99), (0.29, 3)])
+def test_too_few_images_for_a_level_have_no_threshold(level, wanted):
+    assert num_needed(level) == wanted
+    for count in range(max(1, wanted - 2), wanted + 2):
+        calibration = Calibration.fit(np.arange(count), np.arange(count))
+        assert calibration.has_threshold(level) == (count >= wanted)
+        assert (calibration.threshold(level) == math.inf) == (count < wanted)
+        assert (calibration.pixel_threshold(level) == math.inf) == (count < wanted)
+
+
+@given(st.floats(1e-4, 0.9999), st.integers(1, 30_000))
+def test_there_is_a_threshold_when_the_lowest_p_value_is_as_low_as_the_level(level, count):
+    calibration = Calibration.fit(np.zeros(count, np.float32), np.zeros(count, np.float32))
+    assert calibration.has_threshold(level) == math.isfinite(calibration.threshold(level))
+    lowest = calibration.p_value(np.ones(1))[0]
+    if abs(lowest - level) > 1e-8:
+        assert calibration.has_threshold(level) == (lowest <= level)
 
 
 def test_it_comes_back_from_disk_and_a_damaged_one_is_one_line(tmp_path):
@@ -54,5 +69,7 @@ def test_it_comes_back_from_disk_and_a_damaged_one_is_one_line(tmp_path):
     calibration.save(path)
     np.testing.assert_array_equal(Calibration.load(path).scores, [1, 2, 3])
     path.write_bytes(b"damaged")
-    with pytest.raises(DamagedCacheError, match="is no calibration"):
+    with pytest.raises(DamagedCacheError, match="is not a calibration file"):
         Calibration.load(path)
+    with pytest.raises(DamagedCacheError, match="cannot read"):
+        Calibration.load(tmp_path / "gone")

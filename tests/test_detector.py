@@ -1,6 +1,8 @@
 """The detector in a user's hands."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from math import inf
 
@@ -15,6 +17,8 @@ from ood_heatmap.cache.files import write_json
 from ood_heatmap.cache.manifest import file_record, read_manifest
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
+from ood_heatmap.images import UnreadableImageError
+from ood_heatmap.pipeline.config import EvaluateConfig
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +49,77 @@ def test_the_score_is_read_off_the_heatmap(detector):
     assert result.prediction.shape == (3,)
 
 
+def test_a_list_may_mix_sizes_kinds_and_layouts(detector, tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (40, 25, 3)).astype(np.uint8)
+    grey = rng.integers(0, 256, (20, 33)).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    wanted = [detector(Image.fromarray(item)).score[0] for item in (array, grey)]
+    kinds = {
+        0: [
+            array,
+            Image.fromarray(array),
+            torch.from_numpy(array),
+            torch.from_numpy(array).permute(2, 0, 1),
+            array.transpose(2, 0, 1),
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+        ],
+        1: [grey, grey[:, :, None], grey[None], torch.from_numpy(grey), tmp_path / "grey.png"],
+    }
+    listed = kinds[0] + kinds[1]
+    expected = [wanted[0]] * len(kinds[0]) + [wanted[1]] * len(kinds[1])
+    for images in (listed, tuple(listed), iter(listed)):
+        np.testing.assert_allclose(detector(images).score, expected, rtol=1e-5)
+    for image, score in zip(listed, expected, strict=True):
+        np.testing.assert_allclose(detector(image).score, [score], rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_images_on_a_gpu_are_what_they_are_on_the_cpu(finished_run):
+    detector = HeatmapDetector.load(finished_run, device="cuda")
+    images = torch.from_numpy(noise(0, 3)).cuda()
+    for given in (images, images.permute(0, 3, 1, 2), list(images)):
+        wanted = detector(images.cpu()).score
+        np.testing.assert_allclose(detector(given).score, wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "images",
-    [np.zeros((2, 16, 16, 3), np.float32), np.zeros((2, 16, 16), np.uint8), np.zeros(5, np.uint8)],
+    ("images", "named"),
+    [
+        (np.zeros((2, 16, 16, 3), np.float32), "float32"),
+        (torch.zeros(2, 3, 16, 16), "torch.float32"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), "torch.bfloat16"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "torch.int64"),
+        ([np.zeros((16, 16, 3), bool)], "bool"),
+        (np.zeros((2, 16, 16), np.uint8), r"shape \(2, 16, 16\)"),
+        (np.zeros(5, np.uint8), r"shape \(5,\)"),
+        (np.zeros((2, 2, 3, 16, 16), np.uint8), "shape"),
+        (np.zeros((2, 4, 16, 16), np.uint8), r"shape \(4, 16, 16\)"),
+        ([np.zeros((2, 16, 16, 3), np.uint8)], r"shape \(2, 16, 16, 3\)"),
+        (np.zeros((0, 16, 3), np.uint8), r"no pixels: its shape is \(0, 16, 3\)"),
+        (Image.new("RGB", (0, 5)), "no pixels: its size is 0 x 5"),
+        ([], "there is no image"),
+        (np.zeros((0, 16, 16, 3), np.uint8), "there is no image"),
+        (None, "got NoneType"),
+        (7, "got int"),
+        ([7], "got int for one of them"),
+        ([[1, 2], [3, 4]], "got list for one of them"),
+        ({"images": 1}, "got dict"),
+        (b"abc", "got bytes"),
+    ],
 )
-def test_other_arrays_are_refused(detector, images):
-    with pytest.raises(UsageError, match="images must be"):
+def test_anything_else_is_refused_in_one_line(detector, images, named):
+    with pytest.raises(UsageError, match=named) as caught:
+        detector(images)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("images", ["nowhere.png", ["nowhere.png"], Image.new("F", (20, 20))])
+def test_an_unreadable_image_is_named(detector, images):
+    with pytest.raises(UnreadableImageError, match=r"nowhere\.png|image 0"):
         detector(images)
 
 
@@ -99,10 +168,48 @@ def test_the_level_changes_without_fitting_again(detector):
     loose = strict.at(0.5)
     assert loose.calibration is strict.calibration
     assert loose(images).is_ood.sum() > strict(images).is_ood.sum()
-    assert strict.at(0.001).threshold == inf  # 200 images cannot vouch for it
     for level in (0, 1, -0.1):
         with pytest.raises(UsageError, match="between 0 and 1"):
             strict.at(level)
+
+
+def test_a_level_too_fine_for_the_calibration_gives_no_decision_and_a_warning(detector, caplog):
+    images = noise(2, 5)
+    calibrated = detector.calibrated(calibrate(detector, noise(1, 60)), 0.05)
+    assert calibrated(images).is_ood is not None
+    assert not caplog.messages
+    strict = calibrated.at(0.01)
+    (message,) = caplog.messages
+    assert "a false-alarm level of 0.01 needs at least 99 held-out ID images" in message
+    assert "has 60" in message
+    assert not strict.decides
+    assert strict.threshold == strict.pixel_threshold == inf
+    result = strict(images)
+    assert result.is_ood is None
+    np.testing.assert_array_equal(result.p_value, calibrated(images).p_value)
+
+
+def test_the_default_level_is_that_of_an_evaluation(detector):
+    own = HeatmapDetector(detector.classifier, detector.decoder)
+    assert own.false_alarm == EvaluateConfig.false_alarm
+
+
+def test_classes_without_names_are_called_by_number(detector):
+    assert detector.class_name(1) == "class1"
+    assert HeatmapDetector(detector.classifier, detector.decoder).class_name(1) == "1"
+
+
+def test_a_detector_in_memory_imports_no_run_and_no_training():
+    code = (
+        "import sys, ood_heatmap.detector;"
+        "print(*(name for name in sys.modules if name.startswith('ood_heatmap.')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not [
+        name for name in found if name.startswith(("ood_heatmap.pipeline", "ood_heatmap.cache"))
+    ]
 
 
 def test_false_alarms_on_fresh_id_images_stay_within_the_binomial_interval(detector):

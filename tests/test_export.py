@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import math
 
 import numpy as np
 import onnx
@@ -105,8 +106,9 @@ def test_the_onnx_model_says_what_it_is(run, tmp_path):
     assert json.loads(about["class_names"]) == [f"class{label}" for label in range(4)]
     assert (about["input_size"], about["target"]) == ("16", "magnitude")
     assert about["fingerprint"] == read_manifest(run, "decoder").fingerprint
-    threshold = HeatmapDetector.load(run, "cpu").threshold
-    assert json.loads(about["threshold"]) == pytest.approx(threshold, nan_ok=True)
+    # two held-out images are too few for the level: JSON has no infinity
+    assert HeatmapDetector.load(run, "cpu").threshold == math.inf
+    assert (about["threshold"], about["pixel_threshold"]) == ("null", "null")
     batch = [item.type.tensor_type.shape.dim[0].dim_param for item in model.graph.input]
     assert batch == ["batch"]
     content = out.read_bytes()
@@ -123,6 +125,15 @@ def test_the_torch_program_says_what_it_is(run, tmp_path):
     extra = {"metadata.json": ""}
     torch.export.load(out, extra_files=extra)
     assert json.loads(extra["metadata.json"])["target"] == "magnitude"
+
+
+def test_the_metadata_has_the_thresholds_where_there_are_any(classifier):
+    detector = make_detector(classifier, "magnitude", 0)
+    about = export_module.metadata(detector, "")
+    assert json.loads(about["threshold"]) == detector.threshold
+    assert json.loads(about["pixel_threshold"]) == detector.pixel_threshold
+    about = export_module.metadata(detector.calibrated(None, 0.05), "")
+    assert (about["threshold"], about["pixel_threshold"]) == ("null", "null")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
