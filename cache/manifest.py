@@ -1,36 +1,50 @@
-"""What a stage made, and from what.
-
-Inputs, fingerprints, checksums, and the order in which they become visible.
-"""
+"""The manifest of a finished stage: inputs, fingerprint, results, and a checksum of every file."""
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ood_heatmap.cache.files import make_directory, remove_scratch, sha256_of, write_json
+from ood_heatmap.cache.files import read_error, sha256_of, write_json
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 
-FORMAT = 1
-FINISHED, UNFINISHED = "manifest.json", "unfinished.json"
-CHECKPOINT = "last.ckpt"  # of a stage that has one; both are only there while a stage is unfinished
-# a stage is named as its directory; this is what one types to make it
-COMMANDS = {
-    "index": "index",
-    "targets": "targets",
-    "decoder": "train",
-    "evaluation": "evaluate",
-    "localization": "localize",
+FORMAT = 2
+MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
+_TYPES = {
+    "stage": str,
+    "inputs": dict,
+    "content": str,
+    "results": dict,
+    "files": dict,
+    "speed": dict,
+    "format": int,
+    "fingerprint": str,
 }
 
 
 def fingerprint_of(content: object) -> str:
     """Return the sha256 of anything JSON can say, independent of the order of its keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size in bytes and the hexadecimal sha256 of a finished file."""
+
+    sha256: str
+    num_bytes: int
+
+    @staticmethod
+    def of(path: Path) -> "FileRecord":
+        """Return the record of a file as it is now."""
+        return FileRecord(sha256_of(path), path.stat().st_size)
+
+    def fits(self, path: Path) -> bool:
+        """Tell whether a file is there, and is the one that was recorded."""
+        return path.is_file() and self == FileRecord.of(path)
 
 
 @dataclass(frozen=True)
@@ -42,80 +56,156 @@ class Manifest:
         inputs: Everything the result depends on that is known before the work; nested, JSON.
         content: sha256 of the images themselves, known once all were read; empty where there were
             none.
-        results: What the stage wants to hand on; JSON.
-        files: File name to ``{"sha256": ..., "num_bytes": ...}``.
-        speed: How fast the stage was and could have been, of the last run that worked on it. No
-            fingerprint depends on it, and it is all that differs when a stage is made again.
+        results: What the stage hands on; JSON.
+        files: File name to its record.
+        speed: Throughput of the last run that worked on the stage. No fingerprint depends on it,
+            and with the checksum over the manifest it is all that differs when a stage is made
+            again.
+        format: Version of the format on disk.
+        fingerprint: sha256 of format, stage, inputs and content: what later stages depend on.
     """
 
     stage: str
     inputs: Mapping[str, Any]
     content: str
     results: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileRecord]
     speed: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     fingerprint: str = field(default="")
 
     def __post_init__(self) -> None:
         made_from = fingerprint_of([self.format, self.stage, self.inputs, self.content])
-        if self.fingerprint not in ("", made_from):
-            raise DamagedCacheError(
-                f"the manifest of stage {self.stage} does not fit its own fingerprint: it was "
-                f"edited or "
-                f"damaged. Run `ood-heatmap {COMMANDS.get(self.stage, self.stage)}` again with "
-                f"--overwrite."
-            )
         object.__setattr__(self, "fingerprint", made_from)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``manifest.json`` holds: the fields, and a checksum over all of them."""
+        content = asdict(self)
+        return {**content, "checksum": fingerprint_of(content)}
 
     def shard_paths(self, directory: Path) -> list[Path]:
         """Return the HDF5 shards in order."""
         return [directory / name for name in sorted(self.files) if name.endswith(".h5")]
 
 
-def read_manifest(run: Path, stage: str) -> Manifest:
-    """Return the manifest of a finished stage.
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest of a stage, the last of its files."""
+    write_json(directory / MANIFEST, manifest.to_json())
+
+
+def read_manifest(directory: Path, *, command: str) -> Manifest:
+    """Return the manifest of a finished stage, its checksum and the types of its fields checked.
+
+    Args:
+        directory: Of the stage.
+        command: The command line that makes the stage, for the error.
 
     Raises:
-        OodHeatmapError: The stage is missing, unfinished, or its manifest is damaged or of another
-            format.
+        OodHeatmapError: The stage is missing or unfinished, or the manifest cannot be read.
+        StaleCacheError: It has another format.
+        DamagedCacheError: It was edited or damaged.
     """
-    path = run / stage / FINISHED
+    path = directory / MANIFEST
     if not path.is_file():
-        state = "an unfinished" if (run / stage / UNFINISHED).is_file() else "no"
+        state = "an unfinished" if (directory / UNFINISHED).is_file() else "no"
         raise OodHeatmapError(
-            f"{run} has {state} {stage} stage: run `ood-heatmap {COMMANDS[stage]} {run} ...` first."
+            f"{directory.parent} has {state} {directory.name} stage: run `{command}` first."
         )
+    content = read_json(path, command=command)
+    if content.get("format") != FORMAT:
+        raise StaleCacheError(
+            f"{path} has format {content.get('format')!s:.20}, this version reads {FORMAT}. "
+            f"{_again(command)}"
+        )
+    checksum = content.pop("checksum", None)
+    wrong = [name for name, kind in _TYPES.items() if type(content.get(name)) is not kind]
+    if wrong or content.keys() != _TYPES.keys():
+        raise DamagedCacheError(
+            f"{path} is damaged (field {(wrong or ['unknown'])[0]}). {_again(command)}"
+        )
+    if checksum != fingerprint_of(content):
+        raise DamagedCacheError(
+            f"{path} does not fit its own checksum: it was edited. {_again(command)}"
+        )
+    files = {name: _to_record(path, name, item, command) for name, item in content["files"].items()}
+    manifest = Manifest(**{**content, "files": files})
+    if manifest.fingerprint != content["fingerprint"] or manifest.stage != directory.name:
+        raise DamagedCacheError(f"{path} is the manifest of something else. {_again(command)}")
+    return manifest
+
+
+def _to_record(path: Path, name: str, item: object, command: str) -> FileRecord:
+    """Return the record of a file whose name cannot lead out of the stage's directory."""
+    relative = PurePosixPath(name)
+    if relative.parts and not relative.is_absolute() and ".." not in relative.parts:
+        match item:
+            case {"sha256": str(sha256), "num_bytes": int(num_bytes)}:
+                return FileRecord(sha256, num_bytes)
+    raise DamagedCacheError(f"{path} is damaged (file {name!r:.80}). {_again(command)}")
+
+
+def _again(command: str) -> str:
+    return f"Run `{command}` again with --overwrite."
+
+
+def read_json(path: Path, *, command: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        OodHeatmapError: It cannot be read.
+        DamagedCacheError: It is not JSON, or not an object.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
-        if content["format"] != FORMAT:
-            raise OodHeatmapError(
-                f"{path} has format {content['format']}, this version reads {FORMAT}. "
-                f"Run `ood-heatmap {COMMANDS[stage]}` again with --overwrite."
-            )
-        return Manifest(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedCacheError(f"{path} is damaged ({error!s:.100}). {_again(command)}") from error
+    if not isinstance(content, dict):
+        raise DamagedCacheError(f"{path} is damaged (not an object). {_again(command)}")
+    return content
+
+
+def check_files(
+    directory: Path, manifest: Manifest, *, command: str, skip: Sequence[str] = ()
+) -> None:
+    """Make sure that every file of a stage is there and unchanged; every byte is read.
+
+    Args:
+        directory: Of the stage.
+        manifest: Of the stage.
+        command: The command line that makes the stage, for the error.
+        skip: Names of files that do not matter now.
+
+    Raises:
+        DamagedCacheError: Names the file.
+    """
+    for name, record in manifest.files.items():
+        if name not in skip:
+            check_size(directory / name, record, command=command)
+            if sha256_of(directory / name) != record.sha256:
+                raise DamagedCacheError(
+                    f"{directory / name} has changed since it was written. {_again(command)}"
+                )
+
+
+def check_size(path: Path, record: FileRecord, *, command: str) -> None:
+    """Make sure that a file is there and has its size; not a byte of it is read.
+
+    Raises:
+        DamagedCacheError: Names the file.
+    """
+    if not path.is_file():
+        raise DamagedCacheError(f"{path} is missing. {_again(command)}")
+    num_bytes = path.stat().st_size
+    if num_bytes != record.num_bytes:
         raise DamagedCacheError(
-            f"{path} is damaged ({error}). Run `ood-heatmap {COMMANDS[stage]}` again with "
-            f"--overwrite."
-        ) from error
-
-
-def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
-    """Refuse a stage that was made from another state of the stage before it."""
-    made_from, now = manifest.inputs[previous.stage], previous.fingerprint
-    if made_from != now:
-        raise StaleCacheError(
-            f"{run / manifest.stage} was made from another {previous.stage} (fingerprint "
-            f"{short(made_from)}, "
-            f"now {short(now)}). Run `ood-heatmap {COMMANDS[manifest.stage]} {run} ...` again "
-            f"with --overwrite."
+            f"{path} has {num_bytes} bytes, not {record.num_bytes}. {_again(command)}"
         )
 
 
 def differing_fields(before: object, now: object, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted name, value before, value now) of every field in which two nested inputs
-    differ."""
+    """Yield (dotted name, value before, value now) of every field in which nested inputs differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             yield from differing_fields(
@@ -125,145 +215,8 @@ def differing_fields(before: object, now: object, name: str = "") -> Iterator[tu
         yield name, before, now
 
 
-def short(value: object) -> str:
-    """Return a value for a message; a hash by its first eight digits."""
+def abbreviate(value: object) -> str:
+    """Return a value for a message: a hash by its first eight digits, anything long cut off."""
     text = str(value)
-    return text[:8] if len(text) == 64 else text
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Return the size and checksum of a finished file."""
-    return {"sha256": sha256_of(path), "num_bytes": path.stat().st_size}
-
-
-def check_files(run: Path, manifest: Manifest, *, leave_out: Sequence[str] = ()) -> None:
-    """Make sure that every file of a stage is there and unchanged; every byte is read.
-
-    Args:
-        run: The run directory.
-        manifest: Of the stage.
-        leave_out: Names of files that do not matter now.
-
-    Raises:
-        DamagedCacheError: Names the file.
-    """
-    for name, record in manifest.files.items():
-        if name in leave_out:
-            continue
-        path = run / manifest.stage / name
-        way_out = (
-            f"Delete {run / manifest.stage / FINISHED} and the file, and start the same "
-            f"`ood-heatmap {COMMANDS[manifest.stage]}` again."
-        )
-        if not path.is_file():
-            raise DamagedCacheError(f"{path} is missing. {way_out}")
-        if path.stat().st_size != record["num_bytes"]:
-            raise DamagedCacheError(
-                f"{path} has {path.stat().st_size} bytes, not {record['num_bytes']}. {way_out}"
-            )
-        if sha256_of(path) != record["sha256"]:
-            raise DamagedCacheError(f"{path} has changed since it was written. {way_out}")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The directory of a stage while it is being made.
-
-    A stage is begun (its inputs are written down), filled with whole files, and finished (manifest
-    last). Begun again
-    with equal inputs it goes on; with others it is refused.
-    """
-
-    run: Path
-    name: str
-    inputs: Mapping[str, Any]
-
-    @property
-    def directory(self) -> Path:
-        """Where the stage's files are."""
-        return self.run / self.name
-
-    @property
-    def settings_fingerprint(self) -> str:
-        """The hash of the inputs, written into every shard."""
-        return fingerprint_of([FORMAT, self.name, self.inputs])
-
-    def begin(self, *, overwrite: bool = False) -> Manifest | None:
-        """Make the directory, or take it up where it was.
-
-        Args:
-            overwrite: Discard what is there when it was made from other inputs.
-
-        Returns:
-            The manifest when the stage is finished already, otherwise None.
-
-        Raises:
-            StaleCacheError: It was begun with other inputs; names the fields.
-        """
-        make_directory(self.directory)
-        remove_scratch(self.directory)
-        before = self.inputs_before()
-        if before is not None and before != json.loads(json.dumps(self.inputs)):
-            if not overwrite:
-                raise self.stale(before)
-            shutil.rmtree(self.directory)
-            make_directory(self.directory)
-            before = None
-        if (self.directory / FINISHED).is_file():
-            self.tidy()
-            return read_manifest(self.run, self.name)
-        if before is None:
-            write_json(self.directory / UNFINISHED, {"format": FORMAT, "inputs": self.inputs})
-        return None
-
-    def inputs_before(self) -> Mapping[str, Any] | None:
-        """Return what the directory was begun with, or None when it was not, or when nobody can
-        tell any more."""
-        for name in (FINISHED, UNFINISHED):
-            path = self.directory / name
-            if path.is_file():
-                try:
-                    before: Mapping[str, Any] = json.loads(path.read_text("utf-8"))["inputs"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DamagedCacheError(
-                        f"{path} is damaged ({error}). Delete {self.directory} and run the stage "
-                        f"again."
-                    ) from error
-                return before
-        return None
-
-    def stale(self, before: Mapping[str, Any]) -> StaleCacheError:
-        """Return the error that names what differs."""
-        fields = [
-            f"{name} ({short(old)}, now {short(new)})"
-            for name, old, new in differing_fields(before, json.loads(json.dumps(self.inputs)))
-        ]
-        return StaleCacheError(
-            f"{self.directory} was made with another {', '.join(fields[:4])}. Name another run "
-            f"directory, "
-            "or add --overwrite to make this stage again."
-        )
-
-    def finish(self, content: str, results: Mapping[str, Any], names: list[str]) -> Manifest:
-        """Write the manifest, the last file of a stage.
-
-        Args:
-            content: sha256 of the images that were read, or "".
-            results: What later stages and readers want to know; JSON.
-            names: The stage's files, all whole.
-        """
-        files = {name: file_record(self.directory / name) for name in names}
-        manifest = Manifest(self.name, self.inputs, content, results, files)
-        write_json(self.directory / FINISHED, asdict(manifest))
-        self.tidy()
-        return manifest
-
-    def add_speed(self, figures: Mapping[str, Any]) -> None:
-        """Write into the manifest of the finished stage how fast it was."""
-        manifest = replace(read_manifest(self.run, self.name), speed=figures)
-        write_json(self.directory / FINISHED, asdict(manifest))
-
-    def tidy(self) -> None:
-        """Remove what only an unfinished stage needs."""
-        for name in (UNFINISHED, CHECKPOINT):
-            (self.directory / name).unlink(missing_ok=True)
+    is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return text[:8] if is_hash else text[:57] + "..." if len(text) > 60 else text

@@ -1,14 +1,17 @@
-"""HDF5 shards: write one whole, read many as one array.
+"""HDF5 shards: write one atomically, read many as one array.
 
-Datasets are contiguous, so a reader maps them: random batches then come at the speed of memory,
-where h5py's own
-indexing of chunked data is some 300 times slower. HDF5 makes the header, we write the rows: on a
-full disk HDF5 can
-leave a file that opens cleanly and holds zeros.
+Datasets are contiguous so that readers can memory-map them: random batches run at memory speed,
+where h5py indexing of chunked data is some 300 times slower. HDF5 writes the header and we write
+the rows: on a full disk HDF5 can leave a file that opens cleanly and holds zeros.
 """
 
+import ctypes
+import errno
+import math
+import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +21,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import replacing, reserve
+from ood_heatmap.cache.files import read_error, replacing, reserve
 from ood_heatmap.errors import DamagedCacheError
 
 FORMAT = 1
@@ -31,6 +34,7 @@ def write_shard(
     *,
     attributes: Mapping[str, str | int] | None = None,
     notes: Mapping[str, Mapping[str, str | float]] | None = None,
+    record: Callable[[Path], None] | None = None,
 ) -> None:
     """Write one shard whole, or leave nothing behind. The same arrays give the same bytes.
 
@@ -39,6 +43,7 @@ def write_shard(
         arrays: Dataset name to array, all of equally many rows, in any memory order.
         attributes: Attributes of the file.
         notes: Attributes of single datasets: units, scale, what it is.
+        record: As for ``cache.files.replacing``.
 
     Raises:
         ValueError: The arrays differ in their number of rows.
@@ -47,7 +52,7 @@ def write_shard(
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) != 1:
         raise ValueError(f"arrays of {path.name} must have equally many rows, got {rows}")
-    with replacing(path) as scratch:
+    with replacing(path, record=record) as scratch:
         with h5py.File(scratch, "w") as file:
             file.attrs["format"] = FORMAT
             for key, value in (attributes or {}).items():
@@ -82,12 +87,19 @@ def reserve_dataset(
 
 
 def map_shard(path: Path) -> dict[str, Array]:
-    """Return the datasets of one shard as read-only memory maps.
+    """Return the datasets of one shard as read-only views of one memory map.
 
     Raises:
-        DamagedCacheError: The file is missing, cut short, not HDF5, of another format, or not
-            contiguous.
+        OodHeatmapError: The file cannot be opened.
+        DamagedCacheError: It is missing, cut short, not HDF5, of another format, or not contiguous.
     """
+    layout = _layout_of(path)
+    whole = _map_file(path)
+    return {name: _view(path, whole, name, *place) for name, place in layout.items()}
+
+
+def _layout_of(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]]:
+    """Return the byte offset, shape and dtype of each dataset of a shard."""
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("format") != FORMAT:
@@ -95,31 +107,58 @@ def map_shard(path: Path) -> dict[str, Array]:
                     f"{path} has format {file.attrs.get('format')}, this version reads {FORMAT}. "
                     "Make it again with this version, or read it with the one that wrote it."
                 )
-            places = {
+            return {
                 name: (item.id.get_offset(), item.shape, item.dtype) for name, item in file.items()
             }
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    # a header with a fitting checksum can still hold anything
+    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):
+            raise read_error(path, error) from error
         raise DamagedCacheError(
             f"{path} cannot be read as a shard ({error}). Delete it and start the stage again."
         ) from error
-    return {name: map_dataset(path, name, *place) for name, place in places.items()}
 
 
-def map_dataset(
-    path: Path, name: str, offset: int | None, shape: tuple[int, ...], dtype: np.dtype[Any]
+def _map_file(path: Path) -> NDArray[np.uint8]:
+    """Return the bytes of a file as a read-only memory map that holds no file descriptor.
+
+    Python's own mmap keeps one open for good, and a process may have only some 1,000 of them.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        address = libc.mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise read_error(path, OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
+    buffer = (ctypes.c_uint8 * num_bytes).from_address(address)
+    # every view refers to the buffer: the last one to go unmaps the file
+    weakref.finalize(buffer, libc.munmap, address, num_bytes).atexit = False
+    array: NDArray[np.uint8] = np.frombuffer(memoryview(buffer), np.uint8)
+    array.flags.writeable = False
+    return array
+
+
+def _view(
+    path: Path,
+    whole: NDArray[np.uint8],
+    name: str,
+    offset: int | None,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
 ) -> Array:
-    """Return one contiguous dataset as a read-only memory map, its place checked against the
-    file's size."""
+    """Return one contiguous dataset of a mapped file, its extent checked against the file's."""
     if 0 in shape:
         return np.empty(shape, dtype)
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if offset is None or dtype.hasobject or offset + num_bytes > path.stat().st_size:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if offset is None or dtype.hasobject or offset + num_bytes > len(whole):
         raise DamagedCacheError(
-            f"{path}: dataset {name} is not whole and contiguous. Delete the file and start the "
-            f"stage again."
+            f"{path}: dataset {name} is not whole and contiguous. "
+            "Delete the file and start the stage again."
         )
-    # a plain view: the subclass costs some microseconds in every call
-    return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray)
+    return whole[offset : offset + num_bytes].view(dtype).reshape(shape)
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
@@ -127,7 +166,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
     try:
         with h5py.File(path, "r") as file:
             return dict(file.attrs)
-    except OSError:
+    except (OSError, RuntimeError, ValueError):
         return {}
 
 

@@ -367,9 +367,9 @@ def export(run: Path, given: ExportOptions) -> None:
     Example:
         ood-heatmap export runs/c10 --format onnx --out c10.onnx
     """
-    from ood_heatmap.cache.manifest import read_manifest
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.pipeline.export import export as export_detector
+    from ood_heatmap.pipeline.run import read_manifest
 
     detector = HeatmapDetector.load(run, "cpu", given.false_alarm)
     fingerprint = read_manifest(run, "decoder").fingerprint

@@ -14,7 +14,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Batch, ImageSet, Transform, batches
 from ood_heatmap.pipeline.forward import Forward, Pending
 from ood_heatmap.pipeline.meter import Meter as Meter
-from ood_heatmap.pipeline.shares import content_of
+from ood_heatmap.pipeline.stage import content_hash
 
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
@@ -164,5 +164,5 @@ def joined(
                 whole[here] = item
             count += len(output.features)
     kept = tuple(item[:count] for item in maps)
-    content = content_of(b"".join(digests))
+    content = content_hash(b"".join(digests))
     return Embedded(rows[:count], images[:count], features[:count], logits[:count], kept, content)

@@ -14,14 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import replacing, sha256_of, write_json
-from ood_heatmap.cache.manifest import (
-    Manifest,
-    Stage,
-    differing_fields,
-    fingerprint_of,
-    read_manifest,
-    short,
-)
+from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, fingerprint_of
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import barrier, from_main, is_main
@@ -29,7 +22,7 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
-from ood_heatmap.pipeline.run import Index, open_index
+from ood_heatmap.pipeline.run import Index, open_index, read_manifest
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
     ID,
@@ -40,7 +33,7 @@ from ood_heatmap.pipeline.scoring import (
     open_detectors,
     score_set,
 )
-from ood_heatmap.pipeline.shares import sole_writer
+from ood_heatmap.pipeline.stage import Stage, run_lock
 from ood_heatmap.pipeline.tables import decisions, metrics_json, metrics_table
 
 log = logging.getLogger(__name__)
@@ -81,16 +74,16 @@ def evaluate(
         OodHeatmapError: See the design: stale or damaged caches, unreadable images and so on.
     """
     _check_names(ood_sets, config)
-    with sole_writer(run):
+    with run_lock(run):
         index = open_index(run)
         decoders = _check_runs([run, *more_runs])
         subsets = _choose_images(id_images, ood_sets, calibration_images, config)
         detectors = open_detectors([run, *more_runs], index, device)
         stage = Stage(run, "evaluation", _inputs(decoders, subsets, config))
-        finished = from_main(stage.begin(overwrite=config.overwrite) if is_main() else None)
-        if finished is not None:
-            log.info("%s is finished already", stage.directory)
-            return finished
+        complete = stage.resume_or_start(overwrite=config.overwrite)
+        if complete is not None:
+            log.info("%s is already complete", stage.directory)
+            return complete
         scored = _score_sets(stage, subsets, detectors, index, config)
         if is_main():
             _publish(stage, scored, subsets, decoders, detectors[0], index, config)
@@ -162,7 +155,7 @@ def _check_runs(runs: Sequence[Path]) -> list[Manifest]:
 def _check_same(ours: Manifest, theirs: Manifest, other: Path) -> None:
     """Refuse a stage of another run that was made from something else; names what differs."""
     differing = [
-        f"{ours.stage} {name} ({short(there)}, here {short(here)})"
+        f"{ours.stage} {name} ({abbreviate(there)}, here {abbreviate(here)})"
         for name, here, there in differing_fields(_made_from(ours), _made_from(theirs))
     ]
     if differing:
@@ -309,4 +302,5 @@ def _finish(
         results["false_alarm"] = config.false_alarm
         results["num_calibration"] = len(calibration.scores)
         names.append(CALIBRATION_FILE)
-    return stage.finish(content, results, ["metrics.json", *names, *FIGURES, REPORT])
+    names = ["metrics.json", *names, *FIGURES, REPORT]
+    return stage.commit(results, names, content=content)

@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from ood_heatmap import figures
 from ood_heatmap.cache.files import replacing
-from ood_heatmap.cache.manifest import Stage, read_manifest
 from ood_heatmap.cache.neighbours import Bank
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.figures import Card
 from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.run import Index
+from ood_heatmap.pipeline.run import Index, read_manifest
 from ood_heatmap.pipeline.scoring import HEATMAP, ID, ScoredSet, Subset
+from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.report import render_report
 
 _HISTOGRAMS, _ROC, _EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))

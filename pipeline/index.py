@@ -2,50 +2,44 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
-from ood_heatmap.cache.files import make_directory, replacing
-from ood_heatmap.cache.manifest import (
-    Manifest,
-    Stage,
-    read_manifest,
-)
-from ood_heatmap.cache.neighbours import (
-    backend,
-    check_faiss,
-    sorted_order,
-    write_index,
-)
+from ood_heatmap.cache.files import make_directory, save_tensors
+from ood_heatmap.cache.manifest import Manifest
+from ood_heatmap.cache.neighbours import backend, check_faiss, sorted_order, write_index
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main
+from ood_heatmap.distributed import from_main as broadcast
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.audit import check_index
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.meter import Meter, report
 from ood_heatmap.pipeline.run import INDEX, WEIGHTS
-from ood_heatmap.pipeline.shares import (
-    Work,
-    Writer,
-    begin,
-    content_of_stage,
-    sole_writer,
-    split_rows,
+from ood_heatmap.pipeline.stage import (
+    BackgroundWriter,
+    Schedule,
+    ShardTask,
+    Stage,
+    require_rows,
+    run_lock,
+    schedule_shards,
+    stage_content,
 )
 from ood_heatmap.sanity import to_results
 
 log = logging.getLogger(__name__)
 
+SHARDS = "images"
 
 NOTES: dict[str, dict[str, str | float]] = {
     "images": {"about": "ID images at the classifier's input size, RGB, [n, C, H, W]"},
@@ -88,27 +82,34 @@ def build_index(
         "options": result_options(config),
     }
     stage = Stage(run, "index", inputs)
-    with sole_writer(run):
-        rows, row_bytes = np.arange(len(images)), bytes_per_row(classifier)
-        shards = {"images": split_rows(rows, row_bytes, config.shard_mb, config.batch_size)}
-        finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
-        if finished is not None:
-            return finished
-        meter = Meter(sum(len(rows) for _, rows in todo["images"]), "index")
-        embed_all(stage, todo["images"], images, classifier, config, meter)
+    with run_lock(run):
+        schedule = schedule_shards(
+            stage,
+            images,
+            {SHARDS: np.arange(len(images))},
+            bytes_per_row(classifier),
+            shard_mb=config.shard_mb,
+            overwrite=config.overwrite,
+        )
+        if schedule.manifest is not None:
+            return schedule.manifest
+        meter = Meter(schedule.num_own_rows, "index")
+        embed_shards(stage, schedule.own[SHARDS], images, classifier, config, meter)
         with meter.waiting("finish"):
             barrier()
-            if is_main():
-                finish(stage, images, classifier)
-        figures = report(meter)
+            results = write_derived(stage, schedule, images, classifier) if is_main() else {}
+        speed = {**report(meter), "device": str(classifier.device)}
+        manifest = None
         if is_main():
-            log_speed(stage, "index", {**figures, "device": str(classifier.device)})
-        return read_manifest(run, "index")
+            names = [*schedule.names, INDEX, WEIGHTS]
+            content = stage_content(stage, schedule.names)
+            manifest = stage.commit(results, names, content=content, speed=speed)
+        return broadcast(manifest)
 
 
-def embed_all(
+def embed_shards(
     stage: Stage,
-    todo: list[Work],
+    tasks: Sequence[ShardTask],
     images: ImageSet,
     classifier: Classifier,
     config: IndexConfig,
@@ -117,17 +118,16 @@ def embed_all(
     """Embed and write, shard by shard."""
     embedded = embed(
         images,
-        [rows for _, rows in todo],
+        [task.source_rows for task in tasks],
         classifier,
         meter,
         batch_size=config.batch_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )
-    with Writer(meter) as writer:
-        for (path, _), shard in zip(todo, embedded, strict=True):
-            attributes = {"fingerprint": stage.settings_fingerprint, "content": shard.content}
-            writer.write(path, arrays_of(shard, images), attributes, notes_of(shard))
+    with BackgroundWriter(stage, meter) as writer:
+        for task, shard in zip(tasks, embedded, strict=True):
+            writer.write(task, arrays_of(shard, images), notes_of(shard), content=shard.content)
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
@@ -177,21 +177,21 @@ def arrays_of(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
     }
 
 
-def finish(stage: Stage, images: ImageSet, classifier: Classifier) -> Manifest:
-    """Write what is derived from the shards, then the manifest."""
-    paths = sorted(stage.directory.glob("images-*.h5"))
-    columns = open_rows(paths)
-    order = sorted_order(columns["prediction"].read(), columns["row"].read())
-    write_index(stage.directory / INDEX, columns["features"], order)
-    with replacing(stage.directory / WEIGHTS) as scratch:
-        save_file(
-            {
-                name: value.cpu().contiguous().clone()
-                for name, value in classifier.network.state_dict().items()
-            },
-            scratch,
-        )
-    results = {
+def write_derived(
+    stage: Stage, schedule: Schedule, images: ImageSet, classifier: Classifier
+) -> dict[str, Any]:
+    """Write what is derived from the shards, and return the results of the stage."""
+    require_rows(stage, schedule.tasks[SHARDS])
+    columns = open_rows([stage.directory / name for name in schedule.names])
+    prediction, row = columns["prediction"].read(), columns["row"].read()
+    with stage.writing(INDEX) as scratch:
+        write_index(scratch, columns["features"], sorted_order(prediction, row))
+    save_tensors(
+        stage.directory / WEIGHTS,
+        classifier.network.state_dict(),
+        record=partial(stage.record, WEIGHTS),
+    )
+    return {
         "source": images.source,
         "classes": list(images.classes) if len(images.classes) == classifier.num_classes else [],
         "classifier": classifier.config.to_json(),
@@ -203,10 +203,8 @@ def finish(stage: Stage, images: ImageSet, classifier: Classifier) -> Manifest:
         "backend": backend(classifier.device),
         **statistics(columns, classifier.num_classes),
         **to_results(check_index(columns, images.classes, classifier)),
-        "skipped": [images.names[row] for row in missing(columns["row"].read(), len(images))],
+        "skipped": [images.names[number] for number in missing(row, len(images))],
     }
-    names = [*(path.name for path in paths), INDEX, WEIGHTS]
-    return stage.finish(content_of_stage(paths), results, names)
 
 
 def statistics(columns: Mapping[str, Rows], num_classes: int) -> dict[str, Any]:

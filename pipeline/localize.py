@@ -17,15 +17,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ood_heatmap import figures
-from ood_heatmap.cache.files import locked, replacing, write_json
-from ood_heatmap.cache.manifest import Manifest, Stage, fingerprint_of
+from ood_heatmap.cache.files import replacing, write_json
+from ood_heatmap.cache.manifest import Manifest, fingerprint_of
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet, Transform, batches
 from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, result_options
-from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.run import open_decoder, open_index
 from ood_heatmap.pipeline.scoring import (
     CENTRE,
@@ -40,7 +39,7 @@ from ood_heatmap.pipeline.scoring import (
     PixelScores,
     make_localization_methods,
 )
-from ood_heatmap.pipeline.shares import content_of
+from ood_heatmap.pipeline.stage import Stage, content_hash, log_event, run_lock
 from ood_heatmap.pipeline.tables import (
     MEAN,
     LocalizationRow,
@@ -78,7 +77,7 @@ def localize(
     taken = {ID, MEAN} & set(ood_sets)
     if taken:
         raise UsageError(f"an OOD set cannot be called {taken.pop()!r}: name it NAME=SOURCE.")
-    with locked(run):
+    with run_lock(run):
         index = open_index(run)
         trained = open_decoder(run, index.manifest, device)
         sets = {ID: id_images, **ood_sets}
@@ -88,10 +87,10 @@ def localize(
             "options": result_options(config),
         }
         stage = Stage(run, "localization", inputs)
-        finished = stage.begin(overwrite=config.overwrite)
-        if finished is not None:
-            log.info("%s is finished already", stage.directory)
-            return finished
+        complete = stage.resume_or_start(overwrite=config.overwrite)
+        if complete is not None:
+            log.info("%s is already complete", stage.directory)
+            return complete
         methods = make_localization_methods(index, trained.decoder, device, config)
         transform = methods.forward.classifier.config.transform
         samples = {name: read_sample(images, transform, config) for name, images in sets.items()}
@@ -107,7 +106,7 @@ def localize(
         log_event(run, "localize", cells=len(cells), device=str(device))
         images_hash = fingerprint_of({name: sample.content for name, sample in samples.items()})
         results = {"lowered_pixel_auroc": _check_sanity(table)}
-        return stage.finish(images_hash, results, ["localization.json", picture])
+        return stage.commit(results, ["localization.json", picture], content=images_hash)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig) 
         raise OodHeatmapError(f"none of {count} images of {images.source} is readable.")
     # sets lie class by class: without this the same classes would always meet
     order = generator.permutation(len(pixels))
-    return Sample(pixels[order], content_of(b"".join(batch.digests for batch in taken)))
+    return Sample(pixels[order], content_hash(b"".join(batch.digests for batch in taken)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.manifest import read_manifest, require_from
 from ood_heatmap.cache.shards import open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.decoder import Decoder
@@ -31,7 +30,7 @@ from ood_heatmap.pipeline.feed import (
 from ood_heatmap.pipeline.index import bytes_per_row as index_row_bytes
 from ood_heatmap.pipeline.index import check_classes
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.run import Index
+from ood_heatmap.pipeline.run import Index, read_manifest, require_from
 from ood_heatmap.pipeline.step import adam, make_step, measure_ceiling
 from ood_heatmap.pipeline.targets import bytes_per_row as target_row_bytes
 from ood_heatmap.pipeline.targets import chosen_rows

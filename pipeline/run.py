@@ -5,7 +5,7 @@ Nothing here makes anything, so that inference loads no training code and no sta
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ood_heatmap.cache.manifest import (
-    FINISHED,
-    Manifest,
-    check_files,
-    differing_fields,
-    read_manifest,
-    require_from,
-    short,
-)
+from ood_heatmap.cache import manifest as manifests
+from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate, differing_fields
 from ood_heatmap.cache.neighbours import Bank, read_index, sorted_order, write_index
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.calibration import Calibration
@@ -41,6 +34,60 @@ Int64 = NDArray[np.int64]
 
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
+
+
+# a stage is named as its directory; this is the command that makes it
+COMMANDS = {
+    "index": "index",
+    "targets": "targets",
+    "decoder": "train",
+    "evaluation": "evaluate",
+    "localization": "localize",
+}
+
+
+def command_of(run: Path, stage: str) -> str:
+    """Return the command line that makes a stage, for messages."""
+    return f"ood-heatmap {COMMANDS.get(stage, stage)} {run} ..."
+
+
+def read_manifest(run: Path, stage: str) -> Manifest:
+    """Return the manifest of a finished stage.
+
+    Raises:
+        OodHeatmapError: The stage is missing, unfinished, damaged or of another format.
+    """
+    return manifests.read_manifest(run / stage, command=command_of(run, stage))
+
+
+def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> None:
+    """Make sure that every file of a finished stage is there and unchanged.
+
+    Args:
+        run: The run directory.
+        manifest: Of the stage.
+        skip: Names of files that do not matter now.
+
+    Raises:
+        DamagedCacheError: Names the file.
+    """
+    command = command_of(run, manifest.stage)
+    manifests.check_files(run / manifest.stage, manifest, command=command, skip=skip)
+
+
+def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
+    """Refuse a stage that was built from another state of the stage before it.
+
+    Raises:
+        StaleCacheError: Names both fingerprints.
+    """
+    before, now = manifest.inputs.get(previous.stage), previous.fingerprint
+    if before != now:
+        raise StaleCacheError(
+            f"{run / manifest.stage} was built from another {previous.stage} (fingerprint "
+            f"{abbreviate(before)}, now {abbreviate(now)}). "
+            f"Run `{command_of(run, manifest.stage)}` again with --overwrite."
+        )
 
 
 @dataclass(frozen=True)
@@ -91,8 +138,8 @@ class Index:
         ):
             raise StaleCacheError(
                 f"{self.run / 'index'} was made with another classifier: {name} was "
-                f"{short(before)}, is "
-                f"now {short(now)}. Run `ood-heatmap index` again with --overwrite."
+                f"{abbreviate(before)}, is "
+                f"now {abbreviate(now)}. Run `ood-heatmap index` again with --overwrite."
             )
         if num_maps is not None and num_maps != config.num_maps:
             classifier = Classifier(classifier.network, replace(config, num_maps=num_maps))
@@ -115,7 +162,7 @@ def open_index(run: Path) -> Index:
     manifest = read_manifest(run, "index")
     lost = [] if (run / "index" / INDEX).is_file() else [INDEX]  # derived: it can be made again
     if is_main():
-        check_files(run, manifest, leave_out=lost)
+        check_files(run, manifest, skip=lost)
     return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
 
 
@@ -126,7 +173,7 @@ def open_classifier_of(run: Path) -> Index:
         OodHeatmapError: It is missing, unfinished, or the weights are damaged.
     """
     manifest = read_manifest(run, "index")
-    check_files(run, manifest, leave_out=[name for name in manifest.files if name != WEIGHTS])
+    check_files(run, manifest, skip=[name for name in manifest.files if name != WEIGHTS])
     return Index(run, manifest, {})
 
 
@@ -253,7 +300,7 @@ def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] 
     Raises:
         DamagedCacheError: The evaluation's manifest or the calibration is damaged.
     """
-    if not (run / "evaluation" / FINISHED).is_file():
+    if not (run / "evaluation" / MANIFEST).is_file():
         return None
     manifest = read_manifest(run, "evaluation")
     if CALIBRATION not in manifest.files:
@@ -263,6 +310,6 @@ def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] 
     except StaleCacheError as error:
         log.warning("not calibrated: %s", error)
         return None
-    check_files(run, manifest, leave_out=[name for name in manifest.files if name != CALIBRATION])
+    check_files(run, manifest, skip=[name for name in manifest.files if name != CALIBRATION])
     calibration = Calibration.load(run / "evaluation" / CALIBRATION)
     return calibration, manifest.results["false_alarm"]

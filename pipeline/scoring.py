@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, unit_length
 from ood_heatmap.cache.files import replacing
-from ood_heatmap.cache.manifest import Stage, fingerprint_of
+from ood_heatmap.cache.manifest import fingerprint_of
 from ood_heatmap.cache.neighbours import Bank, k_nearest
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
@@ -27,8 +27,8 @@ from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
 from ood_heatmap.pipeline.forward import Forward
-from ood_heatmap.pipeline.log import log_event
 from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
+from ood_heatmap.pipeline.stage import Stage, log_event
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -262,7 +262,7 @@ def scores_path(stage: Stage, name: str) -> Path:
 def finished_scores(stage: Stage, name: str) -> ScoredSet | None:
     """Return the scores of a set that a stopped run has finished."""
     path = scores_path(stage, name)
-    return ScoredSet.load(path, stage.settings_fingerprint) if path.is_file() else None
+    return ScoredSet.load(path, stage.fingerprint) if path.is_file() else None
 
 
 def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods) -> ScoredSet:
@@ -290,7 +290,7 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods
     scored = ScoredSet.concatenate([done[number] for number in range(len(chunks))])
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
-        scored.save(scores_path(stage, name), stage.settings_fingerprint)
+        scored.save(scores_path(stage, name), stage.fingerprint)
     return scored
 
 

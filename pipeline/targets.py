@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.manifest import Manifest, Stage, read_manifest
+from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import (
     Bank,
     Nearest,
@@ -25,23 +25,25 @@ from ood_heatmap.cache.neighbours import (
 from ood_heatmap.cache.shards import open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main, main_first
+from ood_heatmap.distributed import from_main as broadcast
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.index import map_arrays, missing
-from ood_heatmap.pipeline.log import log_speed
+from ood_heatmap.pipeline.index import map_arrays
 from ood_heatmap.pipeline.meter import Meter, report
 from ood_heatmap.pipeline.patched import Pasting, pasted_images
 from ood_heatmap.pipeline.run import Index, drawn_rows, open_index, pasting_of
-from ood_heatmap.pipeline.shares import (
-    Work,
-    Writer,
-    begin,
-    content_of_stage,
-    sole_writer,
-    split_rows,
+from ood_heatmap.pipeline.stage import (
+    BackgroundWriter,
+    Schedule,
+    ShardTask,
+    Stage,
+    require_rows,
+    run_lock,
+    schedule_shards,
+    stage_content,
 )
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ def build_targets(
     """
     check_faiss()
     rows = chosen_rows(images, config)
-    with sole_writer(run):
+    with run_lock(run):
         index = open_index(run)
         inputs = {
             "index": index.manifest.fingerprint,
@@ -98,28 +100,31 @@ def build_targets(
             "options": result_options(config),
         }
         stage = Stage(run, "targets", inputs)
-        row_bytes = bytes_per_row(index)
         pasting = pasting_of(index, rows, config.patched, config.seed)
-        shards = {
-            prefix: split_rows(part, row_bytes, config.shard_mb, config.batch_size)
-            for prefix, part in ((PAIRED, rows), (PATCHED, np.arange(len(pasting))))
-        }
-        finished, todo = begin(stage, images, shards, row_bytes, overwrite=config.overwrite)
-        if finished is not None:
-            return finished
+        schedule = schedule_shards(
+            stage,
+            images,
+            {PAIRED: rows, PATCHED: pasting.row},
+            bytes_per_row(index),
+            shard_mb=config.shard_mb,
+            overwrite=config.overwrite,
+        )
+        if schedule.manifest is not None:
+            return schedule.manifest
         with main_first():  # a lost index.faiss is made again once
             classifier, bank = index.classifier(device), index.bank(device)
-        meter = Meter(sum(len(part) for works in todo.values() for _, part in works), "targets")
-        pair_all(stage, todo[PAIRED], images, classifier, index, bank, config, meter)
-        paste_all(stage, todo[PATCHED], images, classifier, index, pasting, config, meter)
+        meter = Meter(schedule.num_own_rows, "targets")
+        pair_all(stage, schedule.own[PAIRED], images, classifier, index, bank, config, meter)
+        paste_all(stage, schedule.own[PATCHED], images, classifier, index, pasting, config, meter)
         with meter.waiting("finish"):
             barrier()
-            if is_main():
-                finish(stage, images, rows, bank, config)
-        figures = report(meter)
+            results = collect(stage, schedule, images, bank, config) if is_main() else {}
+        speed = {**report(meter), "device": str(device)}
+        manifest = None
         if is_main():
-            log_speed(stage, "targets", {**figures, "device": str(device)})
-        return read_manifest(run, "targets")
+            content = stage_content(stage, schedule.names)
+            manifest = stage.commit(results, schedule.names, content=content, speed=speed)
+        return broadcast(manifest)
 
 
 def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
@@ -148,33 +153,9 @@ def bytes_per_row(index: Index) -> int:
     )
 
 
-def embedded_shards(
-    stage: Stage,
-    todo: list[Work],
-    images: ImageSet,
-    classifier: Classifier,
-    config: TargetsConfig,
-    transform: Transform,
-    meter: Meter,
-) -> Iterator[tuple[Path, Embedded]]:
-    """Yield the path and the embedded images of each shard."""
-    embedded = embed(
-        images,
-        [rows for _, rows in todo],
-        classifier,
-        meter,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        skip_unreadable=config.skip_unreadable,
-        transform=transform,
-    )
-    for (path, _), shard in zip(todo, embedded, strict=True):
-        yield path, shard
-
-
 def pair_all(
     stage: Stage,
-    todo: list[Work],
+    tasks: Sequence[ShardTask],
     images: ImageSet,
     classifier: Classifier,
     index: Index,
@@ -183,32 +164,40 @@ def pair_all(
     meter: Meter,
 ) -> None:
     """Embed, search and write: shards are searched together, and written one by one."""
-    transform = classifier.config.transform
-    shards = embedded_shards(stage, todo, images, classifier, config, transform, meter)
-    with Writer(meter) as writer:
+    embedded = embed(
+        images,
+        [task.source_rows for task in tasks],
+        classifier,
+        meter,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    )
+    shards = zip(tasks, embedded, strict=True)
+    with BackgroundWriter(stage, meter) as writer:
         for group in grouped(shards, QUERIES_PER_CLASS * len(bank.classes)):
             with meter.waiting("search"):
                 pairs = pair([shard for _, shard in group], index, bank, config)
-            for (path, shard), found in zip(group, pairs, strict=True):
+            for (task, shard), found in zip(group, pairs, strict=True):
                 arrays = arrays_of(shard, shard.rows, found, index, patched=False)
-                writer.write(path, arrays, attributes_of(stage, shard), NOTES)
+                writer.write(task, arrays, NOTES, content=shard.content)
 
 
 def grouped(
-    shards: Iterable[tuple[Path, Embedded]], num_queries: int
-) -> Iterator[list[tuple[Path, Embedded]]]:
+    shards: Iterable[tuple[ShardTask, Embedded]], num_queries: int
+) -> Iterator[list[tuple[ShardTask, Embedded]]]:
     """Yield shards in groups of ``num_queries`` images at least, as far as memory allows.
 
     A search for a handful of queries in each of many classes waits for its own starts and reads
     the whole bank for little.
     """
-    group: list[tuple[Path, Embedded]] = []
-    for path, shard in shards:
-        group.append((path, shard))
-        waiting = [item for _, item in group]
+    group: list[tuple[ShardTask, Embedded]] = []
+    for item in shards:
+        group.append(item)
+        waiting = [shard for _, shard in group]
         if (
-            sum(len(item.rows) for item in waiting) >= num_queries
-            or sum(item.num_bytes for item in waiting) >= WAITING_BYTES
+            sum(len(shard.rows) for shard in waiting) >= num_queries
+            or sum(shard.num_bytes for shard in waiting) >= WAITING_BYTES
         ):
             yield group
             group = []
@@ -218,7 +207,7 @@ def grouped(
 
 def paste_all(
     stage: Stage,
-    todo: list[Work],
+    tasks: Sequence[ShardTask],
     images: ImageSet,
     classifier: Classifier,
     index: Index,
@@ -228,23 +217,24 @@ def paste_all(
 ) -> None:
     """Paste, embed and write, shard by shard, as ``pair_all`` does."""
     transform = classifier.config.transform
-    pasted = pasted_images(images, index.columns["images"], pasting, transform)
-    # they come at the input size already
-    shards = embedded_shards(
-        stage, todo, pasted, classifier, config, Transform(transform.size), meter
+    embedded = embed(
+        pasted_images(images, index.columns["images"], pasting, transform),
+        [task.positions for task in tasks],
+        classifier,
+        meter,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+        # they come at the input size already
+        transform=Transform(transform.size),
     )
-    with Writer(meter) as writer:
-        for path, shard in shards:
+    with BackgroundWriter(stage, meter) as writer:
+        for task, shard in zip(tasks, embedded, strict=True):
             row = index.columns["row"].read()[pasting.position[shard.rows]]
             same_class = np.ones(len(row), dtype=bool)
             pairs = Nearest(row, distances_to(index, row, shard), same_class)
             arrays = arrays_of(shard, pasting.row[shard.rows], pairs, index, patched=True)
-            writer.write(path, arrays, attributes_of(stage, shard), NOTES)
-
-
-def attributes_of(stage: Stage, shard: Embedded) -> dict[str, str | int]:
-    """Return what a shard was made from."""
-    return {"fingerprint": stage.settings_fingerprint, "content": shard.content}
+            writer.write(task, arrays, NOTES, content=shard.content)
 
 
 def pair(
@@ -302,15 +292,17 @@ def arrays_of(
     }
 
 
-def finish(
-    stage: Stage, images: ImageSet, rows: Int64, bank: Bank, config: TargetsConfig
-) -> Manifest:
-    """Write the manifest."""
-    paths = sorted(stage.directory.glob("targets-*.h5"))
-    columns = open_rows(paths)
+def collect(
+    stage: Stage, schedule: Schedule, images: ImageSet, bank: Bank, config: TargetsConfig
+) -> dict[str, Any]:
+    """Return the results of the stage from its shards."""
+    for tasks in schedule.tasks.values():
+        require_rows(stage, tasks)
+    columns = open_rows([stage.directory / name for name in schedule.names])
     paired = columns["patched"].read() == 0
     kept = columns["row"].read()[paired]
-    results = {
+    wanted = np.concatenate([task.source_rows for task in schedule.tasks[PAIRED]])
+    return {
         "source": images.source,
         "num_images": len(kept),
         "num_patched": int((~paired).sum()),
@@ -318,8 +310,5 @@ def finish(
         "backend": backend(bank.device),
         "num_without_class": int((columns["same_class"].read() == 0).sum()),
         "median_distance": float(np.median(columns["distance"].read()[paired])),
-        "skipped": [
-            images.names[row] for row in rows[missing(np.searchsorted(rows, kept), len(rows))]
-        ],
+        "skipped": [images.names[row] for row in np.setdiff1d(wanted, kept)],
     }
-    return stage.finish(content_of_stage(paths), results, [path.name for path in paths])

@@ -1,10 +1,12 @@
 """Stage 3 of 4: train the decoder, from cached arrays alone."""
 
+import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from ood_heatmap.cache.files import replacing
-from ood_heatmap.cache.manifest import (
-    CHECKPOINT,
-    Manifest,
-    Stage,
-    read_manifest,
-)
+from ood_heatmap.cache.files import save_tensors
+from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
-from ood_heatmap.distributed import barrier, from_main, is_main, rank, world_size
+from ood_heatmap.distributed import from_main, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.pipeline.config import TrainConfig, result_options
@@ -37,9 +33,8 @@ from ood_heatmap.pipeline.feed import (
     open_feed,
     read_batch,
 )
-from ood_heatmap.pipeline.log import log_speed
 from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
-from ood_heatmap.pipeline.shares import sole_writer
+from ood_heatmap.pipeline.stage import CHECKPOINT, Stage, run_lock
 from ood_heatmap.pipeline.step import (
     Step,
     adam,
@@ -78,23 +73,22 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs and events are made
-    with sole_writer(run):
+    with run_lock(run):
         index = open_index(run)
         targets = open_targets(run, index)
         data = TrainingSet(index.columns, targets.columns, config.feature_maps)
         check_maps(data, config)
         inputs = {"targets": targets.manifest.fingerprint, "options": result_options(config)}
         stage = Stage(run, "decoder", inputs)
-        finished = from_main(stage.begin(overwrite=config.overwrite) if is_main() else None)
-        if finished is not None:
-            log.info("%s is finished already", stage.directory)
-            return finished
+        complete = stage.resume_or_start(overwrite=config.overwrite)
+        if complete is not None:
+            log.info("%s is already complete", stage.directory)
+            return complete
         decoder, speed = train(stage, data, index, device, config)
+        manifest = None
         if is_main():
-            finish(stage, decoder, data, index, targets.manifest, config)
-            log_speed(stage, "train", speed)
-        barrier()
-        return read_manifest(run, "decoder")
+            manifest = finish(stage, decoder, data, index, targets.manifest, config, speed)
+        return from_main(manifest)
 
 
 def check_maps(data: TrainingSet, config: TrainConfig) -> None:
@@ -370,19 +364,21 @@ def checkpoint(
     if not is_main():
         return
     state = {
-        "fingerprint": stage.settings_fingerprint,
+        "fingerprint": stage.fingerprint,
         "decoder": decoder.state_dict(),
         "optimizer": optimizer.state_dict()["state"],
         "history": history,
     }
-    with replacing(stage.directory / CHECKPOINT) as scratch:
-        torch.save(state, scratch)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with stage.writing(CHECKPOINT) as scratch:
+        scratch.write_bytes(buffer.getbuffer())
     write_history(stage, history)
 
 
 def write_history(stage: Stage, history: list[dict[str, float]]) -> None:
     """Write the history, a line of JSON for each epoch."""
-    with replacing(stage.directory / HISTORY) as scratch:
+    with stage.writing(HISTORY) as scratch:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in history), "utf-8")
 
 
@@ -395,7 +391,7 @@ def resume(
         return []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != stage.settings_fingerprint:
+        if state["fingerprint"] != stage.fingerprint:
             raise KeyError("fingerprint")
         decoder.load_state_dict(state["decoder"])
         # the settings are in the fingerprint; how Adam is launched may differ on another device
@@ -417,17 +413,14 @@ def finish(
     index: Index,
     targets: Manifest,
     config: TrainConfig,
+    speed: Mapping[str, Any],
 ) -> Manifest:
     """Write the decoder with all it needs to be used, then the manifest."""
     shape = asdict(decoder.config)
     # one entry: safetensors writes several in a different order every time
     metadata = {"ood_heatmap": json.dumps({"decoder": shape, "index": index.manifest.fingerprint})}
-    with replacing(stage.directory / DECODER) as scratch:
-        save_file(
-            {name: item.cpu().contiguous() for name, item in decoder.state_dict().items()},
-            scratch,
-            metadata,
-        )
+    path, record = stage.directory / DECODER, partial(stage.record, DECODER)
+    save_tensors(path, decoder.state_dict(), metadata, record=record)
     results = {
         "decoder": shape,
         "num_parameters": sum(item.numel() for item in decoder.parameters()),
@@ -436,7 +429,7 @@ def finish(
         "pairing": targets.results["pairing"],
         "color_max": color_max(decoder, data, config),
     }
-    return stage.finish("", results, [DECODER, HISTORY])
+    return stage.commit(results, [DECODER, HISTORY], speed=speed)
 
 
 @torch.inference_mode()

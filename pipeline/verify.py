@@ -7,11 +7,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.manifest import COMMANDS, FINISHED, check_files, read_manifest, require_from
+from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.patches import paste
-from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets, pasting_of_targets
+from ood_heatmap.pipeline.run import (
+    COMMANDS,
+    Index,
+    Targets,
+    check_files,
+    drawn_rows,
+    open_index,
+    open_targets,
+    pasting_of_targets,
+    read_manifest,
+    require_from,
+)
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -34,9 +45,10 @@ def verify(run: Path, *, num_samples: int = 200, seed: int = 0) -> list[str]:
     """
     index = open_index(run)
     lines = [f"index: {len(index.manifest.files)} files as they were written"]
+    check_index_rows(index)
     earlier = [index.manifest]
     for stage in list(COMMANDS)[1:]:
-        if not (run / stage / FINISHED).is_file():
+        if not (run / stage / MANIFEST).is_file():
             lines.append(f"{stage}: not made yet")
             continue
         manifest = read_manifest(run, stage)
@@ -46,9 +58,46 @@ def verify(run: Path, *, num_samples: int = 200, seed: int = 0) -> list[str]:
         check_files(run, manifest)
         lines.append(f"{stage}: {len(manifest.files)} files as they were written")
         if stage == "targets":
+            check_target_rows(index, open_targets(run, index))
             lines += check_targets(index, open_targets(run, index), num_samples, seed)
         earlier.append(manifest)
     return lines
+
+
+def check_index_rows(index: Index) -> None:
+    """Make sure that the shards hold every row of the ID set once, less those left out.
+
+    Raises:
+        DamagedCacheError: They do not.
+    """
+    row = index.columns["row"].read()
+    num_images = index.manifest.inputs["images"]["num_images"]
+    complete = len(row) + len(index.manifest.results["skipped"]) == num_images
+    if not complete or (np.diff(row) <= 0).any() or row[0] < 0 or row[-1] >= num_images:
+        raise DamagedCacheError(
+            f"{index.run / 'index'} does not hold the rows of its {num_images} images, each once."
+        )
+
+
+def check_target_rows(index: Index, targets: Targets) -> None:
+    """Make sure that the shards hold every OOD row and every patched image once and in order.
+
+    Raises:
+        DamagedCacheError: They do not.
+    """
+    inputs, row = targets.manifest.inputs, targets.columns["row"].read()
+    patched = targets.columns["patched"].read().astype(bool)
+    options = inputs["options"]
+    wanted = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
+    pasted = pasting_of_targets(targets, index).row
+    complete = (~patched).sum() + len(targets.manifest.results["skipped"]) == len(wanted)
+    in_order = np.array_equal(row[~patched], wanted[np.isin(wanted, row[~patched])])
+    # an OOD image that was skipped as unreadable is in no patched image either
+    as_drawn = np.array_equal(row[patched], pasted[np.isin(pasted, row[~patched])])
+    if not (complete and in_order and as_drawn):
+        raise DamagedCacheError(
+            f"{targets.run / 'targets'} does not hold the rows that were drawn, each once."
+        )
 
 
 def check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -> list[str]:
@@ -116,8 +165,6 @@ def check_pasted(index: Index, targets: Targets, sample: Int64) -> None:
         where = f"patched row {at - len(paired)} of {targets.run / 'targets'}"
         number = numbers[at - len(paired)]
         position = pasting.position[number : number + 1]
-        if taken["row"] != pasting.row[number]:
-            raise DamagedCacheError(f"{where}: its patch is of another OOD row.")
         if taken["nearest"] != index.columns["row"].take(position)[0]:
             raise DamagedCacheError(f"{where}: it was pasted into another ID row.")
         source = paired[np.searchsorted(ood_rows, [taken["row"]])]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -13,12 +14,12 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from ood_heatmap import HeatmapDetector
-from ood_heatmap.cache.files import write_json
-from ood_heatmap.cache.manifest import file_record, read_manifest
+from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
 from ood_heatmap.images import UnreadableImageError
 from ood_heatmap.pipeline.config import EvaluateConfig
+from ood_heatmap.pipeline.run import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +227,10 @@ def put_calibration(run, calibration: Calibration, false_alarm: float) -> None:
     """Write a calibration as the evaluation does."""
     path = run / "evaluation" / "calibration.safetensors"
     calibration.save(path)
-    manifest = asdict(read_manifest(run, "evaluation"))
-    manifest["files"] |= {path.name: file_record(path)}
-    manifest["results"] |= {"false_alarm": false_alarm}
-    write_json(run / "evaluation" / "manifest.json", manifest)
+    manifest = read_manifest(run, "evaluation")
+    files = {**manifest.files, path.name: FileRecord.of(path)}
+    results = {**manifest.results, "false_alarm": false_alarm}
+    write_manifest(run / "evaluation", replace(manifest, files=files, results=results))
 
 
 def test_a_run_is_loaded_with_its_calibration(run, detector):
@@ -244,10 +245,9 @@ def test_a_run_is_loaded_with_its_calibration(run, detector):
 
 def test_the_calibration_of_another_decoder_is_left_out_and_that_is_said(run, detector, caplog):
     put_calibration(run, calibrate(detector, noise(1, 30)), 0.2)
-    path = run / "evaluation" / "manifest.json"
-    content = json.loads(path.read_text())
-    content["inputs"]["decoder"] = "0" * 64
-    write_json(path, content | {"fingerprint": ""})
+    manifest = read_manifest(run, "evaluation")
+    other = replace(manifest, inputs={**manifest.inputs, "decoder": "0" * 64})
+    write_manifest(run / "evaluation", other)
     assert HeatmapDetector.load(run, "cpu").calibration is None
     assert "not calibrated" in caplog.text
     with pytest.raises(OodHeatmapError, match=r"not calibrated.*ood-heatmap evaluate"):

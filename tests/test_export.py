@@ -13,13 +13,13 @@ import torch
 from click.testing import CliRunner
 
 from ood_heatmap import HeatmapDetector
-from ood_heatmap.cache.manifest import read_manifest
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.cli import main
 from ood_heatmap.decoder import Decoder, DecoderConfig
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.pipeline import export as export_module
 from ood_heatmap.pipeline.export import export
+from ood_heatmap.pipeline.run import read_manifest
 
 CALIBRATION = Calibration.fit(np.linspace(0, 1, 200), np.linspace(0, 1, 200))
 

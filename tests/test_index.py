@@ -132,8 +132,10 @@ def test_a_changed_byte_in_a_shard_is_refused(run):
 def test_a_damaged_file_is_made_again_as_the_message_says(data, classifier, run, tree):
     before = tree(run / "index")
     (run / "index" / "images-00000.h5").unlink()
-    (run / "index" / "manifest.json").unlink()
-    build_index(run, open_images(str(data / "id")), classifier, CONFIG)
+    with pytest.raises(DamagedCacheError, match=r"images-00000\.h5 is missing.* --overwrite"):
+        build_index(run, open_images(str(data / "id")), classifier, CONFIG)
+    images = open_images(str(data / "id"))
+    build_index(run, images, classifier, replace(CONFIG, overwrite=True))
     assert tree(run / "index") == before
 
 

@@ -181,7 +181,7 @@ def test_an_index_made_anew_makes_the_targets_stale(run, tmp_path, data, classif
 
     config = IndexConfig(batch_size=16, shard_mb=1, overwrite=True)
     build_index(run, open_images(str(data / "id")), classifier, config)
-    with pytest.raises(StaleCacheError, match="made from another index"):
+    with pytest.raises(StaleCacheError, match="built from another index"):
         columns_of(run)
 
 

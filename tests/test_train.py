@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ood_heatmap.cache.manifest import Manifest, read_manifest
+from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import score, target_heatmap
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch, epoch_order
-from ood_heatmap.pipeline.run import open_decoder, open_index, open_targets
+from ood_heatmap.pipeline.run import open_decoder, open_index, open_targets, read_manifest
 from ood_heatmap.pipeline.step import lr_at
 from ood_heatmap.pipeline.train import train_decoder
 

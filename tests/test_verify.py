@@ -1,18 +1,18 @@
 """`verify` finds what is wrong, by name, also what a checksum made after the fault cannot find."""
 
-import json
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from ood_heatmap.cache.files import write_json
-from ood_heatmap.cache.manifest import file_record
+from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.images import open_images
 from ood_heatmap.pipeline.config import TargetsConfig
+from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
 
@@ -52,9 +52,9 @@ def change(run, name, column, row, value):
     with h5py.File(path, "r+") as file:
         assert np.any(file[column][row] != value)
         file[column][row] = value
-    manifest = json.loads((run / "targets" / "manifest.json").read_text())
-    manifest["files"][path.name] = file_record(path)
-    write_json(run / "targets" / "manifest.json", manifest)
+    manifest = read_manifest(run, "targets")
+    files = {**manifest.files, name: FileRecord.of(path)}
+    write_manifest(run / "targets", replace(manifest, files=files))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,6 @@ def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("row", 49, "its patch is of another OOD row"),
         ("nearest", 79, "it was pasted into another ID row"),
         ("heatmap", 1, "its heatmap is not the change the patch made"),
         ("distance", 0.01, "0.01 is stored"),
@@ -91,6 +90,15 @@ def test_a_wrong_patched_image_is_found_behind_a_right_checksum(run, data, colum
     ]
     change(run, "targets-patched-00000.h5", column, 7, value)
     with pytest.raises(DamagedCacheError, match=f"patched row 7 of .*{words}"):
+        verify(run)
+
+
+@pytest.mark.parametrize("name", ["targets-00000.h5", "targets-patched-00000.h5"])
+def test_a_wrong_row_is_found_behind_a_right_checksum(run, data, name):
+    config = TargetsConfig(patched=0.5, limit=40, seed=3, batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), torch.device("cpu"), config)
+    change(run, name, "row", 7, 49)
+    with pytest.raises(DamagedCacheError, match="does not hold the rows that were drawn"):
         verify(run)
 
 

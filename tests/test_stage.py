@@ -1,0 +1,300 @@
+"""The protocol of a stage: resume or refuse, nothing taken in that is not on record, commit."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ood_heatmap.cache.shards import map_shard, write_shard
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.images import open_images
+from ood_heatmap.pipeline import stage as protocol
+from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
+from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.run import read_manifest
+from ood_heatmap.pipeline.stage import ShardTask, Stage, require_rows
+from ood_heatmap.pipeline.targets import build_targets
+
+INPUTS = {"classifier": {"weights": "a" * 64, "mean": [0.5, 0.5]}, "options": {"shard_mb": 8}}
+
+
+def start(run: Path, inputs=INPUTS, *, overwrite: bool = False) -> Stage:
+    stage = Stage(run, "index", inputs)
+    assert stage.resume_or_start(overwrite=overwrite) is None
+    return stage
+
+
+def write(stage: Stage, name: str, content: bytes) -> None:
+    with stage.writing(name) as scratch:
+        scratch.write_bytes(content)
+
+
+def make(run: Path, inputs=INPUTS):
+    stage = start(run, inputs)
+    write(stage, "data.bin", b"content")
+    write(stage, "figures/roc.png", b"picture")
+    return stage.commit({"rows": 3}, ["data.bin", "figures/roc.png"], content="hash")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_committed_stage_holds_its_files_and_the_manifest(tmp_path):
+    manifest = make(tmp_path)
+    assert read_manifest(tmp_path, "index") == manifest
+    assert names(tmp_path / "index") == ["data.bin", "figures", "manifest.json"]
+    assert Stage(tmp_path, "index", INPUTS).resume_or_start(overwrite=False) == manifest
+    assert Stage(tmp_path, "index", INPUTS).resume_or_start(overwrite=True) == manifest
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        (
+            {**INPUTS, "classifier": {**INPUTS["classifier"], "weights": "b" * 64}},
+            "classifier.weights",
+        ),
+        ({**INPUTS, "classifier": {**INPUTS["classifier"], "mean": [0.5, 0.4]}}, "classifier.mean"),
+        ({**INPUTS, "options": {"shard_mb": 9}}, "options.shard_mb"),
+        ({**INPUTS, "options": {"shard_mb": 8, "new": 1}}, "options.new"),
+        ({"options": {"shard_mb": 8}}, "classifier"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_every_changed_input_is_refused_by_name(tmp_path, changed, field, finished):
+    make(tmp_path) if finished else start(tmp_path)
+    with pytest.raises(StaleCacheError, match=f"another {field} \\(.*--overwrite"):
+        Stage(tmp_path, "index", changed).resume_or_start(overwrite=False)
+    start(tmp_path, changed, overwrite=True)
+    assert names(tmp_path / "index") == ["unfinished.json"]
+    assert names(tmp_path) == ["index"]
+
+
+@pytest.mark.parametrize("damage", ["", "[", '{"format": 1}', '{"format": 99, "inputs": {}}'])
+@pytest.mark.parametrize("name", ["manifest.json", "unfinished.json"])
+def test_overwrite_is_a_way_out_of_whatever_is_there(tmp_path, damage, name):
+    make(tmp_path) if name == "manifest.json" else start(tmp_path)
+    (tmp_path / "index" / name).write_text(damage)
+    with pytest.raises(OodHeatmapError, match="--overwrite"):
+        Stage(tmp_path, "index", INPUTS).resume_or_start(overwrite=False)
+    start(tmp_path, overwrite=True)
+
+
+def test_a_kill_while_the_old_stage_is_removed_leaves_nothing_of_it(tmp_path, monkeypatch):
+    make(tmp_path)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        Stage(tmp_path, "index", {}).resume_or_start(overwrite=True)
+    monkeypatch.undo()
+    assert names(tmp_path) == [".index.discarded"]
+    start(tmp_path)
+    assert names(tmp_path) == ["index"]
+    assert names(tmp_path / "index") == ["unfinished.json"]
+
+
+def test_a_link_in_place_of_a_stage_is_removed_and_not_what_it_points_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "unfinished.json").write_text("{}")
+    (tmp_path / "index").symlink_to(tmp_path / "elsewhere")
+    start(tmp_path, overwrite=True)
+    assert (tmp_path / "elsewhere" / "unfinished.json").is_file()
+
+
+def test_a_file_is_on_record_before_it_has_its_name(tmp_path, monkeypatch):
+    stage = start(tmp_path)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(stage, "last.ckpt", b"one")
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write(stage, "last.ckpt", b"two")
+    monkeypatch.undo()
+    stage = start(tmp_path)
+    assert stage.is_intact("last.ckpt")  # the old one, whole
+    write(stage, "last.ckpt", b"two")
+    assert start(tmp_path).is_intact("last.ckpt")
+    (tmp_path / "index" / "last.ckpt").write_bytes(b"twO")
+    assert not start(tmp_path).is_intact("last.ckpt")
+    assert not stage.is_intact("of-somebody-else")
+
+
+def test_a_record_cut_short_counts_for_nothing(tmp_path):
+    write(start(tmp_path), "a.bin", b"a")
+    journal = next((tmp_path / "index").glob("checksums-*"))
+    journal.write_text(journal.read_text() + journal.read_text()[:20])
+    stage = start(tmp_path)
+    assert stage.is_intact("a.bin")
+    write(stage, "b.bin", b"b")
+    assert start(tmp_path).is_intact("b.bin")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "flipped"])
+def test_overwrite_makes_the_damaged_file_of_a_complete_stage_again_and_no_other(tmp_path, damage):
+    manifest = make(tmp_path)
+    path = tmp_path / "index" / "data.bin"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"conten" if damage == "shorter" else b"cOntent")
+    stage = Stage(tmp_path, "index", INPUTS)
+    if damage != "flipped":  # `verify` reads every byte, a start does not
+        with pytest.raises(DamagedCacheError, match=r"data\.bin.*--overwrite"):
+            stage.resume_or_start(overwrite=False)
+    assert stage.resume_or_start(overwrite=True) is None
+    assert stage.is_intact("figures/roc.png")
+    assert not stage.is_intact("data.bin")
+    write(stage, "data.bin", b"content")
+    assert stage.commit({"rows": 3}, manifest.files, content="hash") == manifest
+
+
+def test_a_file_that_vanished_before_the_commit_is_named(tmp_path):
+    stage = start(tmp_path)
+    write(stage, "data.bin", b"content")
+    (tmp_path / "index" / "data.bin").unlink()
+    with pytest.raises(DamagedCacheError, match=r"data\.bin is missing"):
+        stage.commit({}, ["data.bin"])
+
+
+@pytest.mark.parametrize("target", [".lock", "log.jsonl"])
+def test_a_link_in_a_run_directory_is_not_written_through(tmp_path, target, caplog):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / target).symlink_to(tmp_path / "precious")
+    if target == ".lock":
+        with (
+            pytest.raises(OodHeatmapError, match="is a symbolic link"),
+            protocol.run_lock(tmp_path),
+        ):
+            pass
+    else:
+        protocol.log_event(tmp_path, "index")
+        assert "cannot write" in caplog.text
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def shard_of(stage: Stage, rows: list[int], num_skipped: int) -> ShardTask:
+    arrays = {"row": np.array(rows, np.int64)}
+    write_shard(stage.directory / "a.h5", arrays, attributes={"num_skipped": num_skipped})
+    return ShardTask("a.h5", np.arange(4), np.array([2, 5, 7, 9]))
+
+
+@pytest.mark.parametrize(("rows", "num_skipped"), [([2, 5, 7, 9], 0), ([2, 7, 9], 1), ([], 4)])
+def test_rows_of_a_shard_less_those_left_out(tmp_path, rows, num_skipped):
+    stage = start(tmp_path)
+    require_rows(stage, [shard_of(stage, rows, num_skipped)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_skipped"),
+    [([2, 5, 7], 0), ([2, 5, 5, 9], 0), ([5, 2, 7, 9], 0), ([2, 5, 7, 8], 0), ([2, 5, 7, 9], 1)],
+)
+def test_lost_doubled_strange_and_swapped_rows_of_a_shard_are_refused(tmp_path, rows, num_skipped):
+    stage = start(tmp_path)
+    with pytest.raises(DamagedCacheError, match=r"a\.h5 does not hold the rows 2 to 9"):
+        require_rows(stage, [shard_of(stage, rows, num_skipped)])
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """Return a file of 2,500 images: three shards of a megabyte."""
+    coarse = np.random.default_rng(0).integers(0, 256, (2500, 4, 4, 3)).astype(np.uint8)
+    path = tmp_path_factory.mktemp("arrays") / "images.npz"
+    np.savez(path, images=coarse.repeat(4, axis=1).repeat(4, axis=2))
+    return path
+
+
+@pytest.fixture
+def stop_after_first_shard(monkeypatch):
+    """Return what makes the next stage stop when its first shard is written."""
+
+    def arm() -> None:
+        def write_one(*args, **kwargs):
+            write_shard(*args, **kwargs)
+            monkeypatch.setattr(protocol, "write_shard", interrupt)
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(protocol, "write_shard", write_one)
+
+    yield arm
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("sizes", [(64, 85), (85, 64), (256, 7)])
+def test_another_batch_size_at_restart_loses_and_doubles_no_row(
+    arrays, classifier, tmp_path, tree, sizes, stop_after_first_shard, monkeypatch
+):
+    images, device = open_images(str(arrays)), classifier.device
+
+    def index(run, size):
+        return build_index(run, images, classifier, IndexConfig(batch_size=size, shard_mb=1))
+
+    def targets(run, size):
+        config = TargetsConfig(batch_size=size, shard_mb=1, patched=0.5)
+        return build_targets(run, images, device, config)
+
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    for build in (index, targets):
+        build(unbroken, sizes[0])
+        stop_after_first_shard()
+        with pytest.raises(KeyboardInterrupt):
+            build(run, sizes[0])
+        monkeypatch.undo()
+        build(run, sizes[1])
+        build(run, sizes[0])  # complete: nothing is written into it
+    for stage in ("index", "targets"):
+        paths = sorted((run / stage).glob("*.h5"))
+        assert len(paths) > 2
+        whole = np.concatenate(
+            [map_shard(path)["row"] for path in paths if "patched" not in str(path)]
+        )
+        np.testing.assert_array_equal(whole, np.arange(2500))
+    mine, theirs = tree(run), tree(unbroken)
+    # the features of another batch size may differ in the last bit
+    assert mine.keys() == theirs.keys()
+    fields = ("inputs", "fingerprint", "content")
+    for name in ("index/manifest.json", "targets/manifest.json"):
+        one, other = (json.loads(found[name]) for found in (mine, theirs))
+        assert [one[field] for field in fields] == [other[field] for field in fields]
+
+
+def test_damaged_shards_of_an_unfinished_stage_are_made_again(
+    arrays, classifier, tmp_path, tree, stop_after_first_shard, monkeypatch
+):
+    images, config = open_images(str(arrays)), IndexConfig(batch_size=64, shard_mb=1)
+    build_index(tmp_path / "unbroken", images, classifier, config)
+    stop_after_first_shard()
+    with pytest.raises(KeyboardInterrupt):
+        build_index(tmp_path / "run", images, classifier, config)
+    monkeypatch.undo()
+    path = tmp_path / "run" / "index" / "images-00000.h5"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(bytes(content))
+    build_index(tmp_path / "run", images, classifier, config)
+    assert tree(tmp_path / "run") == tree(tmp_path / "unbroken")
+
+
+def test_changed_images_are_refused_and_overwrite_makes_the_stage_again(data, classifier, run):
+    path = next((data / "id").rglob("*.png"))
+    before = path.read_bytes()
+    try:
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        images, config = open_images(str(data / "id")), IndexConfig(batch_size=16)
+        with pytest.raises(StaleCacheError, match=r"images\.content differs.*--overwrite"):
+            build_index(run, images, classifier, config)
+        content = read_manifest(run, "index").content
+        made = build_index(run, images, classifier, replace(config, overwrite=True))
+        assert made.content != content
+    finally:
+        path.write_bytes(before)
