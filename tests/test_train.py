@@ -218,7 +218,7 @@ def test_the_output_says_how_near_the_ceiling_it_came(run, caplog):
 def test_a_decoder_of_another_index_is_refused(run):
     index = read_manifest(run, "index")
     other = Manifest("index", {"other": 1}, index.content, index.results, index.files)
-    with pytest.raises(StaleCacheError, match="made from another index"):
+    with pytest.raises(StaleCacheError, match="built from another index"):
         open_decoder(run, other, CPU)
 
 
