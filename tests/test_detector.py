@@ -1,9 +1,7 @@
 """The detector in a user's hands."""
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict
 from dataclasses import replace
 from math import inf
 
