@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ood_heatmap import __version__
-from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.options import CommandGroup, GroupedOption, log_to_stderr, options
 from ood_heatmap.pipeline.config import (
     ClassifierOptions,
@@ -151,7 +151,7 @@ def conclude(
         OodHeatmapError: A result is suspicious, and that is not allowed.
     """
     for warning in results.get("warnings", []):
-        click.echo(f"{click.style('warning:', fg='yellow')} {warning}", err=True)
+        click.echo(f"{click.style('warning:', fg='yellow')} {printable(warning)}", err=True)
     if results.get("suspicious") and not allow_suspicious:
         raise OodHeatmapError(
             "the stage is complete, but its result is suspicious (see the warning). Correct the "

@@ -1,5 +1,6 @@
 """Click options from the dataclasses of settings, and commands that list them by group."""
 
+import errno
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, fields_of
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -65,21 +66,37 @@ class Command(click.Command):
         return paragraph.partition(". ")[0].removesuffix(".") + "."
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what a user can fix ends in one line.
+        """Run the command; what a user or the machine can fix ends in one line.
 
         No traceback, exit code 1, or 2 with the usage of this command.
         """
         try:
             return super().invoke(ctx)
-        except UsageError as error:
-            _LOG.debug("traceback", exc_info=True)
-            raise click.UsageError(str(error), ctx) from error
-        except OodHeatmapError as error:
-            _LOG.debug("traceback", exc_info=True)
-            raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted: run the same command again to resume.", err=True)
             sys.exit(130)
+        except (OodHeatmapError, OSError, MemoryError, EOFError) as error:
+            _LOG.debug("traceback", exc_info=True)
+            if isinstance(error, OSError) and error.errno in (None, errno.EPIPE):
+                raise
+            raise _click_error(error, ctx) from error
+
+
+def _click_error(error: Exception, ctx: click.Context) -> Exception:
+    """Return what click reports of an error."""
+    if isinstance(error, UsageError):
+        return click.UsageError(printable(str(error)), ctx)
+    if isinstance(error, EOFError):
+        # click itself would say no more than "Aborted!"
+        return RuntimeError(f"a file ended too early: {error}")
+    if isinstance(error, MemoryError):
+        return click.ClickException(
+            f"out of memory ({error}). Use a smaller --batch-size or fewer --workers."
+        )
+    if isinstance(error, OSError):
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return click.ClickException(printable(f"{name}{error.strerror}."))
+    return click.ClickException(printable(str(error)))
 
 
 class CommandGroup(Command, click.Group):

@@ -1,5 +1,6 @@
 """Options of the commands: made from the dataclasses of settings, which are the only place."""
 
+import errno
 import re
 from copy import copy
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from ood_heatmap.cli import main
-from ood_heatmap.errors import UsageError
+from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.options import Command, options
 from ood_heatmap.pipeline import config as settings
 from ood_heatmap.pipeline.config import (
@@ -132,6 +133,40 @@ def test_what_is_out_of_bounds_is_a_usage_error(arguments, words):
     assert result.exit_code == 2
     assert words in result.output
     assert received == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UsageError("no set 'a\nb'."), "Error: no set 'a\\nb'."),
+        (OodHeatmapError("no image \x1b[31m."), "Error: no image \\x1b[31m."),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "Error: /x/y: No space left"),
+        (OSError(errno.EMFILE, "Too many open files"), "Error: Too many open files."),
+        (PermissionError(errno.EACCES, "Permission denied", b"/x"), "Error: /x: Permission denied"),
+        (MemoryError("274 GiB"), "Error: out of memory (274 GiB). Use a smaller --batch-size"),
+    ],
+)
+def test_what_a_user_or_the_machine_can_fix_is_one_line(error, line):
+    @click.command(cls=Command)
+    def command() -> None:
+        raise error
+
+    result = CliRunner().invoke(command)
+    assert result.exit_code == (2 if isinstance(error, UsageError) else 1)
+    assert result.output.splitlines()[-1].startswith(line)
+    assert result.exc_info[0] is SystemExit
+
+
+@pytest.mark.parametrize("error", [EOFError("no data"), OSError("broken image"), KeyError("x")])
+def test_what_only_a_programmer_can_fix_keeps_its_traceback(error):
+    @click.command(cls=Command)
+    def command() -> None:
+        raise error
+
+    result = CliRunner().invoke(command)
+    assert error in (result.exception, result.exception.__cause__)
+    assert not isinstance(result.exception, SystemExit)
+    assert "Aborted" not in result.output
 
 
 def test_a_field_affects_the_result_unless_it_says_otherwise():
