@@ -486,14 +486,14 @@ def demo(context: click.Context, run: Path, device: str) -> None:
     Example:
         ood-heatmap demo runs/demo
     """
-    from ood_heatmap.demo import prepare_demo
+    from ood_heatmap.demo import demo_commands
+    from ood_heatmap.pipeline.demo import prepare_demo
 
-    for name, *arguments in prepare_demo(run):
+    data = prepare_demo(run)
+    for name, *arguments in demo_commands(run, data):
         arguments += ["--device", device]
         click.echo(f"\n$ ood-heatmap {name} {' '.join(arguments)}")
         command = main.commands[name]
         with command.make_context(name, arguments, parent=context.find_root()) as stage:
             command.invoke(stage)
-    click.echo(
-        f"\nTry: ood-heatmap predict {run} {run / 'data' / 'letters'} --out {run / 'predictions'}"
-    )
+    click.echo(f"\nTry: ood-heatmap predict {run} {data / 'letters'} --out {run / 'predictions'}")

@@ -1,11 +1,9 @@
-"""All four stages on data that come with the dependencies: nothing is fetched.
+"""Images, classifier and commands of the demo, all from data that come with the dependencies.
 
-ID: scikit-learn's handwritten digits. OOD to train with: crops of one of its two sample
-photographs; to test on: crops of the other, and, as the near set, letters drawn with matplotlib's
-own font.
+ID: scikit-learn's handwritten digits. OOD for training: crops of one of its two sample photographs.
+OOD for testing: crops of the other, and, as the near set, letters drawn with matplotlib's own font.
 """
 
-import logging
 import string
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,28 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
-from ood_heatmap.cache.files import make_directory, replacing
-from ood_heatmap.errors import UsageError
-from ood_heatmap.images import Transform, open_images
-
-log = logging.getLogger(__name__)
-
-SIZE = 32
+WEIGHTS = "classifier.safetensors"
 FOLDERS = ("id-train", "id-test", "ood-train", "photo-test", "letters")
-NUM_OOD_TRAIN, NUM_OOD_TEST = 1000, 300
-LETTERS = sorted(
-    set(string.ascii_uppercase) - set("BDGIOQSZ")
-)  # without those that pass for digits
+_SIZE = 32
+_NUM_OOD_TRAIN, _NUM_OOD_TEST = 1000, 300
+# without those that pass for digits
+_LETTERS = sorted(set(string.ascii_uppercase) - set("BDGIOQSZ"))
 
 
 class DigitsNetwork(nn.Module):
     """A small convolutional classifier of digits: 64 features, 10 classes, 32x32 pixels."""
 
-    input_size = SIZE
+    input_size = _SIZE
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,121 +50,102 @@ class DigitsNetwork(nn.Module):
 
 
 def digits_network() -> DigitsNetwork:
-    """Return the demo's classifier, untrained; the SPEC is ``ood_heatmap.demo:digits_network``."""
+    """Return the demo's classifier, untrained; its SPEC is ``ood_heatmap.demo:digits_network``."""
     return DigitsNetwork()
 
 
-def prepare_demo(run: Path) -> list[list[str]]:
-    """Make the data, train the classifier, and return the commands of the four stages.
-
-    Raises:
-        UsageError: ``run`` holds something that is not the demo's.
-    """
-    data, weights = run / "data", run / "data" / "classifier.safetensors"
-    if not weights.is_file():
-        if not _is_free(run):
-            raise UsageError(f"{run} is not a run of the demo: name a new directory.")
-        log.info("writing images to %s and training a small classifier of digits", data)
-        write_data(data)
-        train_classifier(data / "id-train", weights)
-    sets = {"photo": data / "photo-test", "letters": data / "letters"}
-    spec = "ood_heatmap.demo:digits_network"
-    commands = [
-        ["index", run, "--id", data / "id-train", "--classifier", spec, "--weights", weights],
+def demo_commands(run: Path, data: Path) -> list[list[str]]:
+    """Return the commands of the four stages as argument lists, the command's name first."""
+    weights = data / WEIGHTS
+    commands: list[list[str | Path | int]] = [
+        ["index", run, "--id", data / "id-train"],
         ["targets", run, "--ood", data / "ood-train"],
         ["train", run, "--epochs", 15, "--batch-size", 100],
         ["evaluate", run, "--id", data / "id-test", "--near", "letters"],
     ]
-    for name, folder in sets.items():
-        commands[-1] += ["--ood", f"{name}={folder}"]
-    return [[str(item) for item in command] for command in commands]
+    commands[0] += ["--classifier", "ood_heatmap.demo:digits_network", "--weights", weights]
+    commands[-1] += ["--ood", f"photo={data / 'photo-test'}"]
+    commands[-1] += ["--ood", f"letters={data / 'letters'}"]
+    return [[str(argument) for argument in command] for command in commands]
 
 
-def _is_free(run: Path) -> bool:
-    """Tell whether a directory is missing, empty, or holds data of a demo that was interrupted."""
-    if not run.exists():
-        return True
-    inside = {path.relative_to(run).parts[:2] for path in run.glob("*/*")}
-    return {path.name for path in run.iterdir()} <= {"data"} and inside <= {
-        ("data", folder) for folder in FOLDERS
-    }
+def demo_images() -> Iterator[tuple[str, Image.Image]]:
+    """Yield the path and the picture of every image of the demo, the same every time.
 
-
-def write_data(data: Path) -> None:
-    """Write all sets as folders of PNG files, the same every time."""
+    Paths begin with one of ``FOLDERS``; ID images are in a subfolder for each class.
+    """
     digits = load_digits()
-    images = [digit_image(digit) for digit in digits.images]
-    # the sets of writers differ from front to back: the last fifth is written by others
-    split = len(images) * 4 // 5
-    for number, (image, label) in enumerate(zip(images, digits.target, strict=True)):
-        folder = "id-train" if number < split else "id-test"
-        save(image, data / folder / str(label) / f"{number:04d}.png")
+    # the writers change along the set: the last fifth was written by others
+    num_train = len(digits.images) * 4 // 5
+    for number, (digit, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = "id-train" if number < num_train else "id-test"
+        yield f"{folder}/{label}/{number:04d}.png", _draw_digit(digit)
     photographs = load_sample_images().images
     generator = np.random.default_rng(0)
-    for folder, photograph, count in (
-        ("ood-train", photographs[0], NUM_OOD_TRAIN),
-        ("photo-test", photographs[1], NUM_OOD_TEST),
-    ):
-        for number in range(count):
-            save(crop(photograph, generator), data / folder / f"{number:04d}.png")
-    for number, image in enumerate(letter_images(NUM_OOD_TEST, generator)):
-        save(image, data / "letters" / f"{number:04d}.png")
+    for number in range(_NUM_OOD_TRAIN):
+        yield f"ood-train/{number:04d}.png", _random_crop(photographs[0], generator)
+    for number in range(_NUM_OOD_TEST):
+        yield f"photo-test/{number:04d}.png", _random_crop(photographs[1], generator)
+    for number, image in enumerate(_draw_letters(_NUM_OOD_TEST, generator)):
+        yield f"letters/{number:04d}.png", image
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Write one PNG, whole."""
-    make_directory(path.parent)
-    with replacing(path) as scratch:
-        image.save(scratch, "png")
-
-
-def digit_image(digit: NDArray[np.float64]) -> Image.Image:
-    """Return an 8x8 digit with values 0 to 16 as a picture."""
+def _draw_digit(digit: NDArray[np.float64]) -> Image.Image:
+    """Return an 8x8 digit with values 0 to 16 as a picture of the network's input size."""
     small = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
-    return small.resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB")
+    return small.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR).convert("RGB")
 
 
-def crop(photograph: NDArray[np.uint8], generator: np.random.Generator) -> Image.Image:
-    """Return a square piece of a photograph, of random place and size."""
+def _random_crop(photograph: NDArray[np.uint8], generator: np.random.Generator) -> Image.Image:
+    """Return a square crop of a photograph, at random position and scale."""
     height, width, _ = photograph.shape
-    side = int(generator.integers(SIZE, 4 * SIZE))
+    side = int(generator.integers(_SIZE, 4 * _SIZE))
     top, left = int(generator.integers(height - side)), int(generator.integers(width - side))
-    piece = Image.fromarray(photograph[top : top + side, left : left + side])
-    return piece.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    crop = Image.fromarray(photograph[top : top + side, left : left + side])
+    return crop.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
 
 
-def letter_images(count: int, generator: np.random.Generator) -> Iterator[Image.Image]:
-    """Yield capital letters, light on dark as the digits are, brought down to 8x8 and up again as
-    they were."""
+def _draw_letters(count: int, generator: np.random.Generator) -> Iterator[Image.Image]:
+    """Yield capital letters, light on dark and by way of 8x8 pixels, as the digits are."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [
         ImageFont.truetype(folder / name, 26)
         for name in ("DejaVuSans.ttf", "DejaVuSerif-Italic.ttf")
     ]
     for _ in range(count):
-        picture = Image.new("L", (SIZE, SIZE))
-        place = (SIZE / 2 + generator.uniform(-2, 2), SIZE / 2 + generator.uniform(-2, 2))
-        letter, font = LETTERS[generator.integers(len(LETTERS))], fonts[generator.integers(2)]
-        ImageDraw.Draw(picture).text(place, letter, fill=255, font=font, anchor="mm")
+        picture = Image.new("L", (_SIZE, _SIZE))
+        center = (_SIZE / 2 + generator.uniform(-2, 2), _SIZE / 2 + generator.uniform(-2, 2))
+        letter, font = _LETTERS[generator.integers(len(_LETTERS))], fonts[generator.integers(2)]
+        ImageDraw.Draw(picture).text(center, letter, fill=255, font=font, anchor="mm")
         small = picture.resize((8, 8), Image.Resampling.BOX)
-        yield digit_image(np.asarray(small, dtype=np.float64) * (16 / 255))
+        yield _draw_digit(np.asarray(small, dtype=np.float64) * (16 / 255))
 
 
-def train_classifier(folder: Path, weights: Path, epochs: int = 25) -> None:
-    """Train the demo's classifier, which is fixed from then on."""
-    images = open_images(str(folder))
-    transform = Transform(SIZE)
-    pixels = np.stack([transform(images.read(row)[0]) for row in range(len(images))])
-    inputs = torch.from_numpy(pixels).float() / 255
-    labels = torch.from_numpy(images.labels).long()
-    torch.manual_seed(0)
-    network = digits_network().train()
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(epochs):
-        for rows in torch.split(torch.randperm(len(inputs)), 64):
-            loss = nn.functional.cross_entropy(network(inputs[rows]), labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    with replacing(weights) as scratch:
-        save_file(network.eval().state_dict(), scratch)
+def train_classifier(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], epochs: int = 25
+) -> DigitsNetwork:
+    """Train the demo's classifier, which is fixed from then on.
+
+    Args:
+        images: ``(N, H, W, 3)`` uint8.
+        labels: ``(N,)``.
+        epochs: Passes over all images.
+
+    Returns:
+        The network in eval mode.
+    """
+    # as they would be read from class folders
+    by_class = np.argsort(labels, kind="stable")
+    inputs = torch.from_numpy(images[by_class]).permute(0, 3, 1, 2).contiguous().float() / 255
+    targets = torch.from_numpy(labels[by_class])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DigitsNetwork().train()
+        optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+        for _ in range(epochs):
+            for rows in torch.split(torch.randperm(len(inputs)), 64):
+                loss = nn.functional.cross_entropy(network(inputs[rows]), targets[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+    return network.eval()

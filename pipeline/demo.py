@@ -1,0 +1,58 @@
+"""Writes what the demo needs into its run directory."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+from ood_heatmap.cache.files import make_directory, replacing
+from ood_heatmap.demo import FOLDERS, WEIGHTS, demo_images, train_classifier
+from ood_heatmap.errors import OodHeatmapError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+def prepare_demo(run: Path) -> Path:
+    """Write images and a trained classifier, unless they are there, and return their folder.
+
+    Raises:
+        UsageError: ``run`` holds something that is not the demo's.
+        OodHeatmapError: A file cannot be written.
+    """
+    data = run / "data"
+    if (data / WEIGHTS).is_file():
+        return data
+    if not _is_free(run):
+        raise UsageError(f"{run} is not a run of the demo: name a new directory.")
+    log.info("writing images to %s and training a small classifier of digits", data)
+    images, labels = [], []
+    for name, image in demo_images():
+        _save_png(image, data / name)
+        folder, label, *_ = name.split("/")
+        if folder == "id-train":
+            images.append(np.asarray(image))
+            labels.append(int(label))
+    network = train_classifier(np.stack(images), np.array(labels))
+    # last: it marks the images as complete
+    with replacing(data / WEIGHTS) as scratch:
+        save_file(network.state_dict(), scratch)
+    return data
+
+
+def _is_free(run: Path) -> bool:
+    """Return whether a directory is missing, empty, or holds data of an interrupted demo."""
+    known = {("data",), ("data", f".{WEIGHTS}.tmp"), *(("data", name) for name in FOLDERS)}
+    return all(
+        path.relative_to(run).parts in known for path in [*run.glob("*"), *run.glob("data/*")]
+    )
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    """Write one PNG. Not atomic: images count only once the classifier is there."""
+    make_directory(path.parent)
+    try:
+        image.save(path, "png")
+    except OSError as error:
+        raise OodHeatmapError(f"cannot write {path}: {error.strerror or error}.") from error
