@@ -16,7 +16,7 @@ import data
 import numpy as np
 from harness import Row, Setting
 
-from ood_heatmap.devices import choose_device
+from ood_heatmap.devices import choose_device, keep_freed_memory
 from ood_heatmap.images import from_array, open_images
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
@@ -73,6 +73,7 @@ def peak() -> int:
 
 def main(run: str, folder: str, shard_mb: str, device: str) -> None:
     """Run stage 2 and print the peak before and after it."""
+    keep_freed_memory()
     chosen = choose_device(device)
     images = open_images(folder)
     before = peak()

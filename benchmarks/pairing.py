@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cli import named_source
 from ood_heatmap.detector import HeatmapDetector
-from ood_heatmap.devices import choose_device
+from ood_heatmap.devices import choose_device, keep_freed_memory
 from ood_heatmap.images import open_images
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.metrics import detection_metrics
@@ -74,6 +74,7 @@ HEAD = "| partner | target | feature maps | detection | localisation |\n|---|---
 def main() -> None:
     """Train and measure every combination, and print a line for each."""
     options = parse()
+    keep_freed_memory()
     device = choose_device(options.device)
     ood_train = open_images(options.ood_train)
     samples = samples_of(options)

@@ -85,10 +85,10 @@ def main(context: click.Context) -> None:
 
 def open_source(source: str, data: DataOptions) -> "ImageSet":
     """Open an image set; rank 0 first, so that only one process downloads."""
-    from ood_heatmap.distributed import main_first
+    from ood_heatmap.distributed import main_process_first
     from ood_heatmap.images import open_images
 
-    with main_first():
+    with main_process_first():
         return open_images(source, data_root=data.data_root, download=data.download)
 
 
@@ -125,9 +125,9 @@ def near_names(near: tuple[str, ...], ood_sources: tuple[str, ...]) -> tuple[str
 def open_classifier(given: ClassifierOptions, device: "torch.device") -> "Classifier":
     """Load the classifier that the options name, rank 0 first."""
     from ood_heatmap.classifier import load_classifier
-    from ood_heatmap.distributed import main_first
+    from ood_heatmap.distributed import main_process_first
 
-    with main_first():
+    with main_process_first():
         classifier = load_classifier(
             given.spec,
             weights=given.weights,
@@ -317,9 +317,11 @@ def predict(
         find photos -name '*.jpg' | ood-heatmap predict runs/c10 - --out results --format jsonl
     """
     from ood_heatmap.detector import HeatmapDetector
+    from ood_heatmap.devices import keep_freed_memory
     from ood_heatmap.pipeline.predict import list_images
     from ood_heatmap.pipeline.predict import predict as predict_images
 
+    keep_freed_memory()
     # before the classifier is loaded, so that a missing file is reported at once
     paths = list_images(images, given.out)
     detector = HeatmapDetector.load(run, device, given.false_alarm)
@@ -342,12 +344,13 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     """
     import json
 
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.localize import localize as localize_run
     from ood_heatmap.pipeline.tables import format_localization
 
     id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
-    results = localize_run(run, id_images, ood_sets, choose_device(device), config).results
+    with stage_device(device) as torch_device:
+        results = localize_run(run, id_images, ood_sets, torch_device, config).results
     folder = run / "localization"
     click.echo(format_localization(json.loads((folder / "localization.json").read_text("utf-8"))))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
@@ -407,13 +410,13 @@ def plan_index(
     Example:
         ood-heatmap plan index runs/c10 --id cifar10/train --classifier cifar-resnet18
     """
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.plan import plan_index as make_plan
 
-    torch_device = choose_device(device)
-    network = open_classifier(classifier, torch_device)
     images = open_source(data.id_source, replace(data, download=False))
-    _echo_plan(make_plan(images, network, config), run, torch_device)
+    with stage_device(device) as torch_device:
+        network = open_classifier(classifier, torch_device)
+        _echo_plan(make_plan(images, network, config), run, torch_device)
 
 
 @plan.command("targets")
@@ -427,12 +430,12 @@ def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: st
     Example:
         ood-heatmap plan targets runs/c10 --ood data/places365 --limit 10000
     """
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.plan import plan_targets as make_plan
 
-    torch_device = choose_device(device)
     images = open_source(data.ood_source, replace(data, download=False))
-    _echo_plan(make_plan(run, images, torch_device, config), run, torch_device)
+    with stage_device(device) as torch_device:
+        _echo_plan(make_plan(run, images, torch_device, config), run, torch_device)
 
 
 @plan.command("train")
@@ -446,11 +449,11 @@ def plan_train(run: Path, config: TrainConfig, device: str) -> None:
     Example:
         ood-heatmap plan train runs/c10 --epochs 150
     """
-    from ood_heatmap.devices import choose_device
+    from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.plan import plan_train as make_plan
 
-    torch_device = choose_device(device)
-    _echo_plan(make_plan(run, torch_device, config), run, torch_device)
+    with stage_device(device) as torch_device:
+        _echo_plan(make_plan(run, torch_device, config), run, torch_device)
 
 
 def _echo_plan(found: "Plan", run: Path, device: "torch.device") -> None:

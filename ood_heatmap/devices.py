@@ -1,4 +1,4 @@
-"""Which device computes."""
+"""Choice of the device, and the process settings of the command line."""
 
 import ctypes
 import ctypes.util
@@ -14,15 +14,15 @@ from ood_heatmap.errors import UsageError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of a name.
+    """Resolve a device name.
 
-    ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``. Under torchrun ``auto``
-    and ``cuda`` are a GPU of its own for each process of a machine.
+    Args:
+        name: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``. Under torchrun
+            ``auto`` and ``cuda`` give each local rank its own GPU.
 
     Raises:
-        UsageError: A GPU is asked for that is not there, or one for several processes.
+        UsageError: The GPU does not exist, or one GPU is named for several ranks.
     """
-    keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -31,31 +31,33 @@ def choose_device(name: str = "auto") -> torch.device:
         raise UsageError(f"there is no device {name!r}: use auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"there is no support for {name!r}: use auto, cpu, cuda or cuda:N.")
-    return own_gpu(name, device.index) if device.type == "cuda" else device
+    return _local_gpu(name, device.index) if device.type == "cuda" else device
 
 
-def own_gpu(name: str, index: int | None) -> torch.device:
-    """Return the GPU of this process: the one asked for, or its own under torchrun."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if index is not None and processes > 1:
-        raise UsageError(f"{name} is one GPU for {processes} processes. Use --device cuda.")
+def _local_gpu(name: str, index: int | None) -> torch.device:
+    """Return the GPU that was named, or the one of this local rank."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if index is not None and num_ranks > 1:
+        raise UsageError(f"{name} is one GPU for {num_ranks} processes. Use --device cuda.")
     index = int(os.environ.get("LOCAL_RANK", "0")) if index is None else index
-    if index >= count:
-        wanted = f"{processes} processes take one each" if processes > 1 else f"{name} is asked for"
-        raise UsageError(f"{wanted} and this machine has {count} GPUs. Use --device cpu.")
+    if index >= num_gpus:
+        needed = f"{num_ranks} processes need a GPU each" if num_ranks > 1 else f"{name} is needed"
+        raise UsageError(f"{needed} and this machine has {num_gpus} GPUs. Use --device cpu.")
     return torch.device("cuda", index)
 
 
 @contextmanager
 def stage_device(name: str = "auto") -> Iterator[torch.device]:
-    """Yield the device of this process, joined with the others that torchrun started.
+    """Yield the device of a command, inside the process group if torchrun started it.
 
-    Every stage runs inside this block, so that they all share their work in the same way.
+    The command line runs every stage in this block. It also sets the memory allocator for the
+    whole process, which the library leaves alone.
 
     Args:
-        name: As of ``choose_device``.
+        name: See ``choose_device``.
     """
+    keep_freed_memory()
     device = choose_device(name)
     with process_group(device):
         yield device
@@ -63,11 +65,11 @@ def stage_device(name: str = "auto") -> Iterator[torch.device]:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the C library keep large blocks for the next batch instead of giving them back.
+    """Make the C library reuse large freed blocks instead of returning them to the system.
 
-    Otherwise every activation of every batch is mapped anew and its pages are faulted in one by
-    one: up to half of the time of a forward pass on a CPU (2.4 times as many images a second
-    without it, in batches of 1024).
+    A setting of the whole process, for the command line only. Without it every activation of every
+    batch is mapped anew and its pages are faulted in one by one, up to half of the time of a
+    forward pass on a CPU (1024 images per batch: 2.4 times the images per second with it).
     """
     try:
         library = ctypes.CDLL(ctypes.util.find_library("c"))

@@ -1,8 +1,8 @@
-"""One process or many: what the stages need to share the work under torchrun.
+"""Ranks, collectives and the process group: what the stages need to run under torchrun.
 
     torchrun --no-python --nproc-per-node 2 ood-heatmap index ...
 
-Without torchrun every function here does what one process needs: nothing.
+Without torchrun the world size is 1 and every function here returns at once.
 """
 
 import os
@@ -18,45 +18,47 @@ from torch.distributed.rendezvous import rendezvous
 from ood_heatmap.errors import OodHeatmapError
 
 Value = TypeVar("Value")
-TIMEOUT = timedelta(hours=12)  # rank 0 hashes and writes while the others wait
+
+# the other ranks wait while rank 0 hashes and writes
+_TIMEOUT = timedelta(hours=12)
 
 
 def rank() -> int:
-    """Return the number of this process, 0 for the first or the only one."""
+    """Return the rank of this process, 0 without a process group."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Return how many processes share the work."""
+    """Return the number of ranks, 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Tell whether this process speaks and writes for all."""
+    """Return whether this is rank 0, which logs and writes for all ranks."""
     return rank() == 0
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes that torchrun started, if it did.
+    """Initialise the process group of torchrun for the block; without torchrun do nothing.
 
     Args:
-        device: Of this process; NCCL between GPUs, gloo between CPUs.
+        device: Of this rank. Tensors on GPUs go through NCCL, everything else through gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
-    # objects go through gloo in either case, so that no GPU memory is taken for them
+    # objects go through gloo in either case, so that they take no GPU memory
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun keeps one store over all its restarts, and the addresses of dead processes in it:
-    # without a name of its own for each start, the processes of the second wait for them forever
-    store, own_rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = distributed.PrefixStore(start, store)  # type: ignore[attr-defined]
+    # torchrun keeps one store, with the addresses of dead processes in it, over all restarts:
+    # without a prefix per restart the restarted ranks would wait for the dead ones forever
+    store, own_rank, size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(restart, store)  # type: ignore[attr-defined]
     distributed.init_process_group(
-        backend, store=store, rank=own_rank, world_size=size, timeout=TIMEOUT
+        backend, store=store, rank=own_rank, world_size=size, timeout=_TIMEOUT
     )
     try:
         yield
@@ -65,15 +67,15 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
-    gather(None)
+    """Block until all ranks have reached this call."""
+    all_gather(None)
 
 
 @contextmanager
-def main_first() -> Iterator[None]:
-    """Let rank 0 go through the block before the others: it fetches or makes what they then find.
+def main_process_first() -> Iterator[None]:
+    """Run the block on rank 0 before the other ranks, which then find what it downloaded or wrote.
 
-    When it fails there, no other process starts.
+    If rank 0 fails, the other ranks do not enter the block.
     """
     if not is_main():
         barrier()
@@ -82,11 +84,11 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def gather(value: Value) -> list[Value]:
-    """Return the value of every process, in the order of ranks, in every process.
+def all_gather(value: Value) -> list[Value]:
+    """Return the values of all ranks, in the order of ranks, on every rank.
 
     Raises:
-        OodHeatmapError: Another process has ended before its time; its own message says why.
+        OodHeatmapError: Another rank has exited; its own message says why.
     """
     if world_size() == 1:
         return [value]
@@ -95,14 +97,14 @@ def gather(value: Value) -> list[Value]:
         distributed.all_gather_object(values, value)
     except RuntimeError as error:
         raise OodHeatmapError(
-            f"process {rank()} of {world_size()} has lost the others: see the message of the one "
-            "that failed. What is finished is kept: start the same command again."
+            f"rank {rank()} of {world_size()} lost contact with the other ranks: see the message "
+            f"of the one that failed. Finished work is kept: run the same command again to resume."
         ) from error
     return values
 
 
-def from_main(value: Value | None) -> Value:
-    """Return rank 0's value on every rank; what the others pass does not matter."""
-    values: list[Any] = gather(value)
+def broadcast(value: Value | None) -> Value:
+    """Return the value of rank 0 on every rank; what the other ranks pass does not matter."""
+    values: list[Any] = all_gather(value)
     result: Value = values[0]
     return result

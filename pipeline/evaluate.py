@@ -17,7 +17,7 @@ from ood_heatmap.cache.files import replacing, sha256_of, write_json
 from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, fingerprint_of
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
-from ood_heatmap.distributed import barrier, from_main, is_main
+from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
@@ -246,7 +246,7 @@ def _score_sets(
 ) -> dict[str, ScoredSet]:
     """Return the scores of all sets; those that a stopped run has finished are read back."""
     # as rank 0 sees them: all ranks must score the same sets
-    found = from_main({name: finished_scores(stage, name) for name in subsets} if is_main() else {})
+    found = broadcast({name: finished_scores(stage, name) for name in subsets} if is_main() else {})
     scored = {name: item for name, item in found.items() if item is not None}
     missing = [name for name in subsets if name not in scored]
     if missing:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ood_heatmap.cache.shards import Rows, take_ascending
-from ood_heatmap.distributed import from_main, rank, world_size
+from ood_heatmap.distributed import broadcast, rank, world_size
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -202,7 +202,7 @@ def open_feed(data: TrainingSet, device: torch.device, wanted: str, size: int) -
         wanted: ``auto``, ``resident``, ``pinned`` or ``streaming``.
         size: Images of the largest batch.
     """
-    kind = from_main(choose_feed(data, device, wanted))
+    kind = broadcast(choose_feed(data, device, wanted))
     try:
         if kind == "resident":
             return kind, ResidentFeed(data, device)

@@ -17,7 +17,7 @@ from ood_heatmap.cache.neighbours import backend, check_faiss, sorted_order, wri
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main
-from ood_heatmap.distributed import from_main as broadcast
+from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.audit import check_index

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from ood_heatmap.distributed import gather, is_main
+from ood_heatmap.distributed import all_gather, is_main
 from ood_heatmap.images import Batch
 from ood_heatmap.pipeline.forward import Forward
 
@@ -89,7 +89,7 @@ class Meter:
     def close(self) -> dict[str, Any]:
         """Say what all processes did, and return it; nothing in any but the first."""
         self.bar.close()
-        everyone = gather(self.figures())
+        everyone = all_gather(self.figures())
         return say(self.label, everyone) if is_main() else {}
 
     def figures(self) -> dict[str, Any]:
@@ -116,11 +116,11 @@ def report(meter: Meter) -> dict[str, Any]:
     """
     meter.bar.close()
     figures = meter.figures()
-    gather(None)  # all begin together
+    all_gather(None)  # all begin together
     if meter.forward is not None:
         seconds = min(MAX_PROBE_SECONDS, PROBE_SHARE * figures["seconds"])
         figures["ceiling"] = meter.forward.rate(seconds)
-    everyone = gather(figures)
+    everyone = all_gather(figures)
     return say(meter.label, everyone) if is_main() else {}
 
 

@@ -20,7 +20,7 @@ from ood_heatmap.cache.neighbours import Bank, k_nearest
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.detector import HeatmapDetector
-from ood_heatmap.distributed import gather, is_main, rank, world_size
+from ood_heatmap.distributed import all_gather, is_main, rank, world_size
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.images import ImageSet
@@ -286,7 +286,7 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods
         for number, chunk in zip(mine, embedded, strict=True)
     }
     stats = meter.close()
-    done = {number: part for share in gather(own) for number, part in share.items()}
+    done = {number: part for share in all_gather(own) for number, part in share.items()}
     scored = ScoredSet.concatenate([done[number] for number in range(len(chunks))])
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))

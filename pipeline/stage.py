@@ -49,7 +49,7 @@ from ood_heatmap.cache.manifest import (
     write_manifest,
 )
 from ood_heatmap.cache.shards import map_shard, read_attributes, write_shard
-from ood_heatmap.distributed import from_main as broadcast
+from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.distributed import is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet

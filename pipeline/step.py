@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ood_heatmap.decoder import PLAIN, SIGNED
-from ood_heatmap.distributed import from_main, world_size
+from ood_heatmap.distributed import broadcast, world_size
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import region_weight, target_heatmap, weighted_squared_error
 from ood_heatmap.pipeline.config import TrainConfig
@@ -260,10 +260,10 @@ def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int)
         step(batch)
     (once,) = time_windows(step, batch, 1, 1)
     # every process must take equally many steps
-    steps = from_main(max(3, min(int(CEILING_SECONDS / once), num_steps // 10)))
+    steps = broadcast(max(3, min(int(CEILING_SECONDS / once), num_steps // 10)))
     windows = min(WINDOWS, steps)
     seconds = float(np.median(time_windows(step, batch, windows, steps // windows)))
-    return size / from_main(seconds)
+    return size / broadcast(seconds)
 
 
 def time_windows(step: Step, batch: TrainingBatch, windows: int, steps: int) -> list[float]:

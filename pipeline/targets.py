@@ -24,8 +24,8 @@ from ood_heatmap.cache.neighbours import (
 )
 from ood_heatmap.cache.shards import open_rows
 from ood_heatmap.classifier import Classifier
-from ood_heatmap.distributed import barrier, is_main, main_first
-from ood_heatmap.distributed import from_main as broadcast
+from ood_heatmap.distributed import barrier, is_main, main_process_first
+from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import SCALE, difference
 from ood_heatmap.images import ImageSet, Transform
@@ -111,7 +111,7 @@ def build_targets(
         )
         if schedule.manifest is not None:
             return schedule.manifest
-        with main_first():  # a lost index.faiss is made again once
+        with main_process_first():  # a lost index.faiss is made again once
             classifier, bank = index.classifier(device), index.bank(device)
         meter = Meter(schedule.num_own_rows, "targets")
         pair_all(stage, schedule.own[PAIRED], images, classifier, index, bank, config, meter)

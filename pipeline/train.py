@@ -21,7 +21,7 @@ from ood_heatmap.cache.files import save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
-from ood_heatmap.distributed import from_main, is_main, rank, world_size
+from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.pipeline.config import TrainConfig, result_options
@@ -88,7 +88,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         manifest = None
         if is_main():
             manifest = finish(stage, decoder, data, index, targets.manifest, config, speed)
-        return from_main(manifest)
+        return broadcast(manifest)
 
 
 def check_maps(data: TrainingSet, config: TrainConfig) -> None:

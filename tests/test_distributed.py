@@ -16,9 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ood_heatmap import distributed
+from ood_heatmap import HeatmapDetector, devices, distributed
 from ood_heatmap.cli import main
-from ood_heatmap.devices import choose_device
+from ood_heatmap.devices import choose_device, stage_device
 from ood_heatmap.errors import UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -169,10 +169,21 @@ def kill_once_it_has_begun(process: subprocess.Popen[str], run: Path) -> None:
 
 def test_one_process_exchanges_nothing():
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    assert distributed.gather({"a": 1}) == [{"a": 1}]
-    assert distributed.from_main(3) == 3
-    with distributed.process_group(torch.device("cpu")), distributed.main_first():
+    assert distributed.all_gather({"a": 1}) == [{"a": 1}]
+    assert distributed.broadcast(3) == 3
+    with distributed.process_group(torch.device("cpu")), distributed.main_process_first():
         distributed.barrier()
+
+
+def test_only_the_command_line_sets_the_memory_allocator_of_the_process(finished_run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: calls.append(1))
+    choose_device("cpu")
+    HeatmapDetector.load(finished_run, "cpu")
+    assert calls == []
+    with stage_device("cpu") as device:
+        assert device == torch.device("cpu")
+    assert calls == [1]
 
 
 def test_under_torchrun_each_process_takes_a_gpu_of_its_own(monkeypatch):
@@ -186,5 +197,5 @@ def test_under_torchrun_each_process_takes_a_gpu_of_its_own(monkeypatch):
     with pytest.raises(UsageError, match=r"cuda:1 is one GPU for 3 processes\. Use --device cuda"):
         choose_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match=r"3 processes take one each and this machine has 2 GPUs"):
+    with pytest.raises(UsageError, match="3 processes need a GPU each and this machine has 2"):
         choose_device("auto")
