@@ -9,7 +9,7 @@ from harness import Row, Setting, cpu_note, figure, interleaved, quotients
 from numpy.typing import NDArray
 from sklearn.metrics.pairwise import euclidean_distances
 
-from ood_heatmap.cache.neighbours import Bank, sorted_order
+from ood_heatmap.cache.neighbours import Bank, order_by_class
 
 BAR = 20
 WIDTH, LATENT = 512, 32
@@ -34,7 +34,7 @@ def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
     num_sample = setting.pick(quick=40, cpu=200)
     features, label = clusters(num_classes, num_bank + num_queries)
     bank_label, row = label[:num_bank], np.arange(num_bank)
-    order = sorted_order(bank_label, row)
+    order = order_by_class(bank_label, row)
     queries, query_label = features[num_bank:], label[num_bank:]
     parts = (features[:num_bank][order], bank_label[order], row[order])
     bank = Bank(*parts, device=device)

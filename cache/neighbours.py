@@ -1,12 +1,9 @@
 """The FAISS index: rows sorted by predicted class, and the exact nearest neighbour among them.
 
 FAISS computes float32 distances by expanding the square, which loses the nearest row when a class
-is a tight cluster
-far from the origin. Here the class mean is subtracted first, and every answer is either proven by
-a bound on the
-rounding or found again in float64; ties go to the lowest row. So the answer does not depend on
-batch size, threads or
-device.
+is a tight cluster far from the origin. Here the class mean is subtracted first, and every answer is
+either proven by a bound on the rounding error or recomputed in float64; ties go to the lowest row.
+The answer therefore does not depend on batch size, threads or device.
 """
 
 import importlib
@@ -33,11 +30,12 @@ log = logging.getLogger(__name__)
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 Int64: TypeAlias = NDArray[np.int64]
-NUM_CANDIDATES = 8
-UNIT_ROUNDOFF = 2.0**-24  # of float32; FAISS never uses TF32 on its own
-PIECE_BYTES = 64 << 20
-# of centred rows kept in memory beside the mapped index: a quarter of what the machine has
-KEPT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+_NUM_CANDIDATES = 8
+# of float32; FAISS never uses TF32 on its own
+_UNIT_ROUNDOFF = 2.0**-24
+_CHUNK_BYTES = 64 << 20
+# of centred rows cached in memory beside the mapped index: a quarter of what the machine has
+_CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def check_faiss() -> None:
@@ -51,14 +49,14 @@ def check_faiss() -> None:
         )
 
 
-def backend(device: torch.device) -> str:
-    """Return in words what searches: FAISS's version, and on what."""
-    place = "CPU"
+def describe_backend(device: torch.device) -> str:
+    """Return what searches, for the output: FAISS's version and the device."""
+    name = "CPU"
     if device.type == "cuda":
         if not hasattr(faiss, "StandardGpuResources"):
             return f"faiss {faiss.__version__} on the CPU (this build has no GPU part)"
-        place = torch.cuda.get_device_name(device)
-    return f"faiss {faiss.__version__} on {place}"
+        name = torch.cuda.get_device_name(device)
+    return f"faiss {faiss.__version__} on {name}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Nearest:
     num_proven: int = 0
     num_scanned: int = 0
 
-    def part(self, queries: slice) -> "Nearest":
+    def subset(self, queries: slice) -> "Nearest":
         """Return the answer for some of the queries; the counts stay those of all."""
         return replace(
             self,
@@ -99,12 +97,12 @@ def squared_distances(queries: NDArray[Any], rows: NDArray[Any]) -> Float64:
     return squared
 
 
-def sorted_order(prediction: NDArray[np.integer[Any]], row: Int64) -> Int64:
+def order_by_class(prediction: NDArray[np.integer[Any]], row: Int64) -> Int64:
     """Return the order of rows by (predicted class, row)."""
     return np.lexsort((row, prediction))
 
 
-def first_of_equals(features: Float32) -> NDArray[np.bool_]:
+def mark_first_of_duplicates(features: Float32) -> NDArray[np.bool_]:
     """Mark each row that has no byte-identical row before it.
 
     Args:
@@ -113,7 +111,7 @@ def first_of_equals(features: Float32) -> NDArray[np.bool_]:
     words = np.ascontiguousarray(features).view(np.uint32)
     multipliers = np.random.default_rng(0).integers(1, 2**63, words.shape[1], dtype=np.uint64)
     hashes = np.empty(len(words), np.uint64)
-    step = max(1, PIECE_BYTES // (8 * words.shape[1]))
+    step = max(1, _CHUNK_BYTES // (8 * words.shape[1]))
     for start in range(0, len(words), step):  # the product wraps around: a hash, not a sum
         hashes[start : start + step] = words[start : start + step].astype(np.uint64) @ multipliers
     first = np.ones(len(words), dtype=bool)
@@ -125,8 +123,8 @@ def first_of_equals(features: Float32) -> NDArray[np.bool_]:
         while len(group) > 1:  # more than one round only where two rows share a hash by chance
             equal = np.concatenate(
                 [
-                    (words[piece] == words[group[0]]).all(axis=1)
-                    for piece in pieces(group, 4 * words.shape[1])
+                    (words[chunk] == words[group[0]]).all(axis=1)
+                    for chunk in _chunks(group, 4 * words.shape[1])
                 ]
             )
             first[group[equal][1:]] = False
@@ -162,19 +160,24 @@ class Bank:
                 strict=True,
             )
         )
-        # positions inside each class that are searched: one of each group of identical rows, the
-        # lowest
-        self.kept = {
-            label: np.flatnonzero(first_of_equals(features[part]))
+        # positions in each class that are searched: of identical rows only the lowest
+        self.unique = {
+            label: np.flatnonzero(mark_first_of_duplicates(features[part]))
             for label, part in self.slices.items()
         }
         self.means = {
             label: features[part].mean(axis=0, dtype=np.float64)
             for label, part in self.slices.items()
         }
-        # centred rows by class, and the longest of each class
+        bad = [label for label, mean in self.means.items() if not np.isfinite(mean).all()]
+        if bad:
+            raise DamagedCacheError(
+                f"the index holds NaN or infinite features (class {bad[0]}). "
+                "Run `ood-heatmap index` again with --overwrite."
+            )
+        # centred rows by class, and the norm of the longest
         self.on_gpu: dict[int, torch.Tensor] = {}
-        self.on_host: dict[int, Float32] = {}
+        self.host_cache: dict[int, Float32] = {}
         self.longest: dict[int, float] = {}
         if self.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
             # FAISS then takes tensors, on torch's own stream
@@ -182,48 +185,50 @@ class Bank:
             self.resources = faiss.StandardGpuResources()
             try:
                 for label in self.slices:
-                    centred = torch.from_numpy(self.centred(label))
+                    centred = torch.from_numpy(self._centred(label))
                     self.on_gpu[label] = centred.to(self.device)
             except torch.OutOfMemoryError:
-                self.leave_gpu()
+                self._leave_gpu()
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def leave_gpu(self) -> None:
-        """Search on the CPU from now on; the answers are the same."""
-        log.warning("%s has no memory for the search: going on with it on the CPU", self.device)
+    def _leave_gpu(self) -> None:
+        """_Search on the CPU from now on; the answers are the same."""
+        log.warning("%s is out of memory for the search: searching on the CPU", self.device)
         self.on_gpu = {}
         self.device = torch.device("cpu")
         torch.cuda.empty_cache()
 
-    def centred(self, label: int) -> Float32:
+    def _centred(self, label: int) -> Float32:
         """Return the searched rows of a class less their mean, float32."""
-        rows, kept = self.features[self.slices[label]], self.kept[label]
-        centred = np.empty((len(kept), rows.shape[1]), np.float32)
+        rows, unique = self.features[self.slices[label]], self.unique[label]
+        centred = np.empty((len(unique), rows.shape[1]), np.float32)
         start = 0
-        for piece in pieces(kept, 8 * rows.shape[1]):
-            centred[start : start + len(piece)] = rows[piece] - self.means[label]
-            start += len(piece)
+        for chunk in _chunks(unique, 8 * rows.shape[1]):
+            centred[start : start + len(chunk)] = rows[chunk] - self.means[label]
+            start += len(chunk)
         squared = np.einsum("nd,nd->n", centred, centred)
         self.longest[label] = float(np.sqrt(squared.max()))
         return centred
 
-    def centred_on_host(self, label: int) -> Float32:
-        """Return ``centred``, kept for the next search as long as there is memory for it.
+    def _cached_centred(self, label: int) -> Float32:
+        """Return ``centred``, unique for the next search as long as there is memory for it.
 
         Made anew for every shard, it costs more than the search where a shard has few queries.
         """
-        if label not in self.on_host:
-            centred = self.centred(label)
-            if sum(item.nbytes for item in self.on_host.values()) + centred.nbytes > KEPT_BYTES:
+        if label not in self.host_cache:
+            centred = self._centred(label)
+            if (
+                sum(item.nbytes for item in self.host_cache.values()) + centred.nbytes
+                > _CACHE_BYTES
+            ):
                 return centred
-            self.on_host[label] = centred
-        return self.on_host[label]
+            self.host_cache[label] = centred
+        return self.host_cache[label]
 
     def nearest(self, queries: Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
-        """Return the nearest row with the query's predicted class, or of all where that class is
-        empty.
+        """Return the nearest row of the query's predicted class; of all if that class is empty.
 
         Args:
             queries: ``(B, D)`` float32, finite.
@@ -239,9 +244,9 @@ class Bank:
             if len(mine := np.flatnonzero((prediction == label) | ~same_class))
         }
         # a GPU has all classes under way before the first answer is looked at
-        searches = {label: self.search(label, queries[mine]) for label, mine in asked.items()}
+        searches = {label: self._search(label, queries[mine]) for label, mine in asked.items()}
         for label, mine in asked.items():
-            found, distance, num_proven, num_scanned = self.nearest_in(
+            found, distance, num_proven, num_scanned = self._nearest_in(
                 label, queries[mine], searches.pop(label)
             )
             # only a query without a class of its own meets more than one class here
@@ -262,8 +267,7 @@ class Bank:
     def random(
         self, queries: Float32, prediction: NDArray[np.integer[Any]], rows: Int64, seed: int
     ) -> Nearest:
-        """Return a random row with the query's predicted class, or of all where that class is
-        empty.
+        """Return a random row of the query's predicted class; of all if that class is empty.
 
         The draw depends on the seed and the query's own row alone, not on the batch it comes in.
         """
@@ -275,13 +279,16 @@ class Bank:
         squared = squared_distances(queries, self.features[position])
         return Nearest(self.row[position], np.sqrt(squared), np.isin(prediction, self.classes))
 
-    def nearest_in(
-        self, label: int, queries: Float32, search: "Search"
+    def _nearest_in(
+        self, label: int, queries: Float32, search: "_Search"
     ) -> tuple[Int64, Float64, int, int]:
-        """Return (row, squared distance) of the nearest row of one class, and how many were
-        proven and scanned."""
-        kept, part = self.kept[label], self.slices[label]
-        rounded, candidates = (as_array(item) for item in (search.squared, search.positions))
+        """Search one class.
+
+        Returns:
+            Row and squared distance of the nearest, ``(B,)`` each; queries proven; queries scanned.
+        """
+        unique, part = self.unique[label], self.slices[label]
+        rounded, candidates = (_to_numpy(item) for item in (search.squared, search.positions))
         rounded, bound = rounded.astype(np.float64), search.bound
         # far enough ahead of the second: no rounding can have swapped them
         best = candidates[:, 0].copy()
@@ -289,46 +296,45 @@ class Bank:
         if candidates.shape[1] > 1:
             clear = rounded[:, 1] - rounded[:, 0] > 2 * bound
         scanned = 0
-        for start in pieces(np.flatnonzero(~clear), 16 * candidates.shape[1] * queries.shape[1]):
+        for start in _chunks(np.flatnonzero(~clear), 16 * candidates.shape[1] * queries.shape[1]):
             near = candidates[start]
-            exact = squared_distances(queries[start, None], self.features[part][kept[near]])
+            exact = squared_distances(queries[start, None], self.features[part][unique[near]])
             exact[near < 0] = np.inf
-            lowest = np.where(exact == exact.min(axis=1, keepdims=True), near, len(kept)).min(
+            lowest = np.where(exact == exact.min(axis=1, keepdims=True), near, len(unique)).min(
                 axis=1
             )
             best[start] = lowest
             # a row outside the candidates is at least (last candidate - bound) away
             proven = exact.min(axis=1) < rounded[start, -1] - bound[start]
             # where the squares do not fit into float32 there are no candidates
-            open_still = start[(near < 0).any(axis=1) | (near.shape[1] < len(kept)) & ~proven]
+            open_still = start[(near < 0).any(axis=1) | (near.shape[1] < len(unique)) & ~proven]
             for one in open_still:
-                best[one] = self.scan(label, queries[one])
+                best[one] = self._scan(label, queries[one])
             scanned += len(open_still)
-        position = part.start + kept[best]
+        position = part.start + unique[best]
         assert ((position >= part.start) & (position < part.stop)).all(), "a hit of another class"
         exact = np.empty(len(queries))
-        for piece in pieces(np.arange(len(queries)), 16 * queries.shape[1]):
-            exact[piece] = squared_distances(queries[piece], self.features[position[piece]])
+        for chunk in _chunks(np.arange(len(queries)), 16 * queries.shape[1]):
+            exact[chunk] = squared_distances(queries[chunk], self.features[position[chunk]])
         return self.row[position], exact, int(clear.sum()), scanned
 
-    def search(self, label: int, queries: Float32) -> "Search":
+    def _search(self, label: int, queries: Float32) -> "_Search":
         """Return the nearest rows of a class by float32 distances, and the bound on the rounding.
 
         The bound: a float32 sum of D products is off by at most ``D u |q| |b|`` (u: unit
-        roundoff), in any order of
-        summing; three such sums, their difference, and the rounding of the centred values make
-        ``(D + 8) u (|q| + |b|)^2``.
+        roundoff), in any order of summation; three such sums, their difference, and the rounding
+        of the centred values make ``(D + 8) u (|q| + |b|)^2``.
         """
         centred_queries = (queries - self.means[label]).astype(np.float32)
         if self.on_gpu:
-            squared, positions = self.search_on_gpu(label, centred_queries)
+            squared, positions = self._search_on_gpu(label, centred_queries)
         else:
-            squared, positions = self.search_on_host(label, centred_queries)
+            squared, positions = self._search_on_host(label, centred_queries)
         norms = np.linalg.norm(centred_queries.astype(np.float64), axis=1) + self.longest[label]
-        bound = 1.001 * (queries.shape[1] + 8) * UNIT_ROUNDOFF * norms**2
-        return Search(squared, positions, bound)
+        bound = 1.001 * (queries.shape[1] + 8) * _UNIT_ROUNDOFF * norms**2
+        return _Search(squared, positions, bound)
 
-    def search_on_gpu(self, label: int, centred_queries: Float32) -> tuple[Any, Any]:
+    def _search_on_gpu(self, label: int, centred_queries: Float32) -> tuple[Any, Any]:
         """Return squared distances and positions as tensors that are still being computed."""
         bank = self.on_gpu[label]
         asked = torch.from_numpy(centred_queries).pin_memory()
@@ -336,33 +342,32 @@ class Bank:
             with torch.cuda.device(self.device):  # FAISS takes the current device and its stream
                 asked = asked.to(self.device, non_blocking=True)
                 found: tuple[Any, Any] = faiss.knn_gpu(
-                    self.resources, asked, bank, min(NUM_CANDIDATES, len(bank))
+                    self.resources, asked, bank, min(_NUM_CANDIDATES, len(bank))
                 )
                 return found
         except RuntimeError as error:  # torch's and FAISS's own, which has no class for it
             if "memory" not in str(error) and "alloc" not in str(error):
                 raise
-            self.leave_gpu()
-        return self.search_on_host(label, centred_queries)
+            self._leave_gpu()
+        return self._search_on_host(label, centred_queries)
 
-    def search_on_host(self, label: int, centred_queries: Float32) -> tuple[Any, Any]:
+    def _search_on_host(self, label: int, centred_queries: Float32) -> tuple[Any, Any]:
         """Return squared distances and positions as arrays."""
-        bank = self.centred_on_host(label)
-        found: tuple[Any, Any] = faiss.knn(centred_queries, bank, min(NUM_CANDIDATES, len(bank)))
+        bank = self._cached_centred(label)
+        found: tuple[Any, Any] = faiss.knn(centred_queries, bank, min(_NUM_CANDIDATES, len(bank)))
         return found
 
-    def scan(self, label: int, query: Float32) -> int:
-        """Return the position among the searched rows of the nearest one, in float64, the lowest
-        of ties."""
-        rows, kept = self.features[self.slices[label]], self.kept[label]
+    def _scan(self, label: int, query: Float32) -> int:
+        """Return the position of the nearest searched row in float64; ties go to the lowest."""
+        rows, unique = self.features[self.slices[label]], self.unique[label]
         distances = np.concatenate(
-            [squared_distances(query, rows[piece]) for piece in pieces(kept, 16 * rows.shape[1])]
+            [squared_distances(query, rows[chunk]) for chunk in _chunks(unique, 16 * rows.shape[1])]
         )
         return int(distances.argmin())
 
 
 @dataclass(frozen=True)
-class Search:
+class _Search:
     """What a float32 search of one class found for B queries: arrays, or tensors on a GPU.
 
     Args:
@@ -376,15 +381,15 @@ class Search:
     bound: Float64
 
 
-def as_array(item: Any) -> NDArray[Any]:
+def _to_numpy(item: Any) -> NDArray[Any]:
     """Return an array, or a tensor once it is computed, as an array."""
     array: NDArray[Any] = item.cpu().numpy() if isinstance(item, torch.Tensor) else item
     return array
 
 
-def pieces(items: Int64, bytes_each: int) -> Sequence[Int64]:
-    """Split items so that the work on each piece stays small in memory."""
-    step = max(1, PIECE_BYTES // bytes_each)
+def _chunks(items: Int64, bytes_each: int) -> Sequence[Int64]:
+    """Split items so that the work on each chunk stays small in memory."""
+    step = max(1, _CHUNK_BYTES // bytes_each)
     return [items[start : start + step] for start in range(0, len(items), step)]
 
 
@@ -404,10 +409,10 @@ def k_nearest(queries: Float32, bank: Float32, k: int) -> tuple[Float32, Int64]:
 
 
 def write_index(path: Path, features: Rows, order: Int64) -> None:
-    """Write the features in the given order as an ``IndexFlatL2``, whole or not at all."""
+    """Write the features in the given order as an ``IndexFlatL2``, atomically."""
     index = faiss.IndexFlatL2(features.shape[1])
-    for piece in pieces(order, 4 * features.shape[1]):
-        index.add(features.take(piece))
+    for chunk in _chunks(order, 4 * features.shape[1]):
+        index.add(features.take(chunk))
     with replacing(path) as scratch:
         faiss.write_index(index, str(scratch))
 
@@ -428,12 +433,12 @@ def read_index(path: Path, num_rows: int, num_features: int) -> Float32:
         num_rows,
         num_features,
     ):
-        raise DamagedCacheError(f"{path} is no flat index of {num_rows} rows. Delete it.")
+        raise DamagedCacheError(f"{path} is not a flat index with {num_rows} rows. Delete it.")
     features = faiss.rev_swig_ptr(index.get_xb(), num_rows * num_features)
-    array: Float32 = features.reshape(num_rows, num_features).view(MappedIndex)
+    array: Float32 = features.reshape(num_rows, num_features).view(_MappedIndex)
     array.index = index  # type: ignore[attr-defined]  # the map lives as long as the index
     return array
 
 
-class MappedIndex(np.ndarray[Any, Any]):
+class _MappedIndex(np.ndarray[Any, Any]):
     """An array that keeps the FAISS index alive in whose memory it lies."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
-from ood_heatmap.cache.neighbours import backend, check_faiss, sorted_order, write_index
+from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main
@@ -185,7 +185,7 @@ def write_derived(
     columns = open_rows([stage.directory / name for name in schedule.names])
     prediction, row = columns["prediction"].read(), columns["row"].read()
     with stage.writing(INDEX) as scratch:
-        write_index(scratch, columns["features"], sorted_order(prediction, row))
+        write_index(scratch, columns["features"], order_by_class(prediction, row))
     save_tensors(
         stage.directory / WEIGHTS,
         classifier.network.state_dict(),
@@ -200,7 +200,7 @@ def write_derived(
         "num_classes": classifier.num_classes,
         "map_names": list(classifier.map_names),
         "map_shapes": [list(shape) for shape in classifier.map_shapes],
-        "backend": backend(classifier.device),
+        "backend": describe_backend(classifier.device),
         **statistics(columns, classifier.num_classes),
         **to_results(check_index(columns, images.classes, classifier)),
         "skipped": [images.names[number] for number in missing(row, len(images))],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate, differing_fields
-from ood_heatmap.cache.neighbours import Bank, read_index, sorted_order, write_index
+from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write_index
 from ood_heatmap.cache.shards import Rows, open_rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
@@ -113,7 +113,7 @@ class Index:
     def bank(self, device: torch.device) -> Bank:
         """Return the features by predicted class, to be searched on a device."""
         prediction, row = self.columns["prediction"].read(), self.columns["row"].read()
-        order = sorted_order(prediction, row)
+        order = order_by_class(prediction, row)
         path = self.run / "index" / INDEX
         if not path.is_file():  # derived: lost is no harm
             log.warning("%s is lost: made again from the shards", path)

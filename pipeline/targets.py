@@ -18,8 +18,8 @@ from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import (
     Bank,
     Nearest,
-    backend,
     check_faiss,
+    describe_backend,
     squared_distances,
 )
 from ood_heatmap.cache.shards import open_rows
@@ -252,7 +252,7 @@ def pair(
         found = bank.nearest(features, prediction)
     ends = np.cumsum([len(shard.rows) for shard in shards]).tolist()
     parts = [
-        found.part(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        found.subset(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
     if config.pairing == "scrambled":
         return [scrambled(part, shard, index) for part, shard in zip(parts, shards, strict=True)]
@@ -307,7 +307,7 @@ def collect(
         "num_images": len(kept),
         "num_patched": int((~paired).sum()),
         "pairing": config.pairing,
-        "backend": backend(bank.device),
+        "backend": describe_backend(bank.device),
         "num_without_class": int((columns["same_class"].read() == 0).sum()),
         "median_distance": float(np.median(columns["distance"].read()[paired])),
         "skipped": [images.names[row] for row in np.setdiff1d(wanted, kept)],

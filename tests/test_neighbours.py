@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ood_heatmap.cache import neighbours
-from ood_heatmap.cache.neighbours import Bank, first_of_equals, sorted_order
+from ood_heatmap.cache.neighbours import Bank, mark_first_of_duplicates, order_by_class
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 
 def bank_of(features, prediction) -> Bank:
-    order = sorted_order(prediction, np.arange(len(features)))
+    order = order_by_class(prediction, np.arange(len(features)))
     return Bank(features[order], prediction[order], order)
 
 
@@ -102,13 +102,13 @@ def test_centred_rows_are_kept_up_to_a_limit_and_the_answer_is_the_same(monkeypa
     query, query_class, bank, bank_class = clusters(2e-3)
     whole = bank_of(bank, bank_class)
     wanted = whole.nearest(query, query_class).row
-    assert sorted(whole.on_host) == [0, 1, 2, 3, 4, 5]
-    monkeypatch.setattr(neighbours, "KEPT_BYTES", bank.nbytes // 3)
-    monkeypatch.setattr(neighbours, "PIECE_BYTES", 50_000)
+    assert sorted(whole.host_cache) == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(neighbours, "_CACHE_BYTES", bank.nbytes // 3)
+    monkeypatch.setattr(neighbours, "_CHUNK_BYTES", 50_000)
     scarce = bank_of(bank, bank_class)
     for _ in range(2):
         np.testing.assert_array_equal(scarce.nearest(query, query_class).row, wanted)
-    assert sum(item.nbytes for item in scarce.on_host.values()) <= bank.nbytes // 3
+    assert sum(item.nbytes for item in scarce.host_cache.values()) <= bank.nbytes // 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,12 +161,12 @@ def test_random_pairs_are_of_the_class_and_do_not_depend_on_the_batch():
 def test_first_of_equals_keeps_the_first_also_where_hashes_collide(monkeypatch):
     features = np.float32([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [1, 2]])
     np.testing.assert_array_equal(
-        first_of_equals(features), [True, True, False, True, False, False]
+        mark_first_of_duplicates(features), [True, True, False, True, False, False]
     )
     zeros = lambda *_, **__: np.zeros(2, np.uint64)  # noqa: E731  every hash is 0 then
     monkeypatch.setattr(np.random, "default_rng", lambda _: type("G", (), {"integers": zeros})())
     np.testing.assert_array_equal(
-        first_of_equals(features), [True, True, False, True, False, False]
+        mark_first_of_duplicates(features), [True, True, False, True, False, False]
     )
 
 
@@ -220,7 +220,7 @@ def test_torch_is_imported_before_faiss():
 @pytest.mark.parametrize("spread", [0.2, 2e-4])
 def test_the_gpu_answers_as_brute_force_does(spread):
     query, query_class, bank, bank_class = clusters(spread)
-    order = sorted_order(bank_class, np.arange(len(bank)))
+    order = order_by_class(bank_class, np.arange(len(bank)))
     searched = Bank(bank[order], bank_class[order], order, device=torch.device("cuda"))
     found = searched.nearest(query, query_class)
     np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))

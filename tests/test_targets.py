@@ -89,7 +89,7 @@ def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monke
 
     def without_the_class(self, device):
         bank = bank_of(self, device)
-        for table in (bank.slices, bank.kept, bank.means):
+        for table in (bank.slices, bank.unique, bank.means):
             table.pop(lost, None)
         bank.classes = np.array([label for label in bank.classes if label != lost])
         return bank
