@@ -226,7 +226,7 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
         click.echo(f"{results['num_without_class']} had no ID image of their class: searched all")
     if results["num_patched"]:
         click.echo(f"{results['num_patched']} ID images with a patch of an OOD image")
-    conclude(results, f"train {run}")
+    conclude(results, f"train {run}", allow_suspicious=config.allow_suspicious)
 
 
 @main.command()
@@ -285,12 +285,19 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
         ).results
     content = json.loads((run / "evaluation" / "metrics.json").read_text("utf-8"))
     if content["id_accuracy"] is not None:
-        click.echo(f"accuracy on the ID test set {content['id_accuracy']:.2%}")
+        click.echo(
+            f"accuracy {content['id_accuracy']:.2%} on {content['id_labelled']} labelled images of "
+            "the ID test set"
+        )
     click.echo(format_table(content))
     if "decisions" in content:
         click.echo(format_decisions(content["decisions"]))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")
-    conclude(results, f"predict {run} IMAGE_OR_FOLDER --out DIR")
+    conclude(
+        results,
+        f"predict {run} IMAGE_OR_FOLDER --out DIR",
+        allow_suspicious=config.allow_suspicious,
+    )
 
 
 @main.command()

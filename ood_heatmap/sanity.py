@@ -87,7 +87,7 @@ def check_classification(
     classes: Sequence[str],
     num_classes: int,
     *,
-    hints: Sequence[str] = (),
+    causes: str = "",
     unnormalized: bool = False,
 ) -> list[Finding]:
     """Check what a classifier predicts on ID images.
@@ -97,11 +97,11 @@ def check_classification(
         prediction: ``(N,)`` predicted classes.
         classes: Class names by label; empty when unknown.
         num_classes: L.
-        hints: What else may be wrong when the accuracy is that of chance.
+        causes: What to check when the accuracy is that of chance, in sentences.
         unnormalized: Whether mean and std are 0 and 1, which may not be what the network wants.
     """
     names = list(classes) or [str(number) for number in range(num_classes)]
-    findings = _check_one_class(label, prediction, names)
+    findings = _check_one_class(label, prediction, names, causes)
     if findings:
         return findings
     known = (label >= 0) & (label < num_classes)
@@ -122,14 +122,8 @@ def check_classification(
     chance = _chance_accuracy(label, prediction, num_classes)
     kappa = (accuracy - chance) / (1 - chance) if chance < 1 else 1.0
     if kappa < _CHANCE_KAPPA:
-        causes = [*hints, "Check --weights, --mean, --std and --size."]
-        findings.append(
-            Finding(
-                f"accuracy is {accuracy:.2%}, and chance alone would give {chance:.2%}. "
-                f"{' '.join(causes)}",
-                suspicious=True,
-            )
-        )
+        text = f"accuracy is {accuracy:.2%}, and chance alone would give {chance:.2%}. {causes}"
+        findings.append(Finding(text.strip(), suspicious=True))
     elif unnormalized and kappa < _LOW_KAPPA:
         findings.append(
             Finding(
@@ -142,7 +136,10 @@ def check_classification(
 
 
 def _check_one_class(
-    label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], names: Sequence[str]
+    label: NDArray[np.integer[Any]],
+    prediction: NDArray[np.integer[Any]],
+    names: Sequence[str],
+    causes: str,
 ) -> list[Finding]:
     """Check that not all images are predicted as one class."""
     counts = np.bincount(prediction, minlength=len(names))
@@ -153,13 +150,8 @@ def _check_one_class(
         return []
     if expected.mean() > 0.9:
         return []
-    return [
-        Finding(
-            f"{count:,} of {num_images:,} images are predicted as class {names[top]!r}. Check "
-            "--weights, --mean, --std and --size.",
-            suspicious=count == num_images,
-        )
-    ]
+    text = f"{count:,} of {num_images:,} images are predicted as class {names[top]!r}. {causes}"
+    return [Finding(text.strip(), suspicious=count == num_images)]
 
 
 def _chance_accuracy(
@@ -252,6 +244,55 @@ def _better_order(confusion: Int64, names: Sequence[str], best: float) -> str:
                 "them so that they sort like this."
             )
     return "Rename the class folders so that they sort in the order of the classifier's classes."
+
+
+def check_class_names(source: str, names: Sequence[str], classes: Sequence[str]) -> list[Finding]:
+    """Check that the class names of ID images are classes of the run.
+
+    Args:
+        source: Where the images are from.
+        names: Their class names.
+        classes: The run's class names; empty when unknown.
+    """
+    unknown = [name for name in names if name not in classes]
+    if not classes or not unknown:
+        return []
+    by_casefold = {name.casefold(): name for name in classes}
+    similar = {name: by_casefold.get(name.casefold()) for name in unknown}
+    shown = ", ".join(
+        repr(name) if similar[name] is None else f"{name!r} (did you mean {similar[name]!r}?)"
+        for name in unknown[:_SHOWN]
+    )
+    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+    known = ", ".join(repr(name) for name in classes[:_SHOWN])
+    return [
+        Finding(
+            f"{source} has classes that are none of the run's: {shown}{more}. Their images are not "
+            f"in the accuracy. The run has {len(classes)} classes: {known}, ..."
+        )
+    ]
+
+
+def check_ood_names(source: str, names: Sequence[str], classes: Sequence[str]) -> list[Finding]:
+    """Check that no class of OOD images is named as a class of the run.
+
+    Args:
+        source: Where the images are from.
+        names: Their class names; numbers are not names.
+        classes: The run's class names; empty when unknown.
+    """
+    known = {name.casefold() for name in classes if not name.isdigit()}
+    both = [name for name in names if name.casefold() in known]
+    if not both:
+        return []
+    shown = ", ".join(repr(name) for name in both[:_SHOWN])
+    more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+    return [
+        Finding(
+            f"OOD images of {source} are in classes named as ID classes: {shown}{more}. Leave them "
+            "out if they show the same."
+        )
+    ]
 
 
 def check_scores(scores: Mapping[str, Mapping[str, NDArray[np.floating[Any]]]]) -> list[Finding]:

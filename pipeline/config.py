@@ -379,6 +379,7 @@ class TargetsConfig(EmbedConfig):
         _seed("Random seed of the draw, of patches and of random pairing.", "Pairing"),
     ] = 0
     shard_mb: ShardMegabytes = SHARD_MEGABYTES
+    allow_suspicious: AllowSuspicious = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -525,6 +526,7 @@ class EvaluateConfig(EmbedConfig):
     gallery: Annotated[
         int, Option("Images of each set to show in the report, at most.", "Output", min=1)
     ] = 40
+    allow_suspicious: AllowSuspicious = False
     # k of the k-nearest-neighbour baseline
     neighbours: int = 50
     # of the bootstrap

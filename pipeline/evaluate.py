@@ -35,6 +35,15 @@ from ood_heatmap.pipeline.scoring import (
 )
 from ood_heatmap.pipeline.stage import Stage, run_lock
 from ood_heatmap.pipeline.tables import decisions, metrics_json, metrics_table
+from ood_heatmap.sanity import (
+    Finding,
+    check_calibration,
+    check_class_names,
+    check_classification,
+    check_ood_names,
+    check_scores,
+    to_results,
+)
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -68,7 +77,8 @@ def evaluate(
         more_runs: Runs that differ from this one in nothing but the seed of training.
 
     Returns:
-        The manifest; ``metrics.json`` beside it holds the table.
+        The manifest; ``metrics.json`` beside it holds the table. ``results`` has ``warnings``, of
+        which ``suspicious`` say that the table is probably not what was meant.
 
     Raises:
         OodHeatmapError: See the design: stale or damaged caches, unreadable images and so on.
@@ -76,8 +86,9 @@ def evaluate(
     _check_names(ood_sets, config)
     with run_lock(run):
         index = open_index(run)
+        classes = index.manifest.results["classes"]
         decoders = _check_runs([run, *more_runs])
-        subsets = _choose_images(id_images, ood_sets, calibration_images, config)
+        subsets = _choose_images(id_images, ood_sets, calibration_images, classes, config)
         detectors = open_detectors([run, *more_runs], index, device)
         stage = Stage(run, "evaluation", _inputs(decoders, subsets, config))
         complete = stage.resume_or_start(overwrite=config.overwrite)
@@ -103,7 +114,7 @@ def _publish(
     """Write the table, the thresholds, the pictures and the report, then the manifest."""
     shown = {name: item for name, item in scored.items() if name != CALIBRATION}
     table = metrics_table({name: item.scores for name, item in shown.items()}, config)
-    metrics = metrics_json(table, shown[ID], detector.classes, config)
+    metrics = metrics_json(table, shown[ID], config)
     metrics["runs"] = [_describe_decoder(decoder) for decoder in decoders]
     metrics["sets"] = {
         name: _write_names(stage, name, subset.images, scored[name])
@@ -112,9 +123,42 @@ def _publish(
     calibration = _calibrate(stage, scored.get(CALIBRATION))
     if calibration is not None:
         metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
+    findings = _check(scored, subsets, index, config)
+    metrics["warnings"] = [finding.text for finding in findings]
     write_json(stage.directory / "metrics.json", metrics)
     write_report(stage, metrics, subsets, shown, detector, index, calibration, config)
-    _finish(stage, scored, calibration, config)
+    _finish(stage, scored, calibration, findings, config)
+
+
+def _check(
+    scored: Mapping[str, ScoredSet],
+    subsets: Mapping[str, Subset],
+    index: Index,
+    config: EvaluateConfig,
+) -> list[Finding]:
+    """Check that what was measured is what was meant."""
+    results, id_set = index.manifest.results, scored[ID]
+    classes, id_images = results["classes"], subsets[ID].images
+    accuracy = results["accuracy"]
+    before = "unknown" if accuracy is None else f"{accuracy:.2%}"
+    findings = [
+        *check_class_names(id_images.source, id_images.classes, classes),
+        *check_classification(
+            id_set.label,
+            id_set.prediction,
+            classes,
+            results["num_classes"],
+            causes=f"On the ID training set it is {before}: is {id_images.source} the test set of "
+            "this classifier?",
+        ),
+    ]
+    for name, subset in subsets.items():
+        if name not in (ID, CALIBRATION):
+            findings += check_ood_names(subset.images.source, subset.images.classes, classes)
+    findings += check_scores({name: item.by_method for name, item in scored.items()})
+    if CALIBRATION in scored:
+        findings += check_calibration(len(scored[CALIBRATION]), config.false_alarm)
+    return findings
 
 
 def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:
@@ -178,19 +222,20 @@ def _choose_images(
     id_images: ImageSet,
     ood_sets: Mapping[str, ImageSet],
     calibration_images: ImageSet | None,
+    classes: Sequence[str],
     config: EvaluateConfig,
 ) -> dict[str, Subset]:
-    """Return which images of each set are looked at: ID, held-out ID, and OOD.
+    """Return which images of each set are evaluated: ID, held-out ID, and OOD.
 
     Raises:
         UsageError: No ID image is left for the table.
     """
-    held_out = Subset(id_images, np.arange(0))
+    held_out = Subset(id_images, np.arange(0), classes)
     if calibration_images is not None:
-        held_out = Subset(calibration_images, np.arange(len(calibration_images)))
+        held_out = Subset(calibration_images, np.arange(len(calibration_images)), classes)
     elif config.calibration_share:
         count = max(1, round(config.calibration_share * len(id_images)))
-        held_out = Subset(id_images, _draw_rows(len(id_images), count, config.seed))
+        held_out = Subset(id_images, _draw_rows(len(id_images), count, config.seed), classes)
     kept = np.arange(len(id_images))
     if held_out.images is id_images:
         kept = np.setdiff1d(kept, held_out.rows)
@@ -199,11 +244,11 @@ def _choose_images(
             f"{id_images.source} has no image left beside those held out for the thresholds: name "
             f"more, or others with --calibration, or --calibration-share 0."
         )
-    subsets = {ID: Subset(id_images, kept)}
+    subsets = {ID: Subset(id_images, kept, classes)}
     if len(held_out.rows):
         subsets[CALIBRATION] = held_out
     for name, images in ood_sets.items():
-        subsets[name] = Subset(images, _ood_rows(name, images, len(kept), config))
+        subsets[name] = Subset(images, _ood_rows(name, images, len(kept), config), classes)
     return subsets
 
 
@@ -290,6 +335,7 @@ def _finish(
     stage: Stage,
     scored: Mapping[str, ScoredSet],
     calibration: Calibration | None,
+    findings: Sequence[Finding],
     config: EvaluateConfig,
 ) -> Manifest:
     """Write the manifest."""
@@ -297,7 +343,7 @@ def _finish(
     names = [f"scores-{name}.npz" for name in scored]
     names += [f"images-{name}.txt" for name in scored]
     sets = [name for name in scored if name not in (ID, CALIBRATION)]
-    results: dict[str, Any] = {"sets": sets, "near": list(config.near)}
+    results: dict[str, Any] = {"sets": sets, "near": list(config.near), **to_results(findings)}
     if calibration is not None:
         results["false_alarm"] = config.false_alarm
         results["num_calibration"] = len(calibration.scores)

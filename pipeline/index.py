@@ -15,12 +15,11 @@ from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
 from ood_heatmap.cache.shards import Rows, open_rows
-from ood_heatmap.classifier import Classifier
+from ood_heatmap.classifier import Classifier, ClassifierConfig
 from ood_heatmap.distributed import barrier, is_main
 from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
-from ood_heatmap.pipeline.audit import check_index
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.meter import Meter, report
@@ -35,7 +34,7 @@ from ood_heatmap.pipeline.stage import (
     schedule_shards,
     stage_content,
 )
-from ood_heatmap.sanity import to_results
+from ood_heatmap.sanity import Finding, check_classification, to_results
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def write_derived(
         "map_shapes": [list(shape) for shape in classifier.map_shapes],
         "backend": describe_backend(classifier.device),
         **statistics(columns, classifier.num_classes),
-        **to_results(check_index(columns, images.classes, classifier)),
+        **to_results(_check(columns, images.classes, classifier)),
         "skipped": [images.names[number] for number in missing(row, len(images))],
     }
 
@@ -219,6 +218,39 @@ def statistics(columns: Mapping[str, Rows], num_classes: int) -> dict[str, Any]:
         "feature_min": min(float(part.min()) for part in columns["features"]),
         "feature_max": max(float(part.max()) for part in columns["features"]),
     }
+
+
+def _check(
+    columns: Mapping[str, Rows], classes: Sequence[str], classifier: Classifier
+) -> list[Finding]:
+    """Check what the classifier predicts on the ID training set.
+
+    Args:
+        columns: Of the index.
+        classes: Class names by label; empty when unknown.
+        classifier: The classifier of the index.
+    """
+    causes = "Check --weights, --mean, --std and --size."
+    if _is_users_code(classifier.config):
+        causes += " Unless its function loads weights, a network is random without --weights."
+    return check_classification(
+        columns["label"].read(),
+        columns["prediction"].read(),
+        classes,
+        classifier.num_classes,
+        causes=causes,
+        unnormalized=_is_unnormalized(classifier.config),
+    )
+
+
+def _is_users_code(config: ClassifierConfig) -> bool:
+    """Tell whether a function of the user makes the network."""
+    return ":" in config.spec and not config.spec.startswith(("torchvision/", "timm/"))
+
+
+def _is_unnormalized(config: ClassifierConfig) -> bool:
+    """Tell whether the network takes pixels in [0, 1], which is so where nobody said otherwise."""
+    return set(config.mean) == {0.0} and set(config.std) == {1.0}
 
 
 def missing(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,27 @@ _MAX_FIT = 50_000  # images of each kind that a method is fitted on, at most
 
 @dataclass(frozen=True)
 class Subset:
-    """The images of a set that are evaluated: ``rows`` of it, ascending."""
+    """The images of a set that are evaluated.
+
+    Args:
+        images: The set.
+        rows: Rows of it, ascending.
+        classes: The run's class names by label.
+    """
 
     images: ImageSet
     rows: Int64
+    classes: Sequence[str]
+
+    @cached_property
+    def labels(self) -> NDArray[np.int32]:
+        """Label of each image of the set, by the name of its class; -1 if the run has none."""
+        position = {name: label for label, name in enumerate(self.classes)}
+        of_run = np.array([*(position.get(name, -1) for name in self.images.classes), -1], np.int32)
+        labels = self.images.labels
+        known = (labels >= 0) & (labels < len(self.images.classes))
+        found: NDArray[np.int32] = of_run[np.where(known, labels, -1)]
+        return found
 
 
 @dataclass(frozen=True)
@@ -282,7 +300,7 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods
         skip_unreadable=config.skip_unreadable,
     )
     own = {
-        number: methods(chunk, subset.images.labels[chunk.rows])
+        number: methods(chunk, subset.labels[chunk.rows])
         for number, chunk in zip(mine, embedded, strict=True)
     }
     stats = meter.close()

@@ -25,6 +25,7 @@ from ood_heatmap.metrics import (
 from ood_heatmap.patches import EDGES, SIDES
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.scoring import HEATMAP, ID, SHUFFLED, SWAPPED, ScoredSet, name_of_run
+from ood_heatmap.sanity import num_calibration_needed
 
 _HEADS = {
     "auroc": "AUROC",
@@ -177,19 +178,30 @@ def decisions(
 ) -> dict[str, Any]:
     """Return the thresholds at a level, and what they do to images that they have not seen.
 
+    All of it is None where there are too few held-out images for the level.
+
     Args:
         scored: By set, ``id`` among them.
         calibration: Of other ID images.
         level: Allowed share of false alarms.
     """
-    threshold, pixel_threshold = calibration.threshold(level), calibration.pixel_threshold(level)
-    flagged = {name: _share(item.scores[HEATMAP] > threshold) for name, item in scored.items()}
-    return {
+    content: dict[str, Any] = {
         "level": level,
         "num_calibration": len(calibration.scores),
-        # with too few images for the level nothing is flagged, and JSON knows no infinity
-        "threshold": threshold if math.isfinite(threshold) else None,
-        "pixel_threshold": pixel_threshold if math.isfinite(pixel_threshold) else None,
+        "num_needed": num_calibration_needed(level),
+        "threshold": None,
+        "pixel_threshold": None,
+        "false_alarm": None,
+        "pixel_false_alarm": None,
+        "detection": None,
+    }
+    threshold, pixel_threshold = calibration.threshold(level), calibration.pixel_threshold(level)
+    if not math.isfinite(threshold):  # too few images for the level: no decision, not "ID"
+        return content
+    flagged = {name: _share(item.scores[HEATMAP] > threshold) for name, item in scored.items()}
+    return content | {
+        "threshold": threshold,
+        "pixel_threshold": pixel_threshold,
         "false_alarm": flagged.pop(ID),
         "pixel_false_alarm": _share(scored[ID].max_pixel_score > pixel_threshold),
         "detection": flagged,
@@ -211,13 +223,11 @@ def _share(flagged: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def metrics_json(
-    table: Sequence[DetectionRow],
-    id_set: ScoredSet,
-    classes: Sequence[str],
-    config: EvaluateConfig,
+    table: Sequence[DetectionRow], id_set: ScoredSet, config: EvaluateConfig
 ) -> dict[str, Any]:
     """Return the first part of ``metrics.json``: the table, and how to read it."""
-    known = bool((id_set.label >= 0).all()) and len(classes) > 0
+    known = id_set.label >= 0
+    right = id_set.prediction[known] == id_set.label[known]
     return {
         "about": "scores: larger is more OOD. fpr95_id_pos takes ID as the positive class (paper), "
         "fpr95_ood_pos takes OOD (OpenOOD). aupr_in and aupr_out are average precision. Shares in "
@@ -226,7 +236,10 @@ def metrics_json(
         "headline": list(HEADLINES[config.protocol]),
         "resamples": config.resamples,
         "seed": config.seed,
-        "id_accuracy": float((id_set.label == id_set.prediction).mean()) if known else None,
+        "id_accuracy": float((id_set.label == id_set.prediction)[known].mean())
+        if known.any()
+        else None,
+        "id_labelled": len(right),
         "near": list(config.near),
         "methods": {
             method.name: {"label": method.label, "sees_ood": method.sees_ood} for method in METHODS
@@ -277,7 +290,7 @@ def format_decisions(decisions: Mapping[str, Any]) -> str:
     if decisions["threshold"] is None:
         return (
             f"no threshold: {num_calibration} held-out ID images are too few for a level of "
-            f"{level:g}"
+            f"{level:g}, which takes {decisions['num_needed']}"
         )
     false_alarm = decisions["false_alarm"]
     low, high = false_alarm["interval"]

@@ -196,7 +196,7 @@ def test_the_report_shows_images_at_even_steps_of_the_score(data, finished_run):
 
 
 def test_held_out_images_are_in_no_figure(data, finished_run):
-    content, rows = table(finished_run)
+    _, rows = table(finished_run)
     held_out, kept = (scores(finished_run, name)["row"] for name in ("calibration", "id"))
     assert sorted([*held_out, *kept]) == list(range(30))
     assert len(held_out) == 3
@@ -204,8 +204,20 @@ def test_held_out_images_are_in_no_figure(data, finished_run):
     manifest = json.loads((finished_run / "evaluation" / "manifest.json").read_text())
     assert manifest["results"]["num_calibration"] == 3
     assert manifest["results"]["false_alarm"] == 0.05
-    assert content["decisions"]["threshold"] is None  # three images are too few for 5 %
-    assert content["decisions"]["false_alarm"]["rate"] == 0
+
+
+def test_without_a_threshold_there_is_no_decision(finished_run):
+    """Three held-out images are too few for 5 %: nothing is called OOD, and nothing ID."""
+    content, _ = table(finished_run)
+    decisions = content["decisions"]
+    assert decisions["num_needed"] == 19
+    for key in ("threshold", "pixel_threshold", "false_alarm", "pixel_false_alarm", "detection"):
+        assert decisions[key] is None
+    assert format_decisions(decisions).endswith("too few for a level of 0.05, which takes 19")
+    (warning,) = [text for text in content["warnings"] if text.startswith("no threshold")]
+    manifest = json.loads((finished_run / "evaluation" / "manifest.json").read_text())
+    assert warning in manifest["results"]["warnings"]
+    assert warning not in manifest["results"]["suspicious"]
 
 
 def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
@@ -237,6 +249,44 @@ def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
     assert "threshold" in format_decisions(found)
     calibration = Calibration.load(run / "evaluation" / "calibration.safetensors")
     np.testing.assert_allclose(calibration.scores, np.sort(results["id"].score), rtol=1e-5)
+
+
+def in_class_folders(data, root, names):
+    """Copy the test images into class folders, in turn; return the folder."""
+    for number, path in enumerate(sorted((data / "test").iterdir())):
+        folder = root / names[number % len(names)]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    return root
+
+
+@pytest.mark.parametrize(
+    "names", [("class3", "class1"), ("class0", "class1", "class2", "class3"), ("class2", "dog")]
+)
+def test_labels_go_by_the_name_of_the_class_never_by_its_position(data, run, tmp_path, names):
+    folder = in_class_folders(data, tmp_path / "named", names)
+    config = replace(CONFIG, calibration_share=0, overwrite=True)
+    results = evaluate(run, open_images(str(folder)), sets_of(data), CPU, config).results
+    detector = HeatmapDetector.load(run, "cpu")
+    right = []
+    for name in set(names) - {"dog"}:
+        result = detector([Image.open(path) for path in sorted((folder / name).iterdir())])
+        right += [detector.classes[one] == name for one in result.prediction]
+    content, _ = table(run)
+    assert content["id_accuracy"] == pytest.approx(np.mean(right))
+    assert content["id_labelled"] == len(right)
+    unknown = [text for text in results["warnings"] if "none of the run's: 'dog'" in text]
+    assert len(unknown) == ("dog" in names)
+
+
+def test_ood_classes_named_as_id_classes_are_said(data, run, tmp_path):
+    folder = in_class_folders(data, tmp_path / "ood", ("class3", "bus"))
+    config = replace(CONFIG, overwrite=True)
+    sets = {"far": open_images(str(folder))}
+    results = evaluate(
+        run, open_images(str(data / "far")), sets, CPU, replace(config, near=())
+    ).results
+    assert any("named as ID classes: 'class3'." in text for text in results["warnings"])
 
 
 def test_no_share_held_out_means_no_thresholds(data, run):

@@ -35,13 +35,12 @@ def test_chance_is_told_from_another_order_of_classes(num_classes, num_images, s
     generator = np.random.default_rng(seed)
     label = np.arange(num_images) % num_classes
     random = generator.integers(0, num_classes, num_images)
-    findings = sanity.check_classification(
-        label, random, (), num_classes, hints=["Without --weights a network is random."]
+    (finding,) = sanity.check_classification(
+        label, random, (), num_classes, causes="Check --weights."
     )
-    (finding,) = findings
     assert finding.suspicious
     assert f"accuracy is {(label == random).mean():.2%}, and chance alone" in finding.text
-    assert "Without --weights a network is random. Check --weights" in finding.text
+    assert finding.text.endswith(". Check --weights.")
 
 
 def test_folders_that_are_sorted_as_strings_are_named_with_their_natural_order():
@@ -179,3 +178,21 @@ def test_too_few_held_out_images_are_said_with_a_level_that_works(count):
 def test_findings_are_listed_with_those_that_are_suspicious():
     findings = [sanity.Finding("first", suspicious=True), sanity.Finding("second")]
     assert sanity.to_results(findings) == {"warnings": ["first", "second"], "suspicious": ["first"]}
+
+
+def test_classes_that_the_run_does_not_know_are_named():
+    classes = ["cat", "dog", "ship", "truck"]
+    assert sanity.check_class_names("photos", ["dog", "cat"], classes) == []
+    assert sanity.check_class_names("photos", ["bird"], []) == []
+    (finding,) = sanity.check_class_names("photos", ["Truck", "a", "b", "c", "cat"], classes)
+    assert (
+        "none of the run's: 'Truck' (did you mean 'truck'?), 'a', 'b' and 1 more." in finding.text
+    )
+    assert not finding.suspicious
+
+
+def test_ood_classes_named_as_id_classes_are_said():
+    classes = ["cat", "dog", "3"]
+    assert sanity.check_ood_names("far", ["bus", "3"], classes) == []
+    (finding,) = sanity.check_ood_names("far", ["bus", "Cat"], classes)
+    assert "far are in classes named as ID classes: 'Cat'." in finding.text
