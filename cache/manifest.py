@@ -217,6 +217,7 @@ def differing_fields(before: object, now: object, name: str = "") -> Iterator[tu
 
 def abbreviate(value: object) -> str:
     """Return a value for a message: a hash by its first eight digits, anything long cut off."""
-    text = str(value)
+    # a whole group of inputs is there on one side alone, such as an image set
+    text = "given" if isinstance(value, Mapping) else "none" if value is None else str(value)
     is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
     return text[:8] if is_hash else text[:57] + "..." if len(text) > 60 else text

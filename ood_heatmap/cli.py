@@ -264,10 +264,9 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
         ood-heatmap evaluate runs/c10 --id cifar10/test --ood svhn/test --ood near=cifar100/test
         --near near
     """
-    import json
-
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
+    from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_decisions, format_table
 
     config = replace(config, near=near_names(config.near, data.ood_sources))
@@ -283,7 +282,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             calibration_images=held_out,
             more_runs=data.runs,
         ).results
-    content = json.loads((run / "evaluation" / "metrics.json").read_text("utf-8"))
+    content = read_result(run, "evaluation", "metrics.json")
     if content["id_accuracy"] is not None:
         click.echo(
             f"accuracy {content['id_accuracy']:.2%} on {content['id_labelled']} labelled images of "
@@ -349,17 +348,16 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     Example:
         ood-heatmap localize runs/c10 --id cifar10/test --ood svhn/test
     """
-    import json
-
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.localize import localize as localize_run
+    from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_localization
 
     id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
     with stage_device(device) as torch_device:
         results = localize_run(run, id_images, ood_sets, torch_device, config).results
     folder = run / "localization"
-    click.echo(format_localization(json.loads((folder / "localization.json").read_text("utf-8"))))
+    click.echo(format_localization(read_result(run, "localization", "localization.json")))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
     conclude(results)
 

@@ -75,6 +75,17 @@ def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> N
     manifests.check_files(run / manifest.stage, manifest, command=command, skip=skip)
 
 
+def read_result(run: Path, stage: str, name: str) -> dict[str, Any]:
+    """Return what a JSON file of a finished stage holds, its checksum compared.
+
+    Raises:
+        OodHeatmapError: The stage is not finished, or the file was changed.
+    """
+    manifest = read_manifest(run, stage)
+    check_files(run, manifest, skip=[other for other in manifest.files if other != name])
+    return manifests.read_json(run / stage / name, command=command_of(run, stage))
+
+
 def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
     """Refuse a stage that was built from another state of the stage before it.
 

@@ -55,6 +55,13 @@ def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
     assert "shuffled weights" in outputs[6]
     for command in commands[:4]:  # each started again: nothing to do, same output
         assert run_command(*command, "--device", "cpu").exit_code == 0
+    renamed = run_command("evaluate", run, "--id", data / "test", "--ood", f"m={data / 'ood'}")
+    assert "images.far (given, now none)" in renamed.output
+    metrics = run / "evaluation" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace("0.9", "0.8"))
+    changed = run_command(*commands[3], "--device", "cpu")
+    assert changed.exit_code == 1
+    assert "metrics.json has changed since it was written" in changed.output
 
 
 @pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
