@@ -201,7 +201,7 @@ class Bank:
         torch.cuda.empty_cache()
 
     def _centred(self, label: int) -> Float32:
-        """Return the searched rows of a class less their mean, float32."""
+        """Return the searched rows of a class minus their mean, float32."""
         rows, unique = self.features[self.slices[label]], self.unique[label]
         centred = np.empty((len(unique), rows.shape[1]), np.float32)
         start = 0
@@ -213,16 +213,14 @@ class Bank:
         return centred
 
     def _cached_centred(self, label: int) -> Float32:
-        """Return ``centred``, unique for the next search as long as there is memory for it.
+        """Return ``_centred``, cached for the next search as long as there is memory for it.
 
-        Made anew for every shard, it costs more than the search where a shard has few queries.
+        Computed for every shard, it costs more than the search where a shard has few queries.
         """
         if label not in self.host_cache:
             centred = self._centred(label)
-            if (
-                sum(item.nbytes for item in self.host_cache.values()) + centred.nbytes
-                > _CACHE_BYTES
-            ):
+            cached_bytes = sum(item.nbytes for item in self.host_cache.values())
+            if cached_bytes + centred.nbytes > _CACHE_BYTES:
                 return centred
             self.host_cache[label] = centred
         return self.host_cache[label]

@@ -196,6 +196,14 @@ def test_the_k_nearest_rows_are_those_of_brute_force():
     assert neighbours.k_nearest(queries, bank[:3], 4)[0].shape == (20, 3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    features = np.zeros((5, 3), np.float32)
+    features[3, 1] = value
+    with pytest.raises(DamagedCacheError, match=r"NaN or infinite features \(class 2\)"):
+        Bank(features, np.array([0, 0, 2, 2, 2]), np.arange(5))
+
+
 def test_two_faiss_packages_are_refused_with_the_way_out(monkeypatch):
     class Distribution:
         def __init__(self, name: str) -> None:
