@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from ood_heatmap.cli import named_source
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device, keep_freed_memory
-from ood_heatmap.images import open_images
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.metrics import detection_metrics
 from ood_heatmap.patches import draw_patch, paste_all
@@ -36,6 +35,7 @@ from ood_heatmap.pipeline.localize import read_sample
 from ood_heatmap.pipeline.run import open_index
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
+from ood_heatmap.sources import open_images
 
 UInt8 = NDArray[np.uint8]
 PAIRINGS = ("nearest", "random", "any", "scrambled")

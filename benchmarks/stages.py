@@ -14,12 +14,13 @@ from harness import Row, Setting, interleaved, quotients
 
 from ood_heatmap.cache.neighbours import Bank, Nearest
 from ood_heatmap.classifier import Classifier
-from ood_heatmap.images import ImageSet, batches, from_array, open_images
+from ood_heatmap.images import ImageSet, iter_batches
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.targets import build_targets
+from ood_heatmap.sources import from_array, open_images
 
 BATCH = IndexConfig.batch_size
 BAR_ARRAYS, BAR_FILES, BAR_SEARCH = 0.85, 0.95, 0.05
@@ -66,7 +67,7 @@ class Stages:
         """Decode all images, with nothing beside it."""
         pieces = np.array_split(np.arange(len(self.ood_images)), len(self.ood_images) // BATCH)
         transform = self.classifier.config.transform
-        for _ in batches(self.ood_images, pieces, transform, workers=IndexConfig.workers):
+        for _ in iter_batches(self.ood_images, pieces, transform, workers=IndexConfig.workers):
             pass
         return len(self.ood_images)
 

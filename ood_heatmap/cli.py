@@ -86,7 +86,7 @@ def main(context: click.Context) -> None:
 def open_source(source: str, data: DataOptions) -> "ImageSet":
     """Open an image set; rank 0 first, so that only one process downloads."""
     from ood_heatmap.distributed import main_process_first
-    from ood_heatmap.images import open_images
+    from ood_heatmap.sources import open_images
 
     with main_process_first():
         return open_images(source, data_root=data.data_root, download=data.download)

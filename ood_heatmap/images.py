@@ -1,41 +1,62 @@
-"""Image sets by name, and the one transform that every image of every stage goes through.
+"""Image sets, and the one transform that every image of every stage goes through.
 
-Whatever comes in ends as uint8 ``(C, H, W)`` RGB at the classifier's input size, quantised once,
-so that the difference
-of two images is exact.
+Whatever comes in ends as uint8 ``(3, H, W)`` RGB at the classifier's input size, quantized once, so
+that the difference of two images is exact. Every image is first turned upright by its EXIF
+orientation, in every stage and whatever its format; torchvision's ``ImageFolder`` ignores it.
 """
 
 import hashlib
-import io
 import math
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from ood_heatmap.errors import OodHeatmapError, UsageError
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-# what Pillow raises for bytes that are no image or only a part of one
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError)
-UNREADABLE += (Image.DecompressionBombError, Image.DecompressionBombWarning)  # type: ignore[assignment]
 # 64 MB as Pillow stores them
 _MAX_RESIZED_PIXELS = 2**24
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 UInt8: TypeAlias = NDArray[np.uint8]
-Decoded: TypeAlias = Image.Image | UInt8  # an image of any mode, or uint8 RGB (3, H, W)
+# an image of any mode, or uint8 RGB (3, H, W)
+Decoded: TypeAlias = Image.Image | UInt8
 Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 
 class UnreadableImageError(OodHeatmapError):
-    """An image file is missing, cut short or no image."""
+    """An image is missing, cut short, not an image, or of a kind that cannot be converted."""
+
+    reason: str = ""
+
+
+def unreadable(name: str, cause: Exception) -> UnreadableImageError:
+    """Return the error for an image that cannot be read or converted, with the reason."""
+    if isinstance(cause, UnidentifiedImageError):
+        # its own text has a memory address in it
+        reason = "not an image"
+    else:
+        reason = (isinstance(cause, OSError) and cause.strerror) or str(cause) or repr(cause)
+    error = UnreadableImageError(
+        f"{name} is not a readable image ({reason}). Repair or remove it, or add --skip-unreadable."
+    )
+    error.reason = reason
+    return error
 
 
 CropMode: TypeAlias = Literal["center", "squash", "border"]
@@ -168,23 +189,58 @@ def _interpolation(name: str) -> Interpolation:
 
 
 def to_rgb(image: Decoded) -> Image.Image:
-    """Return an 8-bit RGB image; 16-bit grey values are scaled, not clipped.
+    """Return an upright 8-bit RGB image.
 
-    Transparency is dropped.
+    - EXIF orientation is applied.
+    - Greys of 16 bits are scaled from 0..65535, not clipped.
+    - Transparency is dropped: what an editor left under the clear part of a cut-out shows, as it
+      does with torchvision.
+    - Of an animation or a file of several pages, the first counts.
+
+    Raises:
+        ValueError: The range of its values is not known: floating point, integers below 0 or above
+            65535, or 16-bit greys so small that all of them would be black.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image.transpose(1, 2, 0))
+    orientation = orientation_of(image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "RGB":
         return image
     if image.mode == "F":
         raise ValueError("floating-point images have no known range; save them with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray(
-            (np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        )
-    if image.mode == "P":  # its transparency may be bytes, which only RGBA takes without a warning
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"integer greys from {low} to {high} have no known range; save them with 8 or 16 "
+                "bits"
+            )
+        if 0 < high < 256:
+            raise ValueError(
+                f"16-bit greys that end at {high} of 65535 would all be black; save them with 8 "
+                "bits, or scale them"
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "P":
+        # its transparency may be bytes, which only RGBA takes without a warning
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1, upright, where there is none or EXIF is damaged.
+
+    Pillow turns TIFF files itself, and then reports them as upright.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # whatever a damaged header makes the parser raise
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _resize_and_crop(
@@ -212,265 +268,123 @@ def _resize_and_crop(
     return strip.resize(cropped_size, resample, tuple(offset.tolist()))
 
 
+class ImageReader(Protocol):
+    """Reads the images of a set by row. Called from several threads."""
+
+    def read(self, row: int) -> tuple[Decoded, bytes]:
+        """Return the decoded image and the sha256 of its bytes.
+
+        Raises:
+            UnreadableImageError: Names the image.
+        """
+
+    def digest(self, row: int) -> bytes:
+        """Return that sha256 alone."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """A set of images in a fixed order; a row is a position in it.
 
     Args:
         source: What the user named.
-        names: One for each row: the path inside a folder, or the row's number.
+        names: One for each row, printable: the path inside a folder, or the row's number.
         labels: ``(N,)`` int32; -1 where unknown.
-        classes: Class names by label; empty when there are no labels.
-        read: Row to decoded image and sha256 of its bytes. Called from several threads.
-        digest: Row to that sha256 alone.
+        classes: Class names by label, printable; empty when there are no labels.
+        reader: Reads an image by its row.
         listing: sha256 of what is known without reading the images.
         array: All images as uint8 ``(N, 3, H, W)`` when they are in memory already.
+        has_class_names: False where ``classes`` are only the labels' numbers, as in array files.
     """
 
     source: str
     names: Sequence[str]
     labels: NDArray[np.int32]
     classes: tuple[str, ...]
-    read: Callable[[int], tuple[Decoded, bytes]]
-    digest: Callable[[int], bytes]
+    reader: ImageReader
     listing: str
     array: NDArray[np.uint8] | None = None
+    has_class_names: bool = True
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what goes into a stage's inputs.
+    def read(self, row: int) -> tuple[Decoded, bytes]:
+        """Return the decoded image of a row and the sha256 of its bytes."""
+        return self.reader.read(row)
 
-        Where a set lies does not matter, what is in it does.
-        """
+    def digest(self, row: int) -> bytes:
+        """Return the sha256 of the bytes of a row's image."""
+        return self.reader.digest(row)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what goes into a stage's inputs: the content of a set, not its location."""
         return {"num_images": len(self), "listing": self.listing}
 
 
-def open_images(source: str, *, data_root: Path = Path("data"), download: bool = False) -> ImageSet:
-    """Return the set that a user names: a folder, an ``.npy`` or ``.npz`` file, or ``name/split``.
+def relabel(images: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Return the set with its labels counted in another order of classes, matched by name.
 
     Args:
-        source: Path of a folder of images, or of class folders; of uint8 arrays; or a torchvision
-            set.
-        data_root: Where torchvision sets lie.
-        download: Let torchvision fetch a set that is not there.
+        images: With labels. Where its classes have no names, labels are positions and stay.
+        classes: Class names of the classifier, by label. Some may have no images in the set.
 
-    Raises:
-        OodHeatmapError: Nothing of that name, or nothing in it.
+    Returns:
+        The same rows; images of a class that is not in ``classes`` get the label -1.
     """
-    path = Path(source)
-    if path.is_dir():
-        return open_folder(path)
-    if path.suffix in (".npy", ".npz"):
-        return open_array_file(path)
-    return open_torchvision(source, data_root, download)
+    if not images.has_class_names:
+        labels = np.where(images.labels < len(classes), images.labels, -1)
+    else:
+        position = {name: number for number, name in enumerate(classes)}
+        new_label = np.array([position.get(name, -1) for name in images.classes] + [-1])
+        labels = new_label[images.labels]
+    return replace(images, labels=labels.astype(np.int32), classes=tuple(classes))
 
 
-def is_image(path: Path) -> bool:
-    """Tell an image by its name; hidden files are none."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+ClassOrder: TypeAlias = Literal["name", "natural", "case-insensitive"]
 
 
-def open_folder(root: Path) -> ImageSet:
-    """Return the images of a folder: one subfolder for each class, or flat."""
-    flat = sorted(path for path in root.iterdir() if path.is_file() and is_image(path))
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    by_class = {
-        folder.name: sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
-        for folder in folders
-    }
-    classes = tuple(name for name, paths in by_class.items() if paths)
-    if flat and classes:
-        raise OodHeatmapError(
-            f"{root} holds images ({flat[0].name}) and class folders ({classes[0]}) side by side. "
-            "Keep one kind."
-        )
-    if not flat and not classes:
-        raise OodHeatmapError(
-            f"{root} holds no images (looked for {', '.join(sorted(EXTENSIONS))}). Name the "
-            f"folder that does."
-        )
-    paths = flat or [path for name in classes for path in by_class[name]]
-    counts = [len(by_class[name]) for name in classes]
-    labels = np.repeat(np.arange(len(classes)), counts) if classes else np.full(len(flat), -1)
-    names = [path.relative_to(root).as_posix() for path in paths]
-    listing = hashlib.sha256()
-    for name, path in zip(names, paths, strict=True):
-        listing.update(f"{name}\0{path.stat().st_size}\n".encode())
-    return ImageSet(
-        source=str(root),
-        names=names,
-        labels=labels.astype(np.int32),
-        classes=classes,
-        read=lambda row: read_file(paths[row]),
-        digest=lambda row: hashlib.sha256(paths[row].read_bytes()).digest(),
-        listing=listing.hexdigest(),
-    )
-
-
-def read_file(path: Path) -> tuple[Image.Image, bytes]:
-    """Return a decoded image file and the sha256 of its bytes.
-
-    Raises:
-        UnreadableImageError: It is missing, cut short or no image.
-    """
-    try:
-        content = path.read_bytes()
-        image = Image.open(io.BytesIO(content))  # reads the header alone
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-            raise ValueError(f"{image.width} x {image.height} pixels, made to fill the memory")
-        image.load()
-    except UNREADABLE as error:
-        raise UnreadableImageError(
-            f"{path} is not a readable image ({error}). Mend or remove it, or add "
-            f"--skip-unreadable."
-        ) from error
-    return image, hashlib.sha256(content).digest()
-
-
-def open_array_file(path: Path) -> ImageSet:
-    """Return the images of an ``.npy`` file, or of ``images`` (and ``labels``) in an ``.npz``
-    file."""
-    try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            images, labels = content, None
-        else:
-            key = "images" if "images" in content.files else content.files[0]
-            images = content[key]
-            labels = content["labels"] if "labels" in content.files else None
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
-        raise OodHeatmapError(f"{path} cannot be read as NumPy arrays ({error}).") from error
-    return from_array(images, labels, source=str(path))
-
-
-def from_array(
-    images: NDArray[Any], labels: NDArray[Any] | None = None, *, source: str = "array"
-) -> ImageSet:
-    """Return an array of images as a set.
+def sort_classes(names: Iterable[str], order: ClassOrder) -> list[str]:
+    """Return class names in an order that labels are counted in.
 
     Args:
-        images: uint8 ``(N, H, W, 3)``, ``(N, 3, H, W)`` or grey ``(N, H, W)``.
-        labels: ``(N,)`` integers.
-        source: For messages.
-
-    Raises:
-        OodHeatmapError: Another dtype or shape, no rows, or labels of another length.
+        names: All different.
+        order: ``name`` by code point, as torchvision's ``ImageFolder`` (1, 10, 2; B, a);
+            ``natural`` with numbers as numbers and without case, as timm (1, 2, 10; a, B);
+            ``case-insensitive`` (1, 10, 2; a, B).
     """
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise OodHeatmapError(
-            f"{source} holds {images.dtype} {images.shape}; images must be uint8 (N, H, W, 3), "
-            f"(N, 3, H, W) "
-            "or (N, H, W), with values 0 to 255."
-        )
-    if images.ndim == 3:
-        images = np.broadcast_to(images[:, None], (len(images), 3, *images.shape[1:]))
-    elif images.shape[3] in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    if images.shape[1] == 1:
-        images = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
-    if images.shape[1] != 3 or len(images) == 0:
-        raise OodHeatmapError(
-            f"{source} has shape {images.shape}: no images of 1 or 3 channels in it."
-        )
-    if labels is not None and len(labels) != len(images):
-        raise OodHeatmapError(f"{source} has {len(images)} images but {len(labels)} labels.")
-    known = labels if labels is not None else np.full(len(images), -1)
-    classes = tuple(map(str, range(int(known.max()) + 1)))
-    listing = hashlib.sha256(repr(images.shape).encode() + np.asarray(known, "<i4").tobytes())
-
-    def digest(row: int) -> bytes:
-        return hashlib.sha256(images[row].tobytes()).digest()
-
-    def read(row: int) -> tuple[Decoded, bytes]:
-        return np.array(images[row]), digest(row)
-
-    names = [str(row) for row in range(len(images))]
-    labels = known.astype(np.int32)
-    return ImageSet(source, names, labels, classes, read, digest, listing.hexdigest(), images)
-
-
-def torchvision_sets() -> dict[str, Callable[[str, dict[str, Any]], Any]]:
-    """Return set name to a function of (split, common arguments) that opens it."""
-    from torchvision import datasets as tv
-
-    def by_flag(kind: Any) -> Callable[[str, dict[str, Any]], Any]:
-        return lambda split, common: kind(train={"train": True, "test": False}[split], **common)
-
-    def by_split(kind: Any) -> Callable[[str, dict[str, Any]], Any]:
-        return lambda split, common: kind(split=split, **common)
-
-    def places(split: str, common: dict[str, Any]) -> Any:
-        return tv.Places365(
-            split={"train": "train-standard"}.get(split, split), small=True, **common
-        )
-
-    return {
-        "cifar10": by_flag(tv.CIFAR10),
-        "cifar100": by_flag(tv.CIFAR100),
-        "dtd": by_split(tv.DTD),
-        "fashion-mnist": by_flag(tv.FashionMNIST),
-        "flowers102": by_split(tv.Flowers102),
-        "food101": by_split(tv.Food101),
-        "gtsrb": by_split(tv.GTSRB),
-        "mnist": by_flag(tv.MNIST),
-        "pets": lambda split, common: tv.OxfordIIITPet(
-            split={"train": "trainval"}.get(split, split), **common
-        ),
-        "places365": places,
-        "stl10": by_split(tv.STL10),
-        "svhn": by_split(tv.SVHN),
+    keys: dict[ClassOrder, Callable[[str], Any]] = {
+        "name": str,
+        "natural": _natural_key,
+        "case-insensitive": str.lower,
     }
+    return sorted(sorted(names), key=keys[order])
 
 
-def open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
-    """Return a torchvision set named ``name/split``; the split is ``test`` when not given."""
-    name, _, split = source.partition("/")
-    sets = torchvision_sets()
-    if name not in sets:
-        raise UsageError(
-            f"there is no folder, file or set {source!r}. Sets: {', '.join(sets)}, each with "
-            f"/train or /test."
-        )
-    if name == "places365" and split in ("", "test"):
-        split = "val"
-    try:
-        dataset = sets[name](split or "test", {"root": str(data_root), "download": download})
-    except KeyError:
-        raise UsageError(
-            f"{name} has no split {split!r}: use {name}/train or {name}/test."
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"{source}: {error}") from error
-    except (RuntimeError, OSError) as error:
-        raise OodHeatmapError(
-            f"{source} is not whole under {data_root} ({str(error).splitlines()[0]}). "
-            "Add --download, or name its place with --data-root."
-        ) from error
-    labels = known_labels(dataset)
-    classes = tuple(map(str, getattr(dataset, "classes", range(int(labels.max()) + 1))))
-
-    def read(row: int) -> tuple[Image.Image, bytes]:
-        image = dataset[row][0]
-        return image, hashlib.sha256(
-            f"{image.mode}{image.size}".encode() + image.tobytes()
-        ).digest()
-
-    listing = hashlib.sha256(f"{source}\0{len(dataset)}".encode() + labels.tobytes()).hexdigest()
-    names = [f"{source}/{row}" for row in range(len(dataset))]
-    return ImageSet(source, names, labels, classes, read, lambda row: read(row)[1], listing)
+def _natural_key(name: str) -> list[str | int]:
+    """Return what names are compared by, as timm's ``natural_key``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name.lower())]
 
 
-def known_labels(dataset: Any) -> NDArray[np.int32]:
-    """Return a torchvision set's labels without decoding its images.
+def class_orders(classes: Sequence[str]) -> dict[ClassOrder, tuple[str, ...]]:
+    """Return the other orders of the same class names, those that differ from it."""
+    orders = {order: tuple(sort_classes(classes, order)) for order in get_args(ClassOrder)}
+    return {order: names for order, names in orders.items() if names != tuple(classes)}
 
-    -1 where it keeps none at hand.
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that was left out of a batch.
+
+    Args:
+        row: Its row of the set.
+        name: Its name in the set.
+        reason: Why, in a few words.
     """
-    for name in ("targets", "labels", "_labels"):
-        if hasattr(dataset, name):
-            return np.asarray(getattr(dataset, name), dtype=np.int32)
-    return np.full(len(dataset), -1, dtype=np.int32)
+
+    row: int
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -481,96 +395,120 @@ class Batch:
         rows: ``(B,)`` rows of the set, ascending; unreadable ones are left out.
         pixels: ``(B, 3, H, W)`` uint8.
         digests: sha256 of each image's bytes, joined.
-        modes: How many images of each mode other than RGB were converted.
-        skipped: Names of unreadable images.
-        seconds: Time it took a thread to decode them.
-        cpu_seconds: How much of it the thread was on a core.
+        modes: Number of images of each mode other than RGB, all converted.
+        notes: Number of images with something else to report, by what it is.
+        skipped: Unreadable images.
+        seconds: Wall time in the thread that decoded them.
+        cpu_seconds: CPU time of that thread.
     """
 
     rows: NDArray[np.int64]
     pixels: UInt8
     digests: bytes
     modes: Counter[str] = field(default_factory=Counter)
-    skipped: tuple[str, ...] = ()
+    notes: Counter[str] = field(default_factory=Counter)
+    skipped: tuple[Unreadable, ...] = ()
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
 
-def timed_decode(
-    images: ImageSet, rows: NDArray[np.int64], transform: Transform, skip_unreadable: bool
+def decode(
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    transform: Transform,
+    *,
+    skip_unreadable: bool = False,
 ) -> Batch:
-    """Return ``decode``'s batch and how long it took."""
-    started, on_core = time.perf_counter(), time.thread_time()
-    batch = decode(images, rows, transform, skip_unreadable)
+    """Read and transform some images of a set.
+
+    Raises:
+        UnreadableImageError: Names the image, unless ``skip_unreadable``.
+    """
+    started, cpu_started = time.perf_counter(), time.thread_time()
+    if images.array is not None and transform.keeps(*images.array.shape[2:]):
+        pixels = np.ascontiguousarray(images.array[rows])
+        batch = Batch(rows, pixels, b"".join(hashlib.sha256(item).digest() for item in pixels))
+    else:
+        batch = _decode_each(images, rows, transform, skip_unreadable)
     return replace(
         batch,
         seconds=time.perf_counter() - started,
-        cpu_seconds=time.thread_time() - on_core,
+        cpu_seconds=time.thread_time() - cpu_started,
     )
 
 
-def decode(
+def _decode_each(
     images: ImageSet, rows: NDArray[np.int64], transform: Transform, skip_unreadable: bool
 ) -> Batch:
-    """Read and transform some images of a set."""
-    if images.array is not None and transform.keeps(*images.array.shape[2:]):
-        pixels = np.ascontiguousarray(images.array[rows])
-        return Batch(rows, pixels, b"".join(hashlib.sha256(item).digest() for item in pixels))
+    """Read and transform images one by one."""
     pixels = np.empty((len(rows), 3, transform.size, transform.size), np.uint8)
     kept: list[int] = []
     digests: list[bytes] = []
-    skipped: list[str] = []
-    modes = Counter[str]()
-    for row in rows:
+    skipped: list[Unreadable] = []
+    modes, notes = Counter[str](), Counter[str]()
+    for row in rows.tolist():
+        name = images.names[row]
         try:
-            image, digest = images.read(int(row))
-            pixels[len(kept)] = as_pixels(image, transform, images.names[row])
-        except UnreadableImageError:
+            image, digest = images.read(row)
+            pixels[len(kept)] = apply_transform(transform, image, name)
+        except UnreadableImageError as error:
             if not skip_unreadable:
                 raise
-            skipped.append(images.names[row])
+            skipped.append(Unreadable(row, name, error.reason))
             continue
-        if mode_of(image) != "RGB":
-            modes[mode_of(image)] += 1
         kept.append(row)
         digests.append(digest)
+        if isinstance(image, Image.Image):
+            modes.update([image.mode] if image.mode != "RGB" else [])
+            notes.update(_notes_of(image))
     return Batch(
-        np.array(kept, np.int64), pixels[: len(kept)], b"".join(digests), modes, tuple(skipped)
+        np.array(kept, np.int64),
+        pixels[: len(kept)],
+        b"".join(digests),
+        modes,
+        notes,
+        tuple(skipped),
     )
 
 
-def mode_of(image: Decoded) -> str:
-    """Return the mode that an image came in, as Pillow names it."""
-    return "RGB" if isinstance(image, np.ndarray) else image.mode
+def apply_transform(transform: Transform, image: Decoded, name: str) -> UInt8:
+    """Return the transformed image.
 
-
-def as_pixels(image: Decoded, transform: Transform, name: str) -> UInt8:
-    """Return the transformed image; what cannot be transformed is unreadable too."""
+    Raises:
+        UnreadableImageError: It cannot be transformed.
+    """
     try:
         return transform(image)
-    except UNREADABLE as error:
-        raise UnreadableImageError(
-            f"{name} cannot be brought to {transform.size} px RGB ({error}). "
-            "Mend or remove it, or add --skip-unreadable."
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise unreadable(name, error) from error
 
 
-def batches(
+def _notes_of(image: Image.Image) -> Iterator[str]:
+    """Yield what was done to an image that its owner may not expect."""
+    if orientation_of(image) != 1:
+        yield "turned by EXIF orientation"
+    if image.mode.startswith("I") and np.asarray(image).max() < 4096:
+        yield "nearly black: 16-bit greys below 4096 of 65535"
+
+
+def iter_batches(
     images: ImageSet,
-    pieces: Iterable[NDArray[np.int64]],
+    chunks: Iterable[NDArray[np.int64]],
     transform: Transform,
     *,
     workers: int,
     skip_unreadable: bool = False,
 ) -> Iterator[Batch]:
-    """Decode images in threads, ahead of the reader, in order.
+    """Decode images in threads, prefetched and in order.
 
-    Threads and not processes: decoding and resizing go on without Python's lock, and nothing is
-    copied or pickled.
+    Threads and not processes: decoding and resizing release Python's lock, and nothing is copied
+    or pickled.
 
     Args:
         images: The set.
-        pieces: Rows of each batch, ascending.
+        chunks: Rows of each batch, ascending.
         transform: The one transform.
         workers: Threads; as many batches wait decoded.
         skip_unreadable: Leave unreadable images out instead of raising.
@@ -578,20 +516,22 @@ def batches(
     Raises:
         UnreadableImageError: Names the image.
     """
-    return ahead(
-        lambda piece: timed_decode(images, piece, transform, skip_unreadable),
-        pieces,
+    return prefetch(
+        lambda rows: decode(images, rows, transform, skip_unreadable=skip_unreadable),
+        chunks,
         workers=workers,
     )
 
 
-def ahead(work: Callable[[Item], Done], items: Iterable[Item], *, workers: int) -> Iterator[Done]:
-    """Work on items in threads, ahead of the reader, in order; ``workers`` results wait at most."""
+def prefetch(
+    function: Callable[[Item], Done], items: Iterable[Item], *, workers: int
+) -> Iterator[Done]:
+    """Yield ``function(item)`` in order, computed in threads; at most ``workers`` results wait."""
     waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(work, item))
+                waiting.append(pool.submit(function, item))
                 if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.classifier import Classifier, Output, check_finite
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import Batch, ImageSet, Transform, batches
+from ood_heatmap.images import Batch, ImageSet, Transform, iter_batches
 from ood_heatmap.pipeline.forward import Forward, Pending
 from ood_heatmap.pipeline.meter import Meter as Meter
 from ood_heatmap.pipeline.stage import content_hash
@@ -86,7 +86,7 @@ def embed(
         [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         for rows in shards
     ]
-    decoded = batches(
+    decoded = iter_batches(
         images,
         [piece for pieces in split for piece in pieces],
         transform or classifier.config.transform,

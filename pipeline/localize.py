@@ -20,7 +20,7 @@ from ood_heatmap import figures
 from ood_heatmap.cache.files import replacing, write_json
 from ood_heatmap.cache.manifest import Manifest, fingerprint_of
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.images import ImageSet, Transform, batches
+from ood_heatmap.images import ImageSet, Transform, iter_batches
 from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
@@ -133,7 +133,7 @@ def read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig) 
     rows = np.sort(generator.choice(len(images), count, replace=False))
     pieces = [rows[at : at + config.batch_size] for at in range(0, count, config.batch_size)]
     taken = list(
-        batches(
+        iter_batches(
             images,
             pieces,
             transform,

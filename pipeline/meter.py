@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ood_heatmap.distributed import all_gather, is_main
-from ood_heatmap.images import Batch
+from ood_heatmap.images import Batch, Unreadable
 from ood_heatmap.pipeline.forward import Forward
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class Meter:
     label: str
     done: int = 0
     modes: Counter[str] = field(default_factory=Counter)
-    skipped: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    skipped: list[Unreadable] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     taken: float = 0.0
@@ -56,6 +57,7 @@ class Meter:
     def add(self, batch: Batch, count: int) -> None:
         """Count a batch of ``count`` images asked for."""
         self.modes.update(batch.modes)
+        self.notes.update(batch.notes)
         self.skipped.extend(batch.skipped)
         self.busy["decode"] += batch.seconds
         if self.forward is not None and not self.forward.on_gpu:
@@ -98,6 +100,7 @@ class Meter:
             "images": self.done,
             "seconds": time.perf_counter() - self.started,
             "modes": self.modes,
+            "notes": self.notes,
             "skipped": self.skipped,
             "waited": dict(self.waited),
             "busy": dict(self.busy),
@@ -130,6 +133,9 @@ def say(label: str, everyone: list[dict[str, Any]]) -> dict[str, Any]:
     if modes:
         kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(modes.items()))
         log.warning("%s: converted to RGB: %s", label, kinds)
+    notes: Counter[str] = sum((one["notes"] for one in everyone), Counter())
+    for note, count in sorted(notes.items()):
+        log.warning("%s: %s: %d images", label, note, count)
     num_skipped = sum(len(one["skipped"]) for one in everyone)
     if num_skipped:
         log.warning("%s: skipped %d unreadable images", label, num_skipped)

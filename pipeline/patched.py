@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.images import Decoded, ImageSet, Transform, as_pixels
+from ood_heatmap.images import Decoded, ImageSet, Transform, apply_transform
 from ood_heatmap.patches import Patch, draw_patch, paste
 
 Int64 = NDArray[np.int64]
@@ -43,6 +43,26 @@ def draw_pasting(count: int, num_id: int, ood_rows: Int64, seed: int) -> Pasting
     return Pasting(position, row, seed)
 
 
+@dataclass(frozen=True)
+class _PastedReader:
+    """Pastes patches when they are read; the bytes of an image are those of its OOD image."""
+
+    images: ImageSet
+    id_images: Rows
+    pasting: Pasting
+    transform: Transform
+
+    def read(self, number: int) -> tuple[Decoded, bytes]:
+        row = int(self.pasting.row[number])
+        image, digest = self.images.read(row)
+        pixels = apply_transform(self.transform, image, self.images.names[row])
+        (id_image,) = self.id_images.take(self.pasting.position[number : number + 1])
+        return paste(id_image, pixels, self.pasting.patch(number, self.transform.size)), digest
+
+    def digest(self, number: int) -> bytes:
+        return self.images.digest(int(self.pasting.row[number]))
+
+
 def pasted_images(
     images: ImageSet, id_images: Rows, pasting: Pasting, transform: Transform
 ) -> ImageSet:
@@ -55,20 +75,11 @@ def pasted_images(
         pasting: What goes where.
         transform: Brings OOD images to the input size.
     """
-    names = [images.names[row] for row in pasting.row]
-
-    def read(number: int) -> tuple[Decoded, bytes]:
-        image, digest = images.read(int(pasting.row[number]))
-        pixels = as_pixels(image, transform, names[number])
-        (id_image,) = id_images.take(pasting.position[number : number + 1])
-        return paste(id_image, pixels, pasting.patch(number, transform.size)), digest
-
     return ImageSet(
         source=f"ID images with patches of {images.source}",
-        names=names,
+        names=[images.names[row] for row in pasting.row],
         labels=np.full(len(pasting), -1, np.int32),
         classes=(),
-        read=read,
-        digest=lambda number: images.digest(int(pasting.row[number])),
+        reader=_PastedReader(images, id_images, pasting, transform),
         listing=images.listing,
     )

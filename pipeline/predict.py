@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -19,27 +19,18 @@ from typing import TextIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
 from ood_heatmap.cache.files import make_directory, replacing
 from ood_heatmap.classifier import Output
 from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay
-from ood_heatmap.images import (
-    EXTENSIONS,
-    Batch,
-    Transform,
-    UnreadableImageError,
-    ahead,
-    as_pixels,
-    is_image,
-    read_file,
-)
+from ood_heatmap.images import Batch, iter_batches, prefetch
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import classified
 from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.sources import find_images, from_paths, image_suffixes
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +67,11 @@ def images_in(folder: Path, out: Path) -> list[Path]:
     """Return the image files anywhere below a folder."""
     whole, whole_out = folder.resolve(), out.resolve()
     own = folder / whole_out.relative_to(whole) if whole in whole_out.parents else None
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and is_image(path) and own not in path.parents
-    )
+    images, _ = find_images(folder)
+    found = [path for path in images if own not in path.parents]
     if not found:
         raise OodHeatmapError(
-            f"{folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))})."
+            f"{folder} holds no images (looked for {', '.join(sorted(image_suffixes()))})."
         )
     return found
 
@@ -125,17 +113,20 @@ def predict(
         np.arange(start, min(start + config.batch_size, len(paths)))
         for start in range(0, len(paths), config.batch_size)
     )
-    batches = ahead(lambda rows: read_batch(paths, rows, transform), pieces, workers=config.workers)
+    images = from_paths(paths)
+    batches = log_skipped(
+        iter_batches(images, pieces, transform, workers=config.workers, skip_unreadable=True)
+    )
     forward = Forward(detector.classifier, config.batch_size)
     results = (
         found
-        for batch, outputs in classified(batches, forward, meter, [str(path) for path in paths])
+        for batch, outputs in classified(batches, forward, meter, images.names)
         for found in decoded(detector, batch, outputs)
     )
     table = out / f"scores.{config.format}"
     with replacing(table) as scratch, open_table(scratch) as file:
         write = writer_of(file, config.format)
-        for records in ahead(
+        for records in prefetch(
             lambda found: write_batch(detector, found, paths, names, out, config),
             results,
             workers=config.workers,
@@ -143,35 +134,16 @@ def predict(
             for record in records:
                 write(record)
     meter.close()
-    unreadable = [Path(name) for name in meter.skipped]
+    unreadable = [paths[image.row] for image in meter.skipped]
     return len(paths) - len(unreadable), unreadable
 
 
-def read_batch(paths: Sequence[Path], rows: NDArray[np.int64], transform: Transform) -> Batch:
-    """Read and transform some of the images; say which cannot be read, and why."""
-    pixels, kept, skipped, modes = [], [], [], Counter[str]()
-    for row in rows:
-        try:
-            image, _ = read_file(paths[row])
-            pixels.append(as_pixels(image, transform, str(paths[row])))
-        except UnreadableImageError as error:
-            log.warning("skipped %s: %s", paths[row], reason_of(error))
-            skipped.append(str(paths[row]))
-            continue
-        if image.mode != "RGB":
-            modes[image.mode] += 1
-        kept.append(row)
-    empty = np.empty((0, 3, transform.size, transform.size), np.uint8)
-    stacked = np.stack(pixels) if pixels else empty
-    return Batch(np.array(kept, np.int64), stacked, b"", modes, tuple(skipped))
-
-
-def reason_of(error: UnreadableImageError) -> str:
-    """Return why an image cannot be read, in a few words."""
-    cause = error.__cause__
-    if isinstance(cause, UnidentifiedImageError):  # its own text has a memory address in it
-        return "it is no image"
-    return (isinstance(cause, OSError) and cause.strerror) or str(cause)
+def log_skipped(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches, and log which images of each cannot be read, and why."""
+    for batch in batches:
+        for image in batch.skipped:
+            log.warning("skipped %s: %s", image.name, image.reason)
+        yield batch
 
 
 @dataclass(frozen=True)

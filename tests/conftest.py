@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ood_heatmap.classifier import Classifier, load_classifier
-from ood_heatmap.images import open_images
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
+from ood_heatmap.sources import open_images
 
 SIZE, NUM_CLASSES = 16, 4
 NETWORK = """

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ood_heatmap.images import from_array
 from ood_heatmap.pipeline import meter as module
 from ood_heatmap.pipeline.embed import embed
 from ood_heatmap.pipeline.meter import Meter, held_back_by, report, together
+from ood_heatmap.sources import from_array
 
 
 def pixels(count: int) -> np.ndarray:

@@ -23,7 +23,6 @@ from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
-from ood_heatmap.images import open_images
 from ood_heatmap.metrics import METRICS
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
@@ -38,6 +37,7 @@ from ood_heatmap.pipeline.tables import (
 )
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
+from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 METHODS = ("heatmap", *(method.name for method in BASELINES))

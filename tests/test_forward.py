@@ -10,11 +10,12 @@ from torch import nn
 
 from ood_heatmap.classifier import Classifier, ClassifierConfig
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import Transform, batches, from_array
+from ood_heatmap.images import Transform, iter_batches
 from ood_heatmap.pipeline import forward as module
 from ood_heatmap.pipeline.embed import classified
 from ood_heatmap.pipeline.forward import Forward, copies_of, cores
 from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.sources import from_array
 
 
 def pixels(count: int) -> np.ndarray:
@@ -141,7 +142,7 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
     monkeypatch.setattr(classifier.network, "forward", gated)
     images = from_array(pixels(6 * module.PIECE))
     rows = np.split(np.arange(len(images)), 3)
-    decoded = batches(images, rows, classifier.config.transform, workers=1)
+    decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
     lane = Forward(classifier, 2 * module.PIECE)
     done = classified(decoded, lane, Meter(len(images), "test"), images.names)
     batch, _ = next(done)
@@ -166,7 +167,7 @@ def test_the_rest_of_a_batch_is_left_out_when_a_part_of_it_fails(classifier, mon
     monkeypatch.setattr(classifier.network, "forward", failing)
     images = from_array(pixels(8 * module.PIECE))
     rows = np.split(np.arange(len(images)), 2)
-    decoded = batches(images, rows, classifier.config.transform, workers=1)
+    decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
     lane = Forward(classifier, 4 * module.PIECE)
     done = classified(decoded, lane, Meter(len(images), "test"), images.names)
     with pytest.raises(ValueError, match="broken network"):

@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ood_heatmap import images as module
+from ood_heatmap import sources as module
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.images import (
-    Transform,
-    UnreadableImageError,
-    batches,
-    from_array,
-    open_images,
-    read_file,
-    to_rgb,
-)
+from ood_heatmap.images import Transform, UnreadableImageError, iter_batches, to_rgb
+from ood_heatmap.sources import from_array, open_images, read_file
 
 
 def picture(width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:
@@ -29,7 +22,7 @@ def picture(width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:
 def all_of(images, transform, **options):
     rows = np.arange(len(images))
     pieces = [rows[start : start + 3] for start in range(0, len(rows), 3)]
-    return list(batches(images, pieces, transform, workers=2, **options))
+    return list(iter_batches(images, pieces, transform, workers=2, **options))
 
 
 def test_every_mode_becomes_rgb():
@@ -83,7 +76,7 @@ def test_an_unknown_source_lists_the_sets():
 
 
 def test_a_set_that_is_not_there_says_how_to_get_it(tmp_path):
-    with pytest.raises(OodHeatmapError, match=r"cifar10/train is not whole under .*--download"):
+    with pytest.raises(OodHeatmapError, match=r"cifar10/train is not complete under .*--download"):
         open_images("cifar10/train", data_root=tmp_path)
     with pytest.raises(UsageError, match="no split 'night'"):
         open_images("cifar10/night", data_root=tmp_path)
@@ -144,7 +137,7 @@ def test_arrays_that_are_no_images_are_refused(array):
 
 
 def test_labels_of_another_length_are_refused():
-    with pytest.raises(OodHeatmapError, match="4 images but 3 labels"):
+    with pytest.raises(OodHeatmapError, match=r"4 images but labels of shape \(3,\)"):
         from_array(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3))
 
 
@@ -188,7 +181,7 @@ def test_skipped_images_are_counted_and_the_others_keep_their_rows(tmp_path):
         all_of(images, Transform(8))
     found = all_of(images, Transform(8), skip_unreadable=True)
     assert np.concatenate([batch.rows for batch in found]).tolist() == [0, 1, 3, 4, 5]
-    assert [name for batch in found for name in batch.skipped] == ["2.png", "6.png"]
+    assert [image.name for batch in found for image in batch.skipped] == ["2.png", "6.png"]
     wanted = [Transform(8)(picture(seed=number)) for number in (0, 1, 3, 4, 5)]
     np.testing.assert_array_equal(np.concatenate([batch.pixels for batch in found]), wanted)
 

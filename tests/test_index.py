@@ -12,10 +12,10 @@ from PIL import Image
 
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
-from ood_heatmap.images import open_images
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import open_index
+from ood_heatmap.sources import open_images
 
 CONFIG = IndexConfig(batch_size=16)
 

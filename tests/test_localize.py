@@ -12,7 +12,6 @@ from torch.nn.functional import interpolate
 
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
-from ood_heatmap.images import open_images
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline import localize as module
@@ -23,6 +22,7 @@ from ood_heatmap.pipeline.run import open_decoder, open_index
 from ood_heatmap.pipeline.tables import LocalizationRow, format_localization
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.pipeline.verify import verify
+from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 CONFIG = LocalizeConfig(count=12, batch_size=16)

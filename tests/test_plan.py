@@ -8,7 +8,6 @@ from click.testing import CliRunner
 
 from ood_heatmap.cache.shards import map_shard
 from ood_heatmap.cli import main
-from ood_heatmap.images import open_images
 from ood_heatmap.pipeline import plan as module
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.plan import (
@@ -19,6 +18,7 @@ from ood_heatmap.pipeline.plan import (
     plan_train,
     problems,
 )
+from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ood_heatmap import HeatmapDetector, figures
+from ood_heatmap import images as images_module
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.cli import main
 from ood_heatmap.errors import OodHeatmapError
@@ -96,7 +97,7 @@ def test_corrupt_images_are_named_with_the_reason_and_skipped(detector, paths, t
         assert [line["image"] for line in read_csv(tmp_path / "out")] == [str(folder / "c.png")]
     said = [line for line in caplog.messages if line.startswith("skipped ")]
     assert len(said) == 2 * len(bad)
-    for words in ("a.png: it is no image", "floating-point", "gone.png: No such file"):
+    for words in ("a.png: not an image", "floating-point", "gone.png: No such file"):
         assert any(words in line for line in said)
 
 
@@ -134,9 +135,9 @@ def test_memory_holds_a_few_batches_however_many_images_there_are(
     detector, paths, tmp_path, monkeypatch
 ):
     read, written = [], []
-    reading, writing = predict_module.read_batch, predict_module.write_batch
+    reading, writing = images_module.decode, predict_module.write_batch
 
-    def read_batch(*arguments, **more):
+    def decode(*arguments, **more):
         read.append(1)
         assert len(read) - len(written) <= 2 * 2 + 3  # two threads and what waits on both sides
         return reading(*arguments, **more)
@@ -146,7 +147,7 @@ def test_memory_holds_a_few_batches_however_many_images_there_are(
         written.append(1)
         return records
 
-    monkeypatch.setattr(predict_module, "read_batch", read_batch)
+    monkeypatch.setattr(images_module, "decode", decode)
     monkeypatch.setattr(predict_module, "write_batch", write_batch)
     config = PredictConfig(batch_size=1, workers=2, pictures=False)
     predict(detector, paths * 4, tmp_path, config)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
-from ood_heatmap.images import from_array, open_images
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.run import open_index, open_targets
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
+from ood_heatmap.sources import from_array, open_images
 
 CPU = torch.device("cpu")
 

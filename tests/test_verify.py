@@ -10,11 +10,11 @@ import torch
 
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.errors import DamagedCacheError
-from ood_heatmap.images import open_images
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
+from ood_heatmap.sources import open_images
 
 
 def test_a_whole_run_is_said_to_be_whole(run):

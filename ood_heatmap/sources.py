@@ -1,0 +1,478 @@
+"""Image sets by what a user names: a folder, an array file, or a torchvision data set."""
+
+import hashlib
+import io
+import logging
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ood_heatmap.errors import OodHeatmapError, UsageError, printable
+from ood_heatmap.images import (
+    ClassOrder,
+    Decoded,
+    ImageSet,
+    UInt8,
+    sort_classes,
+    unreadable,
+)
+
+log = logging.getLogger(__name__)
+
+# Pillow keeps a pointer for each line: a picture of one column and few bytes would fill the memory
+_MAX_SIDE = 2**20
+_MAX_LABEL = 2**20
+
+
+def open_images(
+    source: str,
+    *,
+    data_root: Path = Path("data"),
+    download: bool = False,
+    class_order: ClassOrder = "name",
+) -> ImageSet:
+    """Return the set that a user names: a folder, an ``.npy`` or ``.npz`` file, or ``name/split``.
+
+    Args:
+        source: Path of a folder of images, or of class folders; of uint8 arrays; or a torchvision
+            data set.
+        data_root: Root of torchvision data sets.
+        download: Let torchvision download a missing data set.
+        class_order: Order of class folders that labels are counted in, see ``sort_classes``.
+
+    Raises:
+        OodHeatmapError: Nothing of that name, or nothing in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return open_folder(path, class_order=class_order)
+    if path.suffix in (".npy", ".npz"):
+        return open_array_file(path)
+    return open_torchvision(source, data_root, download)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of image files, in lower case; AVIF where Pillow reads it."""
+    suffixes = ".png .jpg .jpeg .jpe .jfif .jfi .bmp .webp .tif .tiff .ppm .pgm .gif"
+    avif = {".avif"} & set(Image.registered_extensions())
+    return frozenset(suffixes.split()) | avif
+
+
+def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the image files anywhere below a folder.
+
+    Links to folders are followed, except to a folder that they lie in. Hidden files and folders
+    are left out.
+
+    Returns:
+        The files, sorted; and how many other files there are, by suffix.
+
+    Raises:
+        OodHeatmapError: A folder cannot be listed.
+    """
+    left_out = Counter[str]()
+    above = frozenset(_identity(parent) for parent in folder.resolve().parents)
+    try:
+        return sorted(_walk(folder, above, left_out)), left_out
+    except OSError as error:
+        name = printable(str(error.filename or folder))
+        raise OodHeatmapError(f"{name} cannot be listed ({error.strerror}).") from error
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what tells a folder from all others, whatever it is called."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _walk(
+    folder: Path, above: frozenset[tuple[int, int]], left_out: Counter[str]
+) -> Iterator[Path]:
+    """Yield image files below a folder, and count the others."""
+    above |= {_identity(folder)}
+    for entry in _visible(folder):
+        path = Path(entry.path)
+        if _is_folder(entry):
+            if _identity(path) in above:
+                left_out["link to a folder above"] += 1
+            else:
+                yield from _walk(path, above, left_out)
+        elif not path.is_file():
+            left_out["broken link or special file"] += 1
+        elif path.suffix.lower() in image_suffixes():
+            yield path
+        else:
+            left_out[path.suffix.lower() or "no suffix"] += 1
+
+
+def _visible(folder: Path) -> list["os.DirEntry[str]"]:
+    """Return what is in a folder and not hidden."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Tell folders and links to folders; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
+    """Return the images of a folder: one subfolder for each class, or flat.
+
+    A class folder without images stays a class, so that the labels of the others keep their
+    numbers.
+
+    Raises:
+        OodHeatmapError: There are no images, or images beside class folders.
+    """
+    paths, left_out = find_images(root)
+    if left_out:
+        counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(left_out.items()))
+        log.warning("%s: files left out: %s", printable(str(root)), printable(counts))
+    if not paths:
+        raise OodHeatmapError(
+            f"{printable(str(root))} holds no images (looked for "
+            f"{', '.join(sorted(image_suffixes()))}). Name the folder that does."
+        )
+    flat = [path for path in paths if path.parent == root]
+    if len(flat) == len(paths):
+        return from_paths(paths, root=root)
+    by_class: dict[str, list[Path]] = {name: [] for name in _subfolders(root)}
+    for path in paths:
+        if path.parent != root:
+            by_class[path.relative_to(root).parts[0]].append(path)
+    if flat:
+        name = next(name for name in by_class if by_class[name])
+        raise OodHeatmapError(
+            f"{printable(str(root))} holds images ({printable(flat[0].name)}) and class folders "
+            f"({printable(name)}) side by side. Keep one kind."
+        )
+    names = sort_classes(by_class, class_order)
+    empty = [name for name in names if not by_class[name]]
+    if empty:
+        log.warning(
+            "%s: class folders without images, which stay classes: %s",
+            printable(str(root)),
+            printable(", ".join(empty)),
+        )
+    return from_paths(
+        [path for name in names for path in by_class[name]],
+        root=root,
+        labels=np.repeat(np.arange(len(names)), [len(by_class[name]) for name in names]),
+        classes=names,
+    )
+
+
+def _subfolders(root: Path) -> list[str]:
+    """Return the names of the folders that may be classes: not hidden, and not around the root."""
+    around = {_identity(parent) for parent in (root.resolve(), *root.resolve().parents)}
+    folders = [Path(entry.path) for entry in _visible(root) if _is_folder(entry)]
+    return sorted(folder.name for folder in folders if _identity(folder) not in around)
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    """Reads image files."""
+
+    paths: Sequence[Path]
+
+    def read(self, row: int) -> tuple[Image.Image, bytes]:
+        return read_file(self.paths[row])
+
+    def digest(self, row: int) -> bytes:
+        try:
+            return hashlib.sha256(self.paths[row].read_bytes()).digest()
+        except OSError as error:
+            raise unreadable(printable(str(self.paths[row])), error) from error
+
+
+def from_paths(
+    paths: Sequence[Path],
+    *,
+    root: Path | None = None,
+    labels: NDArray[np.int64] | None = None,
+    classes: Sequence[str] = (),
+) -> ImageSet:
+    """Return image files as a set. Files that are missing show when they are read.
+
+    Args:
+        paths: One for each row.
+        root: What the names of the images are relative to; the paths themselves without it.
+        labels: ``(N,)``; unknown otherwise.
+        classes: Class names by label.
+    """
+    names = [str(path) if root is None else path.relative_to(root).as_posix() for path in paths]
+    listing = hashlib.sha256()
+    for name, path in zip(names, paths, strict=True):
+        listing.update(f"{name}\0{_num_bytes(path)}\n".encode(errors="surrogateescape"))
+    for label in sorted(set(range(len(classes))) - set(() if labels is None else labels.tolist())):
+        # a class without images moves the labels of others and has no name in the list
+        listing.update(f"{label}\0no images\n".encode())
+    return ImageSet(
+        source=printable(str(root)) if root is not None else f"{len(paths)} files",
+        names=[printable(name) for name in names],
+        labels=np.full(len(paths), -1, np.int32) if labels is None else labels.astype(np.int32),
+        classes=tuple(printable(name) for name in classes),
+        reader=_FileReader(paths),
+        listing=listing.hexdigest(),
+    )
+
+
+def _num_bytes(path: Path) -> int:
+    """Return the size of a file, -1 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def read_file(path: Path) -> tuple[Image.Image, bytes]:
+    """Return a decoded image file and the sha256 of its bytes.
+
+    Raises:
+        UnreadableImageError: It is missing, cut short or not an image.
+    """
+    try:
+        content = path.read_bytes()
+        # reads the header alone
+        image = Image.open(io.BytesIO(content))
+        num_pixels = image.width * image.height
+        if num_pixels > (Image.MAX_IMAGE_PIXELS or num_pixels) or max(image.size) > _MAX_SIDE:
+            raise ValueError(f"{image.width} x {image.height} pixels would fill the memory")
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's readers raise whatever damaged bytes make them
+        raise unreadable(printable(str(path)), error) from error
+    return image, hashlib.sha256(content).digest()
+
+
+def open_array_file(path: Path) -> ImageSet:
+    """Return the images of an ``.npy`` or ``.npz`` file.
+
+    Of an ``.npz`` file, the array ``images``, or the only one beside ``labels``; none is guessed.
+
+    Raises:
+        OodHeatmapError: It cannot be read, or it is not clear which array has the images.
+    """
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            images, labels = content, None
+        else:
+            images = content[_images_key(content.files, path)]
+            labels = content["labels"] if "labels" in content.files else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise OodHeatmapError(f"{path} cannot be read as NumPy arrays ({error}).") from error
+    return from_array(images, labels, source=str(path))
+
+
+def _images_key(keys: Sequence[str], path: Path) -> str:
+    """Return the name of the array with the images."""
+    candidates = [key for key in keys if key != "labels"]
+    if "images" in candidates:
+        return "images"
+    if len(candidates) != 1:
+        raise OodHeatmapError(
+            f"{path} holds the arrays {', '.join(keys) or '(none)'}: it is not clear which are the "
+            "images. Save them as images, and their labels as labels: "
+            "np.savez(path, images=..., labels=...)."
+        )
+    return candidates[0]
+
+
+@dataclass(frozen=True)
+class _ArrayReader:
+    """Reads images from an array ``(N, 3, H, W)``."""
+
+    images: UInt8
+
+    def read(self, row: int) -> tuple[UInt8, bytes]:
+        return np.array(self.images[row]), self.digest(row)
+
+    def digest(self, row: int) -> bytes:
+        return hashlib.sha256(self.images[row].tobytes()).digest()
+
+
+def from_array(
+    images: NDArray[Any], labels: NDArray[Any] | None = None, *, source: str = "array"
+) -> ImageSet:
+    """Return an array of images as a set.
+
+    Args:
+        images: uint8 ``(N, H, W, 3)``, ``(N, 3, H, W)`` or grey ``(N, H, W)``.
+        labels: ``(N,)`` or ``(N, 1)``: the classifier's class numbers from 0, -1 where unknown; or
+            class names.
+        source: For messages.
+
+    Raises:
+        OodHeatmapError: Another dtype or shape, no rows, or labels that are not of this kind.
+    """
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise OodHeatmapError(
+            f"{source} holds {images.dtype} {images.shape}; images must be uint8 (N, H, W, 3), "
+            "(N, 3, H, W) or (N, H, W), with values 0 to 255."
+        )
+    if images.ndim == 3:
+        images = np.broadcast_to(images[:, None], (len(images), 3, *images.shape[1:]))
+    elif images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.shape[1] == 1:
+        images = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
+    if images.shape[1] != 3 or 0 in images.shape:
+        raise OodHeatmapError(
+            f"{source} has shape {images.shape}: no images of 1 or 3 channels in it."
+        )
+    known, names = _array_labels(labels, len(images), source)
+    listing = hashlib.sha256(repr(images.shape).encode() + known.astype("<i4").tobytes())
+    for name in names:
+        listing.update(f"{name}\n".encode(errors="surrogateescape"))
+    return ImageSet(
+        source=source,
+        names=[str(row) for row in range(len(images))],
+        labels=known,
+        classes=names or tuple(map(str, range(int(known.max()) + 1))),
+        reader=_ArrayReader(images),
+        listing=listing.hexdigest(),
+        array=images,
+        has_class_names=bool(names),
+    )
+
+
+def _array_labels(
+    labels: NDArray[Any] | None, count: int, source: str
+) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+    """Return labels as ``(N,)`` int32, and the class names where the labels are names."""
+    if labels is None:
+        return np.full(count, -1, np.int32), ()
+    if labels.shape not in ((count,), (count, 1)):
+        raise OodHeatmapError(
+            f"{source} has {count} images but labels of shape {labels.shape}; labels must be "
+            f"({count},)."
+        )
+    labels = labels.reshape(count)
+    if labels.dtype.kind in "US":
+        found, numbers = np.unique(labels.astype(str), return_inverse=True)
+        return numbers.astype(np.int32), tuple(printable(str(name)) for name in found)
+    if labels.dtype.kind in "iuf":
+        # NaN fits no range
+        fits = (labels >= -1) & (labels <= _MAX_LABEL)
+        if fits.all() and (labels == np.trunc(labels)).all():
+            return labels.astype(np.int32), ()
+    raise OodHeatmapError(
+        f"the labels of {source} are not class numbers ({labels.dtype}, the first is "
+        f"{labels[0]}, they end at {labels.max()}). Use whole numbers from 0, -1 where unknown, or "
+        "class names."
+    )
+
+
+def torchvision_sets() -> dict[str, Callable[[str, dict[str, Any]], Any]]:
+    """Return data set name to a function of (split, common arguments) that opens it."""
+    from torchvision import datasets as tv
+
+    def by_flag(kind: Any) -> Callable[[str, dict[str, Any]], Any]:
+        return lambda split, common: kind(train={"train": True, "test": False}[split], **common)
+
+    def by_split(kind: Any) -> Callable[[str, dict[str, Any]], Any]:
+        return lambda split, common: kind(split=split, **common)
+
+    def places(split: str, common: dict[str, Any]) -> Any:
+        return tv.Places365(
+            split={"train": "train-standard"}.get(split, split), small=True, **common
+        )
+
+    return {
+        "cifar10": by_flag(tv.CIFAR10),
+        "cifar100": by_flag(tv.CIFAR100),
+        "dtd": by_split(tv.DTD),
+        "fashion-mnist": by_flag(tv.FashionMNIST),
+        "flowers102": by_split(tv.Flowers102),
+        "food101": by_split(tv.Food101),
+        "gtsrb": by_split(tv.GTSRB),
+        "mnist": by_flag(tv.MNIST),
+        "pets": lambda split, common: tv.OxfordIIITPet(
+            split={"train": "trainval"}.get(split, split), **common
+        ),
+        "places365": places,
+        "stl10": by_split(tv.STL10),
+        "svhn": by_split(tv.SVHN),
+    }
+
+
+@dataclass(frozen=True)
+class _TorchvisionReader:
+    """Reads images of a torchvision data set; their bytes are the decoded pixels."""
+
+    dataset: Any
+    source: str
+
+    def read(self, row: int) -> tuple[Decoded, bytes]:
+        try:
+            image = self.dataset[row][0]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise unreadable(f"{self.source}/{row}", error) from error
+        content = f"{image.mode}{image.size}".encode() + image.tobytes()
+        return image, hashlib.sha256(content).digest()
+
+    def digest(self, row: int) -> bytes:
+        return self.read(row)[1]
+
+
+def open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
+    """Return a torchvision data set named ``name/split``; the split is ``test`` by default."""
+    name, _, split = source.partition("/")
+    sets = torchvision_sets()
+    if name not in sets:
+        raise UsageError(
+            f"there is no folder, file or data set {source!r}. Data sets: {', '.join(sets)}, each "
+            "with /train or /test."
+        )
+    if name == "places365" and split in ("", "test"):
+        split = "val"
+    try:
+        dataset = sets[name](split or "test", {"root": str(data_root), "download": download})
+    except KeyError:
+        raise UsageError(
+            f"{name} has no split {split!r}: use {name}/train or {name}/test."
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise OodHeatmapError(
+            f"{source} is not complete under {data_root} ({str(error).splitlines()[0]}). "
+            "Add --download, or name its location with --data-root."
+        ) from error
+    labels = _torchvision_labels(dataset)
+    names = getattr(dataset, "classes", None)
+    return ImageSet(
+        source=source,
+        names=[f"{source}/{row}" for row in range(len(dataset))],
+        labels=labels,
+        classes=tuple(map(str, range(int(labels.max()) + 1) if names is None else names)),
+        reader=_TorchvisionReader(dataset, source),
+        listing=hashlib.sha256(f"{source}\0{len(dataset)}".encode() + labels.tobytes()).hexdigest(),
+        has_class_names=names is not None,
+    )
+
+
+def _torchvision_labels(dataset: Any) -> NDArray[np.int32]:
+    """Return a data set's labels without decoding its images; -1 where it keeps none at hand."""
+    for name in ("targets", "labels", "_labels"):
+        if hasattr(dataset, name):
+            return np.asarray(getattr(dataset, name), dtype=np.int32)
+    return np.full(len(dataset), -1, dtype=np.int32)
