@@ -19,7 +19,8 @@ from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import score, strength
-from ood_heatmap.images import Transform, as_pixels, read_file
+from ood_heatmap.images import Transform, apply_transform
+from ood_heatmap.sources import read_file
 
 log = logging.getLogger(__name__)
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | NDArray[np.uint8] | Tensor
@@ -219,7 +220,7 @@ def decode_heatmap(decoder: Decoder, output: Output, prediction: Tensor) -> Tens
 def _to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:
     """Return images as uint8 ``(B, 3, H, W)`` at the input size."""
     pixels = [
-        as_pixels(_to_picture(image), transform, _name(image, row))
+        apply_transform(transform, _to_picture(image), _name(image, row))
         for row, image in enumerate(_split(images))
     ]
     if not pixels:

@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,6 +38,11 @@ def test_shards_hold_each_image_with_its_own_output(classifier):
         np.testing.assert_allclose(found, item, rtol=2e-3, atol=1e-4)
 
 
+def read_by(images, read):
+    """Return the images as a set that is read one by one, by a function."""
+    return replace(images, array=None, reader=SimpleNamespace(read=read, digest=images.digest))
+
+
 def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplog):
     """A slow network is its own ceiling; decoding that is slower still shows as what was waited
     for."""
@@ -46,7 +52,7 @@ def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplo
     )
     monkeypatch.setattr(module, "PROBE_SHARE", 1.0)
     quick = from_array(pixels(64))
-    images = replace(quick, array=None, read=lambda row: (time.sleep(0.01), quick.read(row))[1])
+    images = read_by(quick, lambda row: (time.sleep(0.01), quick.read(row))[1])
     meter, options = Meter(64, "test"), {"workers": 1, "skip_unreadable": False}
     with caplog.at_level(logging.INFO):
         list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
@@ -80,7 +86,7 @@ def test_decoding_on_the_classifiers_own_cores_is_measured(classifier):
             pass
         return quick.read(row)
 
-    images, meter = replace(quick, array=None, read=read), Meter(64, "test")
+    images, meter = read_by(quick, read), Meter(64, "test")
     options = {"workers": 2, "skip_unreadable": False}
     list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
     assert meter.taken >= 64 * 0.005 / torch.get_num_threads()
