@@ -10,13 +10,13 @@ import pytest
 
 from ood_heatmap.cache.shards import map_shard, write_shard
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
-from ood_heatmap.images import open_images
 from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.stage import ShardTask, Stage, require_rows
 from ood_heatmap.pipeline.targets import build_targets
+from ood_heatmap.sources import open_images
 
 INPUTS = {"classifier": {"weights": "a" * 64, "mean": [0.5, 0.5]}, "options": {"shard_mb": 8}}
 
