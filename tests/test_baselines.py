@@ -41,9 +41,9 @@ def free_energy(logits):
     return -np.log(np.exp(logits).sum(axis=1))
 
 
-def close(found, wanted):
+def close(found, wanted, tolerance=2e-4):
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_logits_give_msp_max_logit_and_energy():
@@ -100,7 +100,9 @@ def test_vim_is_the_virtual_logit_less_the_energy(drawn):
 
     alpha = (features @ weight.T + bias).max(axis=1).mean() / length(features).mean()
     wanted = alpha * length(queries) + free_energy(queries @ weight.T + bias)
-    close(baselines.vim(drawn["features"], drawn["head"])(drawn["queries"]), wanted)
+    # pytorch-ood has the eigenvectors in float32, which knows them to some 1e-4
+    found = baselines.vim(drawn["features"], drawn["head"])(drawn["queries"])
+    close(found, wanted, tolerance=2e-3)
 
 
 def test_react_is_the_energy_of_clipped_features(drawn):
@@ -151,14 +153,19 @@ def standardised(drawn):
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_loss(drawn):
-    """There the gradient is 0: the weights are the sum of residual times input."""
+    """There the gradient is 0: the weights are the sum of residual times input.
+
+    It stops where no component of the mean gradient exceeds 1e-4, scikit-learn's tolerance.
+    """
     inputs, is_ood, queries = standardised(drawn)
     score = baselines.logistic_regression(drawn["features"], drawn["auxiliary"])
     both = np.concatenate([drawn["features"], drawn["auxiliary"]])
     residual = is_ood - 1 / (1 + np.exp(-score(both).astype(np.float64)))
-    assert abs(residual.sum()) < 0.02
+    gradient = 1e-4 * len(inputs)
+    assert abs(residual.sum()) < gradient
     found, weights = score(drawn["queries"]), residual @ inputs
-    np.testing.assert_allclose(found - found[0], (queries - queries[0]) @ weights, atol=0.15)
+    error = np.abs(found - found[0] - (queries - queries[0]) @ weights)
+    assert (error <= gradient * np.abs(queries - queries[0]).sum(axis=1) + 1e-3).all()
 
 
 def test_the_mlp_gives_the_log_odds_of_its_probabilities(drawn, monkeypatch):
