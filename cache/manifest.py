@@ -184,9 +184,37 @@ def check_files(
         if name not in skip:
             check_size(directory / name, record, command=command)
             if sha256_of(directory / name) != record.sha256:
-                raise DamagedCacheError(
-                    f"{directory / name} has changed since it was written. {_again(command)}"
-                )
+                raise _changed(directory / name, command)
+
+
+def read_file(directory: Path, manifest: Manifest, name: str, *, command: str) -> bytes:
+    """Return a file of a stage; exactly the bytes that are returned were checked.
+
+    Another process may replace the file between a check and a read.
+
+    Args:
+        directory: Of the stage.
+        manifest: Of the stage.
+        name: Of the file.
+        command: The command line that makes the stage, for the error.
+
+    Raises:
+        DamagedCacheError: The file is missing or has changed.
+        OodHeatmapError: It cannot be read.
+    """
+    path, record = directory / name, manifest.files[name]
+    check_size(path, record, command=command)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise read_error(path, error) from error
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise _changed(path, command)
+    return content
+
+
+def _changed(path: Path, command: str) -> DamagedCacheError:
+    return DamagedCacheError(f"{path} has changed since it was written. {_again(command)}")
 
 
 def check_size(path: Path, record: FileRecord, *, command: str) -> None:

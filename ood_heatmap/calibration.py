@@ -9,13 +9,12 @@ Source: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from ood_heatmap.errors import DamagedCacheError
 
@@ -75,25 +74,17 @@ class Calibration:
         """Return whether there are enough held-out images for decisions at this level."""
         return len(self.scores) >= num_needed(false_alarm)
 
-    def save(self, path: Path) -> None:
-        """Save to ``path``; not atomic."""
-        save_file({"scores": self.scores, "peaks": self.max_pixel_scores}, path)
-
-    @staticmethod
-    def load(path: Path) -> "Calibration":
-        """Load what ``save`` wrote.
-
-        Raises:
-            DamagedCacheError: Not a calibration file.
-        """
-        try:
-            return Calibration.from_bytes(path.read_bytes(), str(path))
-        except OSError as error:
-            raise DamagedCacheError(f"cannot read {path} ({error}). Evaluate again.") from None
+    def to_bytes(self) -> bytes:
+        """Return the content of a calibration file; ``from_bytes`` reads it."""
+        return save({"scores": self.scores, "peaks": self.max_pixel_scores})
 
     @staticmethod
     def from_bytes(content: bytes, name: str) -> "Calibration":
-        """Load the content of a file that ``save`` wrote; ``name`` is for the message.
+        """Return the calibration of a file's content.
+
+        Args:
+            content: What ``to_bytes`` returned.
+            name: Of the file, for the message.
 
         Raises:
             DamagedCacheError: Not a calibration file.

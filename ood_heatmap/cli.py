@@ -377,11 +377,9 @@ def export(run: Path, given: ExportOptions) -> None:
     """
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.pipeline.export import export as export_detector
-    from ood_heatmap.pipeline.run import read_manifest
 
     detector = HeatmapDetector.load(run, "cpu", given.false_alarm)
-    fingerprint = read_manifest(run, "decoder").fingerprint
-    differences = export_detector(detector, given.out, given.format, fingerprint)
+    differences = export_detector(detector, given.out, given.format)
     click.echo(f"{given.out}, {given.out.stat().st_size / 1e6:.1f} MB")
     if differences is None:
         click.echo("not compared with the detector: pip install onnxruntime, and export again")

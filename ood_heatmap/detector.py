@@ -71,6 +71,7 @@ class HeatmapDetector:
         color_max: Top of the colour scale on which all heatmaps of this decoder are drawn.
         calibration: Scores of held-out ID images; without it there are no decisions.
         false_alarm: The share of ID images that may be called OOD.
+        fingerprint: Of the decoder in its run; empty for a decoder that is in no run.
 
     Raises:
         UsageError: ``false_alarm`` is not between 0 and 1.
@@ -85,12 +86,14 @@ class HeatmapDetector:
         color_max: float = 1.0,
         calibration: Calibration | None = None,
         false_alarm: float = 0.05,
+        fingerprint: str = "",
     ) -> None:
         if not 0 < false_alarm < 1:
             raise UsageError(f"the false-alarm level is between 0 and 1, got {false_alarm}.")
         self.classifier, self.decoder = classifier, decoder
         self.classes, self.color_max = tuple(classes), color_max
         self.calibration, self.false_alarm = calibration, false_alarm
+        self.fingerprint = fingerprint
         if calibration is not None and not self.decides:
             log.warning(
                 "no decisions: a false-alarm level of %g needs at least %d held-out ID images, the "
@@ -136,6 +139,7 @@ class HeatmapDetector:
             color_max=self.color_max,
             calibration=calibration,
             false_alarm=false_alarm,
+            fingerprint=self.fingerprint,
         )
 
     @property

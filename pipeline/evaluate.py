@@ -326,8 +326,8 @@ def _calibrate(stage: Stage, held_out: ScoredSet | None) -> Calibration | None:
     if held_out is None:
         return None
     calibration = Calibration.fit(held_out.scores[HEATMAP], held_out.max_pixel_score)
-    with replacing(stage.directory / CALIBRATION_FILE) as scratch:
-        calibration.save(scratch)
+    with stage.writing(CALIBRATION_FILE) as scratch:
+        scratch.write_bytes(calibration.to_bytes())
     return calibration
 
 

@@ -76,16 +76,13 @@ class Exported(nn.Module):
         return (at_least + 1) / (len(self.held_out) + 1)
 
 
-def export(
-    detector: HeatmapDetector, out: Path, kind: str, fingerprint: str = ""
-) -> Differences | None:
+def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | None:
     """Write the detector as one file, and compare it with the detector before it is put in place.
 
     Args:
         detector: On the CPU.
         out: The file.
         kind: ``onnx`` or ``torch``.
-        fingerprint: Of the decoder, for the file's metadata.
 
     Returns:
         How far the file is from the detector on a few images; None when ONNX Runtime, which would
@@ -96,14 +93,14 @@ def export(
             something else than the detector. Nothing is left behind.
     """
     write = write_onnx if kind == "onnx" else write_torch
-    about = metadata(detector, fingerprint)
+    about = metadata(detector)
     with replacing(out) as scratch:
         write(detector, scratch, about)
         run = open_onnx(scratch) if kind == "onnx" else open_torch(scratch)
         return None if run is None else compare(detector, run, out)
 
 
-def metadata(detector: HeatmapDetector, fingerprint: str) -> dict[str, str]:
+def metadata(detector: HeatmapDetector) -> dict[str, str]:
     """Return what a user of the file has to know, as text; numbers and lists are JSON."""
     content = {
         "class_names": list(detector.classes),
@@ -118,7 +115,7 @@ def metadata(detector: HeatmapDetector, fingerprint: str) -> dict[str, str]:
         # JSON has no infinity; null where there are no decisions
         "threshold": detector.threshold if detector.decides else None,
         "pixel_threshold": detector.pixel_threshold if detector.decides else None,
-        "fingerprint": fingerprint,
+        "fingerprint": detector.fingerprint,
         "version": __version__,
     }
     return {

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_heatmap import figures
-from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.neighbours import Bank
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
@@ -88,9 +87,7 @@ def write_report(
 
 def _write(stage: Stage, name: str, content: bytes) -> None:
     """Write one file of the stage."""
-    path = stage.directory / name
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as scratch:
+    with stage.writing(name) as scratch:
         scratch.write_bytes(content)
 
 

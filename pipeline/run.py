@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate, differing_fields
@@ -84,6 +84,16 @@ def read_result(run: Path, stage: str, name: str) -> dict[str, Any]:
     manifest = read_manifest(run, stage)
     check_files(run, manifest, skip=[other for other in manifest.files if other != name])
     return manifests.read_json(run / stage / name, command=command_of(run, stage))
+
+
+def read_file(run: Path, manifest: Manifest, name: str) -> bytes:
+    """Return a file of a finished stage; exactly the bytes that are returned were checked.
+
+    Raises:
+        DamagedCacheError: The file is missing or has changed.
+    """
+    command = command_of(run, manifest.stage)
+    return manifests.read_file(run / manifest.stage, manifest, name, command=command)
 
 
 def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
@@ -247,17 +257,22 @@ def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDec
     targets = read_manifest(run, "targets")
     require_from(targets, index, run)
     require_from(manifest, targets, run)
-    check_files(run, manifest)
-    path = run / "decoder" / DECODER
+    content, path = read_file(run, manifest, DECODER), run / "decoder" / DECODER
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["ood_heatmap"])
+        about = json.loads(_metadata(content)["ood_heatmap"])
         decoder = Decoder(shape_from(about["decoder"]))
-        decoder.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        decoder.load_state_dict(load(content))
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedCacheError(f"{path} holds no decoder ({error}). Train again.") from error
     decoder.eval().to(device).to(memory_format=torch.channels_last)
     return TrainedDecoder(decoder, manifest)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file: its header is JSON behind its length."""
+    header_length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + header_length])["__metadata__"]
+    return metadata
 
 
 def shape_from(content: Mapping[str, Any]) -> DecoderConfig:
@@ -294,6 +309,7 @@ def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -
         trained.decoder,
         classes=index.manifest.results["classes"],
         color_max=trained.manifest.results["color_max"],
+        fingerprint=trained.manifest.fingerprint,
     )
 
 
@@ -321,6 +337,6 @@ def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] 
     except StaleCacheError as error:
         log.warning("not calibrated: %s", error)
         return None
-    check_files(run, manifest, skip=[name for name in manifest.files if name != CALIBRATION])
-    calibration = Calibration.load(run / "evaluation" / CALIBRATION)
+    path = run / "evaluation" / CALIBRATION
+    calibration = Calibration.from_bytes(read_file(run, manifest, CALIBRATION), str(path))
     return calibration, manifest.results["false_alarm"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 from scipy.stats import binomtest
 
 from ood_heatmap.calibration import Calibration, num_needed
@@ -63,13 +64,12 @@ def test_there_is_a_threshold_when_the_lowest_p_value_is_as_low_as_the_level(lev
         assert calibration.has_threshold(level) == (lowest <= level)
 
 
-def test_it_comes_back_from_disk_and_a_damaged_one_is_one_line(tmp_path):
-    path = tmp_path / "calibration.safetensors"
+def test_it_comes_back_from_bytes_and_damaged_ones_are_one_line():
     calibration = Calibration.fit(np.array([3, 1, 2]), np.array([0.3, 0.1, 0.2]))
-    calibration.save(path)
-    np.testing.assert_array_equal(Calibration.load(path).scores, [1, 2, 3])
-    path.write_bytes(b"damaged")
-    with pytest.raises(DamagedCacheError, match="is not a calibration file"):
-        Calibration.load(path)
-    with pytest.raises(DamagedCacheError, match="cannot read"):
-        Calibration.load(tmp_path / "gone")
+    loaded = Calibration.from_bytes(calibration.to_bytes(), "name")
+    np.testing.assert_array_equal(loaded.scores, [1, 2, 3])
+    np.testing.assert_array_equal(loaded.max_pixel_scores, np.float32([0.1, 0.2, 0.3]))
+    assert calibration.to_bytes() == loaded.to_bytes()
+    for content in (b"damaged", b"", save({"scores": np.zeros(1)})):
+        with pytest.raises(DamagedCacheError, match="name is not a calibration file"):
+            Calibration.from_bytes(content, "name")

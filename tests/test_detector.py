@@ -12,10 +12,12 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from ood_heatmap import HeatmapDetector
+from ood_heatmap.cache import manifest as manifest_module
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
 from ood_heatmap.images import UnreadableImageError
+from ood_heatmap.pipeline import run as run_module
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.run import read_manifest
 
@@ -224,7 +226,7 @@ def test_false_alarms_on_fresh_id_images_stay_within_the_binomial_interval(detec
 def put_calibration(run, calibration: Calibration, false_alarm: float) -> None:
     """Write a calibration as the evaluation does."""
     path = run / "evaluation" / "calibration.safetensors"
-    calibration.save(path)
+    path.write_bytes(calibration.to_bytes())
     manifest = read_manifest(run, "evaluation")
     files = {**manifest.files, path.name: FileRecord.of(path)}
     results = {**manifest.results, "false_alarm": false_alarm}
@@ -259,3 +261,46 @@ def test_a_damaged_calibration_is_refused(run, detector):
         file.write(b"x")
     with pytest.raises(DamagedCacheError, match=r"calibration\.safetensors has changed"):
         HeatmapDetector.load(run, "cpu")
+
+
+def test_a_calibration_that_appears_while_loading_is_not_mixed_with_the_old_decoder(
+    run, detector, monkeypatch, caplog
+):
+    put_calibration(run, calibrate(detector, noise(1, 30)), 0.2)
+    open_decoder = run_module.open_decoder
+
+    def open_then_train_again(*arguments):
+        trained = open_decoder(*arguments)
+        manifest = read_manifest(run, "decoder")
+        retrained = replace(manifest, inputs={**manifest.inputs, "seed": 5}, fingerprint="")
+        write_manifest(run / "decoder", retrained)
+        evaluation = read_manifest(run, "evaluation")
+        inputs = {**evaluation.inputs, "decoder": retrained.fingerprint}
+        write_manifest(run / "evaluation", replace(evaluation, inputs=inputs, fingerprint=""))
+        return trained
+
+    monkeypatch.setattr(run_module, "open_decoder", open_then_train_again)
+    assert HeatmapDetector.load(run, "cpu").calibration is None
+    assert "not calibrated" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["decoder/decoder.safetensors", "evaluation/calibration.safetensors"]
+)
+def test_the_bytes_that_are_loaded_are_those_that_were_checked(run, detector, monkeypatch, name):
+    put_calibration(run, calibrate(detector, noise(1, 30)), 0.2)
+    check_size = manifest_module.check_size
+
+    def check_then_replace(path, record, *, command):
+        check_size(path, record, command=command)
+        if path == run / name:
+            path.write_bytes(bytes(len(path.read_bytes())))
+
+    monkeypatch.setattr(manifest_module, "check_size", check_then_replace)
+    with pytest.raises(DamagedCacheError, match="has changed since it was written"):
+        HeatmapDetector.load(run, "cpu")
+
+
+def test_a_detector_knows_its_decoder(run, detector):
+    fingerprint = read_manifest(run, "decoder").fingerprint
+    assert detector.fingerprint == detector.at(0.5).fingerprint == fingerprint

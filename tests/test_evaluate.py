@@ -40,6 +40,7 @@ from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
+CALIBRATION_FILE = "evaluation/calibration.safetensors"
 METHODS = ("heatmap", *(method.name for method in BASELINES))
 CONFIG = EvaluateConfig(near=("near",), batch_size=16, neighbours=5, examples=3)
 
@@ -181,7 +182,7 @@ def cards_of(run):
 
 
 def test_the_report_shows_images_at_even_steps_of_the_score(data, finished_run):
-    calibration = Calibration.load(finished_run / "evaluation" / "calibration.safetensors")
+    calibration = Calibration.from_bytes((finished_run / CALIBRATION_FILE).read_bytes(), "")
     cards = cards_of(finished_run)
     assert [name for name, *_ in cards] == ["id"] * 27 + ["far"] * 25 + ["near"] * 40
     paths = sorted((data / "ood").iterdir())
@@ -247,7 +248,7 @@ def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
         rate = (results[folder].score > threshold).mean()
         assert found["detection"][name]["rate"] == pytest.approx(rate)
     assert "threshold" in format_decisions(found)
-    calibration = Calibration.load(run / "evaluation" / "calibration.safetensors")
+    calibration = Calibration.from_bytes((run / CALIBRATION_FILE).read_bytes(), "")
     np.testing.assert_allclose(calibration.scores, np.sort(results["id"].score), rtol=1e-5)
 
 

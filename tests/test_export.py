@@ -133,10 +133,10 @@ def test_the_torch_program_says_what_it_is(run, tmp_path):
 
 def test_the_metadata_has_the_thresholds_where_there_are_any(classifier):
     detector = make_detector(classifier, "magnitude", 0)
-    about = export_module.metadata(detector, "")
+    about = export_module.metadata(detector)
     assert json.loads(about["threshold"]) == detector.threshold
     assert json.loads(about["pixel_threshold"]) == detector.pixel_threshold
-    about = export_module.metadata(detector.calibrated(None, 0.05), "")
+    about = export_module.metadata(detector.calibrated(None, 0.05))
     assert (about["threshold"], about["pixel_threshold"]) == ("null", "null")
 
 
