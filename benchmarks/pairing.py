@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cli import named_source
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device, keep_freed_memory
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.metrics import detection_metrics
 from ood_heatmap.patches import draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.inputs import named_source
 from ood_heatmap.pipeline.localize import read_sample
 from ood_heatmap.pipeline.run import open_index
 from ood_heatmap.pipeline.targets import build_targets

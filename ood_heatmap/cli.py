@@ -20,7 +20,6 @@ from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.options import CommandGroup, GroupedOption, log_to_stderr, options
 from ood_heatmap.pipeline.config import (
     ClassifierOptions,
-    DataOptions,
     EvaluateConfig,
     EvaluateData,
     ExportOptions,
@@ -39,8 +38,6 @@ from ood_heatmap.pipeline.config import (
 if TYPE_CHECKING:
     import torch
 
-    from ood_heatmap.classifier import Classifier
-    from ood_heatmap.images import ImageSet
     from ood_heatmap.pipeline.plan import Plan
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -83,65 +80,6 @@ def main(context: click.Context) -> None:
     log_to_stderr(context)
 
 
-def open_source(source: str, data: DataOptions) -> "ImageSet":
-    """Open an image set; rank 0 first, so that only one process downloads."""
-    from ood_heatmap.distributed import main_process_first
-    from ood_heatmap.sources import open_images
-
-    with main_process_first():
-        return open_images(source, data_root=data.data_root, download=data.download)
-
-
-def open_ood_sets(data: TestData) -> "dict[str, ImageSet]":
-    """Open the OOD test sets, by name."""
-    sets: dict[str, ImageSet] = {}
-    for item in data.ood_sources:
-        name, source = named_source(item)
-        if name in sets:
-            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
-        sets[name] = open_source(source, data)
-    return sets
-
-
-def named_source(item: str) -> tuple[str, str]:
-    """Split ``NAME=SOURCE``; without a name it is the last part of the source."""
-    name, equals, source = item.partition("=")
-    if equals and not Path(item).exists():
-        return name, source
-    path = Path(item)
-    return (path.stem if path.exists() else item.partition("/")[0]), item
-
-
-def near_names(near: tuple[str, ...], ood_sources: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of near sets that were given by name, by source, or by both."""
-    named = [(item, *named_source(item)) for item in ood_sources]
-    names = {
-        os.path.normpath(text): name for item, name, source in named for text in (item, source)
-    }
-    names |= {name: name for _, name, _ in named}
-    return tuple(dict.fromkeys(names.get(os.path.normpath(item), item) for item in near))
-
-
-def open_classifier(given: ClassifierOptions, device: "torch.device") -> "Classifier":
-    """Load the classifier that the options name, rank 0 first."""
-    from ood_heatmap.classifier import load_classifier
-    from ood_heatmap.distributed import main_process_first
-
-    with main_process_first():
-        classifier = load_classifier(
-            given.spec,
-            weights=given.weights,
-            num_classes=given.num_classes,
-            mean=given.mean,
-            std=given.std,
-            size=given.size,
-            head=given.head,
-            num_maps=given.feature_maps,
-            autocast=given.autocast,
-        )
-    return classifier.to(device)
-
-
 def conclude(
     results: Mapping[str, Any], next_command: str = "", *, allow_suspicious: bool = True
 ) -> None:
@@ -178,6 +116,7 @@ def index(
     """
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.index import build_index
+    from ood_heatmap.pipeline.inputs import open_classifier, open_source
 
     with stage_device(device) as torch_device:
         network = open_classifier(classifier, torch_device)
@@ -213,6 +152,7 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
         ood-heatmap targets runs/c10 --ood data/places365 --limit 10000
     """
     from ood_heatmap.devices import stage_device
+    from ood_heatmap.pipeline.inputs import open_source
     from ood_heatmap.pipeline.targets import build_targets
 
     with stage_device(device) as torch_device:
@@ -266,6 +206,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
     """
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
+    from ood_heatmap.pipeline.inputs import near_names, open_ood_sets, open_source
     from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_decisions, format_table
 
@@ -349,6 +290,7 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
         ood-heatmap localize runs/c10 --id cifar10/test --ood svhn/test
     """
     from ood_heatmap.devices import stage_device
+    from ood_heatmap.pipeline.inputs import open_ood_sets, open_source
     from ood_heatmap.pipeline.localize import localize as localize_run
     from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_localization
@@ -414,6 +356,7 @@ def plan_index(
         ood-heatmap plan index runs/c10 --id cifar10/train --classifier cifar-resnet18
     """
     from ood_heatmap.devices import stage_device
+    from ood_heatmap.pipeline.inputs import open_classifier, open_source
     from ood_heatmap.pipeline.plan import plan_index as make_plan
 
     images = open_source(data.id_source, replace(data, download=False))
@@ -434,6 +377,7 @@ def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: st
         ood-heatmap plan targets runs/c10 --ood data/places365 --limit 10000
     """
     from ood_heatmap.devices import stage_device
+    from ood_heatmap.pipeline.inputs import open_source
     from ood_heatmap.pipeline.plan import plan_targets as make_plan
 
     images = open_source(data.ood_source, replace(data, download=False))

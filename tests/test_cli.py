@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ood_heatmap import __version__
-from ood_heatmap.cli import conclude, main, named_source, near_names
+from ood_heatmap.cli import conclude, main
 
 
 def run_command(*arguments: object):
@@ -183,27 +183,6 @@ def test_a_second_writer_is_one_line(run):
         result = run_command("train", run)
     assert result.exit_code == 1
     assert "is being written by process" in result.output
-
-
-def test_names_of_sources(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    assert named_source("photos") == ("photos", "photos")
-    assert named_source("x=photos") == ("x", "photos")
-    assert named_source("svhn/test") == ("svhn", "svhn/test")
-    assert named_source("x=svhn/test") == ("x", "svhn/test")
-
-
-def test_a_near_set_is_named_as_it_was_given(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "cifar100").mkdir(parents=True)
-    sets = ("data/cifar100", "n=svhn/test", "x=cifar100")
-    for given in ("n", "svhn/test", "n=svhn/test"):
-        assert near_names((given,), sets) == ("n",)
-    assert near_names(("data/cifar100/",), sets) == ("cifar100",)
-    # a name goes before a source of the same text
-    assert near_names(("cifar100", "data/cifar100"), sets) == ("cifar100",)
-    assert near_names(("nowhere",), sets) == ("nowhere",)
 
 
 def test_commands_are_listed_in_the_order_of_the_stages_and_described_whole():
