@@ -60,6 +60,7 @@ def replacing(path: Path, *, record: Callable[[Path], None] | None = None) -> It
             record(scratch)
         os.replace(scratch, path)
         sync(path.parent)
+        log.debug("wrote %s", path)
     except (OSError, RuntimeError, SafetensorError) as error:
         refused = refused_write(error)
         if refused is None:

@@ -208,9 +208,18 @@ def _click_type(type_: Any, option: Option) -> Any:
     return click.IntRange(*bounds) if type_ is int else click.FloatRange(*bounds)
 
 
+class _LineFormatter(logging.Formatter):
+    """Format a record as one line, whatever the names in it; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 def log_to_stderr(context: click.Context) -> None:
     """Send log records to stderr: those of this package from INFO on, or as -v and -q say."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     context.call_on_close(lambda: _LOG.setLevel(logging.NOTSET))
     _set_level(context.meta.get(_LEVEL, logging.INFO))
 

@@ -50,7 +50,7 @@ class Meter:
             total=self.total,
             desc=self.label,
             unit=" images",
-            disable=None if is_main() else True,
+            disable=None if is_main() and log.isEnabledFor(logging.INFO) else True,
             leave=False,
         )
 

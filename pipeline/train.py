@@ -288,7 +288,7 @@ def run_epoch(
         f"train {epoch + 1}/{config.epochs}",
         len(rates),
         leave=False,
-        disable=None if is_main() else True,
+        disable=None if is_main() and log.isEnabledFor(logging.INFO) else True,
         unit_scale=config.batch_size,
         unit=" images",
     )

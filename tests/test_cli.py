@@ -246,6 +246,35 @@ def test_verbose_shows_settings_and_where_an_error_came_from(run, caplog):
     assert "Traceback" in caplog.text
 
 
+def test_log_records_stay_in_their_line(run, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+    @main.command("note")
+    def note():
+        logging.getLogger("ood_heatmap.test").warning("skipped %s", "a\nb\x1b[31m\udcff")
+
+    try:
+        assert run_command("note").stderr == "skipped a\\nb\\x1b[31m\\udcff\n"
+    finally:
+        del main.commands["note"]
+
+
+def test_quiet_shows_no_progress_and_verbose_what_was_written(run):
+    command = ["train", run, "--overwrite", "--device", "cpu", "--epochs"]
+    for flag, epochs, words in (("-q", 2, []), ("-v", 1, ["epoch 1/1", "wrote", "TrainConfig("])):
+        done = subprocess.run(
+            [sys.executable, "-m", "ood_heatmap", *map(str, command), str(epochs), flag],
+            cwd=run,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "decoder of" in done.stdout
+        assert all(word in done.stderr for word in words)
+        if flag == "-q":
+            assert done.stderr == ""
+
+
 def test_names_that_are_not_utf8_are_printed_escaped(tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff.png"
     for arguments in (
