@@ -35,8 +35,8 @@ _UPRIGHT = {
 UInt8: TypeAlias = NDArray[np.uint8]
 # an image of any mode, or uint8 RGB (3, H, W)
 Decoded: TypeAlias = Image.Image | UInt8
-Item = TypeVar("Item")
-Done = TypeVar("Done")
+_Item = TypeVar("_Item")
+_Done = TypeVar("_Done")
 
 
 class UnreadableImageError(OodHeatmapError):
@@ -203,7 +203,7 @@ def to_rgb(image: Decoded) -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image.transpose(1, 2, 0))
-    orientation = orientation_of(image)
+    orientation = _orientation(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "RGB":
@@ -230,11 +230,12 @@ def to_rgb(image: Decoded) -> Image.Image:
     return image.convert("RGB")
 
 
-def orientation_of(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1, upright, where there is none or EXIF is damaged.
 
-    Pillow turns TIFF files itself, and then reports them as upright.
+    Pillow turns TIFF files itself when they are loaded, and reports them as upright from then on.
     """
+    image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -487,7 +488,7 @@ def apply_transform(transform: Transform, image: Decoded, name: str) -> UInt8:
 
 def _notes_of(image: Image.Image) -> Iterator[str]:
     """Yield what was done to an image that its owner may not expect."""
-    if orientation_of(image) != 1:
+    if _orientation(image) != 1:
         yield "turned by EXIF orientation"
     if image.mode.startswith("I") and np.asarray(image).max() < 4096:
         yield "nearly black: 16-bit greys below 4096 of 65535"
@@ -524,10 +525,10 @@ def iter_batches(
 
 
 def prefetch(
-    function: Callable[[Item], Done], items: Iterable[Item], *, workers: int
-) -> Iterator[Done]:
+    function: Callable[[_Item], _Done], items: Iterable[_Item], *, workers: int
+) -> Iterator[_Done]:
     """Yield ``function(item)`` in order, computed in threads; at most ``workers`` results wait."""
-    waiting: deque[Future[Done]] = deque()
+    waiting: deque[Future[_Done]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:

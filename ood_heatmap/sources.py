@@ -57,8 +57,8 @@ def open_images(
     if path.is_dir():
         return open_folder(path, class_order=class_order)
     if path.suffix in (".npy", ".npz"):
-        return open_array_file(path)
-    return open_torchvision(source, data_root, download)
+        return _open_array_file(path)
+    return _open_torchvision(source, data_root, download)
 
 
 @cache
@@ -262,7 +262,7 @@ def read_file(path: Path) -> tuple[Image.Image, bytes]:
     return image, hashlib.sha256(content).digest()
 
 
-def open_array_file(path: Path) -> ImageSet:
+def _open_array_file(path: Path) -> ImageSet:
     """Return the images of an ``.npy`` or ``.npz`` file.
 
     Of an ``.npz`` file, the array ``images``, or the only one beside ``labels``; none is guessed.
@@ -270,14 +270,15 @@ def open_array_file(path: Path) -> ImageSet:
     Raises:
         OodHeatmapError: It cannot be read, or it is not clear which array has the images.
     """
+    labels = None
     try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            images, labels = content, None
+        if path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+                images = content[_images_key(content.files, path)]
+                labels = content["labels"] if "labels" in content.files else None
         else:
-            images = content[_images_key(content.files, path)]
-            labels = content["labels"] if "labels" in content.files else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OodHeatmapError(f"{path} cannot be read as NumPy arrays ({error}).") from error
     return from_array(images, labels, source=str(path))
 
@@ -375,13 +376,13 @@ def _array_labels(
         if fits.all() and (labels == np.trunc(labels)).all():
             return labels.astype(np.int32), ()
     raise OodHeatmapError(
-        f"the labels of {source} are not class numbers ({labels.dtype}, the first is "
-        f"{labels[0]}, they end at {labels.max()}). Use whole numbers from 0, -1 where unknown, or "
+        f"the labels of {source} are not class numbers ({labels.dtype}: "
+        f"{np.array2string(labels, threshold=6)}). Use whole numbers from 0, -1 where unknown, or "
         "class names."
     )
 
 
-def torchvision_sets() -> dict[str, Callable[[str, dict[str, Any]], Any]]:
+def _torchvision_sets() -> dict[str, Callable[[str, dict[str, Any]], Any]]:
     """Return data set name to a function of (split, common arguments) that opens it."""
     from torchvision import datasets as tv
 
@@ -433,10 +434,10 @@ class _TorchvisionReader:
         return self.read(row)[1]
 
 
-def open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
+def _open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
     """Return a torchvision data set named ``name/split``; the split is ``test`` by default."""
     name, _, split = source.partition("/")
-    sets = torchvision_sets()
+    sets = _torchvision_sets()
     if name not in sets:
         raise UsageError(
             f"there is no folder, file or data set {source!r}. Data sets: {', '.join(sets)}, each "

@@ -1,17 +1,24 @@
-"""Image sets and the one transform; every kind of bad image ends in one line that names it."""
+"""Image sets: every mode, every orientation, every order of classes; batches in order."""
 
 import hashlib
 import io
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, features
 
-from ood_heatmap import sources as module
-from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.images import Transform, UnreadableImageError, iter_batches, to_rgb
-from ood_heatmap.sources import from_array, open_images, read_file
+from ood_heatmap.images import (
+    Transform,
+    UnreadableImageError,
+    class_orders,
+    decode,
+    iter_batches,
+    relabel,
+    sort_classes,
+    to_rgb,
+)
+from ood_heatmap.sources import from_array, open_images
 
 
 def picture(width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:
@@ -34,141 +41,6 @@ def test_every_mode_becomes_rgb():
     assert np.asarray(to_rgb(black)).max() == 0
     with pytest.raises(ValueError, match="no known range"):
         to_rgb(Image.fromarray(np.ones((4, 4), np.float32)))
-
-
-def test_a_folder_of_class_folders_has_labels_in_alphabetical_order(tmp_path):
-    for name in ("dog/b.png", "cat/x.png", "cat/deep/a.PNG", "dog/notes.txt", ".hidden/c.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.lower().endswith("png"):
-            picture().save(tmp_path / name, "png")
-        else:
-            (tmp_path / name).write_text("")
-    images = open_images(str(tmp_path))
-    assert images.names == ["cat/deep/a.PNG", "cat/x.png", "dog/b.png"]
-    assert images.labels.tolist() == [0, 0, 1]
-    assert images.classes == ("cat", "dog")
-
-
-def test_a_flat_folder_has_no_labels(tmp_path):
-    picture().save(tmp_path / "b.png")
-    picture().save(tmp_path / "a.jpg")
-    images = open_images(str(tmp_path))
-    assert images.names == ["a.jpg", "b.png"]
-    assert images.labels.tolist() == [-1, -1]
-
-
-def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(OodHeatmapError, match=r"holds no images \(looked for"):
-        open_images(str(tmp_path))
-
-
-def test_images_beside_class_folders_are_refused(tmp_path):
-    (tmp_path / "cat").mkdir()
-    picture().save(tmp_path / "cat" / "a.png")
-    picture().save(tmp_path / "b.png")
-    with pytest.raises(OodHeatmapError, match=r"b\.png.*cat.*side by side"):
-        open_images(str(tmp_path))
-
-
-def test_an_unknown_source_lists_the_sets():
-    with pytest.raises(UsageError, match=r"'nowhere'.*cifar10.*svhn"):
-        open_images("nowhere")
-
-
-def test_a_set_that_is_not_there_says_how_to_get_it(tmp_path):
-    with pytest.raises(OodHeatmapError, match=r"cifar10/train is not complete under .*--download"):
-        open_images("cifar10/train", data_root=tmp_path)
-    with pytest.raises(UsageError, match="no split 'night'"):
-        open_images("cifar10/night", data_root=tmp_path)
-
-
-def test_a_torchvision_set_is_read(tmp_path):
-    """CIFAR-10's own files, made small: torchvision then checks nothing but that they are there."""
-    from torchvision.datasets import MNIST
-
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    values = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
-    header = {3: b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in values.shape)}
-    for part in ("train", "t10k"):
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header[3] + values.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-            b"\0\0\x08\x01" + (3).to_bytes(4, "big") + bytes([7, 0, 2])
-        )
-    assert MNIST(str(tmp_path), train=False)
-    images = open_images("mnist/test", data_root=tmp_path)
-    assert images.labels.tolist() == [7, 0, 2]
-    (batch,) = all_of(images, Transform(28))
-    np.testing.assert_array_equal(batch.pixels, np.repeat(values[:, None], 3, axis=1))
-    assert batch.modes == {"L": 3}
-
-
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW", "NHW1"])
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_arrays_of_every_layout_are_read(tmp_path, layout, suffix):
-    values = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8)).astype(np.uint8)
-    if "1" in layout or layout == "NHW":
-        values[:] = values[:, :1]
-    stored = {
-        "NHWC": values.transpose(0, 2, 3, 1),
-        "NCHW": values,
-        "NHW": values[:, 0],
-        "NHW1": values[:, 0, :, :, None],
-    }[layout]
-    path = tmp_path / f"a{suffix}"
-    if suffix == ".npy":
-        np.save(path, stored)
-    else:
-        np.savez(path, images=stored, labels=np.arange(5) % 2)
-    images = open_images(str(path))
-    for transform in (Transform(8), Transform(8, resize=9)):
-        found = np.concatenate([batch.pixels for batch in all_of(images, transform)])
-        wanted = [transform(Image.fromarray(item)) for item in values.transpose(0, 2, 3, 1)]
-        np.testing.assert_array_equal(found, wanted)
-    assert images.labels.tolist() == ([-1] * 5 if suffix == ".npy" else [0, 1, 0, 1, 0])
-
-
-@pytest.mark.parametrize(
-    "array", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((0, 8, 8, 3), np.uint8)]
-)
-def test_arrays_that_are_no_images_are_refused(array):
-    with pytest.raises(OodHeatmapError, match=r"must be uint8|no images"):
-        from_array(array)
-
-
-def test_labels_of_another_length_are_refused():
-    with pytest.raises(OodHeatmapError, match=r"4 images but labels of shape \(3,\)"):
-        from_array(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3))
-
-
-def test_an_array_file_with_python_objects_is_refused(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(OodHeatmapError, match="cannot be read as NumPy arrays"):
-        open_images(str(tmp_path / "a.npy"))
-
-
-def bad_files(folder: Path) -> dict[str, Path]:
-    buffer = io.BytesIO()
-    picture(64, 64).save(buffer, "jpeg")
-    whole = buffer.getvalue()
-    contents = {"cut.jpg": whole[: len(whole) // 2], "text.png": b"hello", "empty.png": b""}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return {name: folder / name for name in contents}
-
-
-@pytest.mark.parametrize("name", ["cut.jpg", "text.png", "empty.png", "missing.png"])
-def test_an_unreadable_image_is_named(tmp_path, name):
-    path = bad_files(tmp_path).get(name, tmp_path / name)
-    with pytest.raises(UnreadableImageError, match=f"{path} is not a readable image.*--skip"):
-        read_file(path)
-
-
-def test_an_image_made_to_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    picture(64, 64).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
-    with pytest.raises(UnreadableImageError, match=r"large\.png"):
-        read_file(tmp_path / "large.png")
 
 
 def test_skipped_images_are_counted_and_the_others_keep_their_rows(tmp_path):
@@ -199,23 +71,161 @@ def test_batches_come_in_order_with_the_hash_of_each_file(tmp_path):
     assert b"".join(images.digest(row) for row in range(10)) == wanted
 
 
-def test_the_listing_changes_with_names_sizes_and_order(tmp_path):
-    picture().save(tmp_path / "a.png")
-    picture(seed=1).save(tmp_path / "b.png")
-    before = open_images(str(tmp_path)).listing
-    assert open_images(str(tmp_path)).listing == before
-    (tmp_path / "b.png").rename(tmp_path / "c.png")
-    renamed = open_images(str(tmp_path)).listing
-    (tmp_path / "c.png").write_bytes(b"shorter")
-    assert len({before, renamed, open_images(str(tmp_path)).listing}) == 3
+def saved(image: Image.Image, suffix: str, **options) -> Image.Image:
+    """Return an image as it is read from a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, suffix, **options)
+    return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-def test_a_listing_does_not_depend_on_the_place(tmp_path):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        picture().save(tmp_path / folder / "a.png")
-    assert open_images(str(tmp_path / "one")).listing == open_images(str(tmp_path / "two")).listing
+FORMATS = ["jpeg", "png", "webp", "tiff", *(["avif"] if "avif" in features.get_supported() else [])]
 
 
-def test_all_sets_are_torchvision_classes():
-    assert {"cifar10", "cifar100", "svhn", "dtd", "places365"} <= set(module.torchvision_sets())
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_images_are_upright_whatever_their_exif_orientation_and_format(suffix, orientation):
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture(9, 6).save(buffer, suffix, exif=exif)
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
+    assert wanted.shape[:2] == ((9, 6) if orientation > 4 else (6, 9))
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.open(buffer))), wanted)
+    # loaded or not: Pillow turns TIFF files when it loads them
+    image = Image.open(buffer)
+    image.load()
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), wanted)
+
+
+def test_orientation_is_told_by_a_corner():
+    """Orientation 6: the camera was turned left, the first row of the file is the right side."""
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright = np.asarray(to_rgb(saved(Image.fromarray(pixels), "png", exif=exif)))
+    assert upright.shape == (6, 4, 3)
+    assert (upright[:, -1] == 255).all()
+    assert upright[:, :-1].max() == 0
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0"]
+)
+def test_damaged_exif_leaves_an_image_as_it_is(exif):
+    image = picture()
+    image.info["exif"] = exif
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(picture()))
+
+
+def test_an_orientation_that_does_not_exist_leaves_an_image_as_it_is():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 9
+    np.testing.assert_array_equal(
+        np.asarray(to_rgb(saved(picture(), "png", exif=exif))), np.asarray(picture())
+    )
+
+
+def test_turned_images_are_counted(tmp_path):
+    exif = Image.Exif()
+    for number, orientation in enumerate([1, 6, 3, 8, 1]):
+        exif[ExifTags.Base.Orientation] = orientation
+        picture(9, 6).save(tmp_path / f"{number}.jpg", exif=exif)
+    picture(9, 6).save(tmp_path / "5.jpg")
+    batch = decode(open_images(str(tmp_path)), np.arange(6), Transform(6))
+    assert batch.notes == {"turned by EXIF orientation": 3}
+
+
+def test_what_is_hidden_below_transparency_shows():
+    """As with torchvision, which drops the channel too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 5, 4)).astype(np.uint8)
+    pixels[..., 3] = 0
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(pixels))), pixels[..., :3])
+
+
+GREYS = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, ">u2", np.int32])
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_integer_greys_over_16_bits_are_scaled(dtype, suffix):
+    image = Image.fromarray(GREYS.astype(dtype))
+    if suffix == "tiff" or image.mode != "I":
+        image = saved(image, suffix)
+    found = np.asarray(to_rgb(image))
+    np.testing.assert_array_equal(found, np.repeat((GREYS // 256)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.arange(256, dtype=np.uint16), "end at 255 of 65535 would all be black"),
+        (np.arange(256, dtype=np.int32), "end at 255 of 65535 would all be black"),
+        (np.arange(256, dtype=np.int32) * 1000, "from 0 to 255000 have no known range"),
+        (np.arange(256, dtype=np.int32) - 3, "from -3 to 252 have no known range"),
+    ],
+)
+def test_integer_greys_of_another_range_are_refused(tmp_path, values, message):
+    saved(Image.fromarray(values.reshape(16, 16)), "tiff").save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableImageError, match=rf"a\.tif is not a readable .*{message}"):
+        decode(open_images(str(tmp_path)), np.arange(1), Transform(16))
+
+
+def test_a_black_16_bit_image_is_black():
+    assert np.asarray(to_rgb(Image.fromarray(np.zeros((4, 4), np.uint16)))).max() == 0
+
+
+def test_greys_of_12_bits_are_named(tmp_path):
+    Image.fromarray((GREYS // 16).astype(np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(GREYS).save(tmp_path / "b.png")
+    batch = decode(open_images(str(tmp_path)), np.arange(2), Transform(64))
+    assert batch.notes == {"nearly black: 16-bit greys below 4096 of 65535": 1}
+
+
+def test_class_orders():
+    names = ["10", "1", "Truck", "2", "cat"]
+    assert sort_classes(names, "name") == ["1", "10", "2", "Truck", "cat"]
+    assert sort_classes(names, "natural") == ["1", "2", "10", "cat", "Truck"]
+    assert sort_classes(names, "case-insensitive") == ["1", "10", "2", "cat", "Truck"]
+    assert class_orders(["1", "10", "2"]) == {"natural": ("1", "2", "10")}
+    assert class_orders(["cat", "dog"]) == {}
+
+
+def test_the_natural_order_is_that_of_timm():
+    natural_key = pytest.importorskip("timm.utils").natural_key
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        names = {"".join(generator.choice(list("aB10 _"), 4)) for _ in range(20)}
+        wanted = sorted(sorted(names), key=natural_key)
+        assert sort_classes(names, "natural") == wanted
+
+
+def labelled(labels: list[int], classes: tuple[str, ...]):
+    images = from_array(np.zeros((len(labels), 4, 4, 3), np.uint8), np.array(labels))
+    return replace(images, classes=classes, has_class_names=True)
+
+
+def test_labels_are_matched_by_class_name():
+    images = labelled([0, 0, 1, 2, -1], ("bird", "dog", "ufo"))
+    found = relabel(images, ["cat", "dog", "frog", "bird"])
+    assert found.labels.tolist() == [3, 3, 1, -1, -1]
+    assert found.labels.dtype == np.int32
+    assert found.classes == ("cat", "dog", "frog", "bird")
+
+
+def test_relabelling_in_every_order_keeps_the_name_of_each_image():
+    generator = np.random.default_rng(0)
+    names = [str(number) for number in range(12)]
+    for _ in range(20):
+        images = labelled(
+            generator.integers(12, size=50).tolist(), tuple(generator.permutation(names))
+        )
+        found = relabel(images, generator.permutation(names).tolist())
+        before = [images.classes[label] for label in images.labels]
+        assert [found.classes[label] for label in found.labels] == before
+
+
+def test_labels_without_names_are_positions():
+    images = from_array(np.zeros((4, 4, 4, 3), np.uint8), np.array([0, 10, 2, -1]))
+    assert relabel(images, ["0", "1", "10", "2"]).labels.tolist() == [0, -1, 2, -1]
+    assert relabel(images, [str(n) for n in range(11)]).labels.tolist() == [0, 10, 2, -1]
