@@ -239,7 +239,7 @@ def test_files_left_out_are_counted_by_suffix_and_hidden_ones_are_not(tmp_path, 
 
 
 def test_avif_is_an_image_where_pillow_reads_it():
-    assert (".avif" in image_suffixes()) == "avif" in features.get_supported()
+    assert (".avif" in image_suffixes()) == ("avif" in features.get_supported())
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
