@@ -255,8 +255,10 @@ def predict(
     """Score IMAGES and show where they are OOD: files, folders, or - for a list of files on stdin.
 
     Writes scores.csv with a line for each image, an overlay (PNG) and the raw heatmap (.npy).
-    p_value and is_ood are empty until the run has been evaluated. Images that cannot be read are
-    named and skipped, and the exit code is then 1.
+    p_value and is_ood are empty until the run has been evaluated, and is_ood when it was evaluated
+    on too few ID images for the level. Images that cannot be read are named and skipped, and the
+    exit code is then 1. In scores.csv, text that a spreadsheet would take for a formula begins with
+    an apostrophe; scores.jsonl has it unchanged.
 
     \b
     Examples:
@@ -272,10 +274,10 @@ def predict(
     # before the classifier is loaded, so that a missing file is reported at once
     paths = list_images(images, given.out)
     detector = HeatmapDetector.load(run, device, given.false_alarm)
-    done, unreadable = predict_images(detector, paths, given.out, config)
-    click.echo(f"{done} images, scores in {given.out / f'scores.{config.format}'}")
-    if unreadable:
-        raise OodHeatmapError(f"{len(unreadable)} images could not be read, {unreadable[0]} first.")
+    results = predict_images(detector, paths, given.out, config)
+    click.echo(f"{results.num_images} images, scores in {results.table}")
+    if results.problems:
+        raise OodHeatmapError("; ".join(results.problems) + ".")
 
 
 @main.command()

@@ -104,11 +104,17 @@ def embed(
 
 
 def classified(
-    decoded: Iterable[Batch], forward: Forward, meter: Meter, names: Sequence[str]
+    decoded: Iterable[Batch], forward: Forward, meter: Meter, names: Sequence[str] | None
 ) -> Iterator[tuple[Batch, Sequence[Output]]]:
     """Yield each batch with what the classifier says of it.
 
     One batch behind: the device computes while this process puts away the batch before.
+
+    Args:
+        decoded: Batches of images.
+        forward: The classifier.
+        meter: Accumulates counts and wait times.
+        names: Of all images, for the error that features are not finite; None to let them pass.
     """
     meter.forward = forward
     behind: deque[tuple[Batch, Pending]] = deque()
@@ -123,7 +129,8 @@ def classified(
         at = 0
         for output in outputs:
             features = output.features.numpy()
-            check_finite(features, batch.rows[at:], names)
+            if names is not None:
+                check_finite(features, batch.rows[at:], names)
             at += len(features)
         return batch, outputs
 

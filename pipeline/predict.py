@@ -5,6 +5,7 @@ than a few batches are in memory.
 """
 
 import csv
+import hashlib
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import make_directory, replacing
+from ood_heatmap.cache.files import locked, make_directory, replacing
 from ood_heatmap.classifier import Output
 from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay
-from ood_heatmap.images import Batch, iter_batches, prefetch
+from ood_heatmap.images import Batch, Unreadable, iter_batches, prefetch
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import classified
 from ood_heatmap.pipeline.forward import Forward
@@ -35,231 +36,332 @@ from ood_heatmap.sources import find_images, from_paths, image_suffixes
 log = logging.getLogger(__name__)
 
 STANDARD_INPUT = Path("-")
-COLUMNS = ("image", "score", "p_value", "is_ood", "prediction", "overlay", "heatmap")
-Record = dict[str, str | float | bool | None]
+# bytes of a file's name without its suffix; some encrypted file systems allow 143 in all
+_MAX_NAME_BYTES = 120
+# what a spreadsheet takes for the start of a formula
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One line of the table; the fields are its columns.
+
+    Args:
+        image: Path of the file, as it was named.
+        score: In [0, 1], larger is more OOD.
+        p_value: Share of held-out ID images that score at least as high; None without a
+            calibration.
+        is_ood: The decision; None where there is none, see ``Result``.
+        prediction: Name of the predicted class.
+        overlay: Name of the picture in the output folder.
+        heatmap: Name of the raw array in the output folder.
+    """
+
+    image: str
+    score: float
+    p_value: float | None
+    is_ood: bool | None
+    prediction: str
+    overlay: str | None = None
+    heatmap: str | None = None
+
+
+@dataclass
+class PredictResults:
+    """What ``predict`` did.
+
+    Args:
+        table: The file with a line for each scored image.
+        num_images: Number of lines.
+        skipped: Images without a line: they cannot be read, or have no finite score.
+        not_drawn: Images with a line whose overlay or heatmap could not be written.
+    """
+
+    table: Path
+    num_images: int = 0
+    skipped: list[Unreadable] = field(default_factory=list)
+    not_drawn: list[Unreadable] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What was left out, in a few words for each kind."""
+        kinds = {"a score": self.skipped, "an overlay and heatmap": self.not_drawn}
+        return [
+            f"images without {what}: {len(images)}, {images[0].name} first ({images[0].reason})"
+            for what, images in kinds.items()
+            if images
+        ]
 
 
 def list_images(places: Sequence[Path], out: Path) -> list[Path]:
     """Return the image files named, and those inside the folders named.
 
     Args:
-        places: Files and folders; ``-`` stands for those that standard input lists, one a line.
-        out: Where results go. What an earlier call has written there is no image to predict, if it
-            lies inside a folder named.
+        places: Files and folders; ``-`` stands for those listed on standard input, one a line.
+        out: The output folder. If it lies inside a folder named, what an earlier call has written
+            there is left out.
 
     Raises:
-        OodHeatmapError: A place is missing, or a folder has no images.
+        OodHeatmapError: A file or folder is missing, or a folder has no images.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for place in places:
         if place == STANDARD_INPUT:
-            found += listed(out)
+            paths += _read_list(out)
         elif place.is_dir():
-            found += images_in(place, out)
+            paths += _images_in(place, out)
         elif place.is_file():
-            found.append(place)
+            paths.append(place)
         else:
             raise OodHeatmapError(f"there is no image or folder {place}.")
-    return found
+    return paths
 
 
-def images_in(folder: Path, out: Path) -> list[Path]:
-    """Return the image files anywhere below a folder."""
-    whole, whole_out = folder.resolve(), out.resolve()
-    own = folder / whole_out.relative_to(whole) if whole in whole_out.parents else None
-    images, _ = find_images(folder)
-    found = [path for path in images if own not in path.parents]
-    if not found:
+def _images_in(folder: Path, out: Path) -> list[Path]:
+    """Return the image files anywhere below a folder, without those in the output folder."""
+    resolved, resolved_out = folder.resolve(), out.resolve()
+    inside = resolved in resolved_out.parents
+    own = folder / resolved_out.relative_to(resolved) if inside else None
+    paths = [path for path in find_images(folder)[0] if own not in path.parents]
+    if not paths:
         raise OodHeatmapError(
             f"{folder} holds no images (looked for {', '.join(sorted(image_suffixes()))})."
         )
-    return found
+    return paths
 
 
-def listed(out: Path) -> Iterator[Path]:
-    """Yield the paths on standard input; one that is missing is found out when it is read."""
+def _read_list(out: Path) -> Iterator[Path]:
+    """Yield the paths listed on standard input; missing ones are found when they are read."""
     lines = [line.rstrip("\r") for line in os.fsdecode(sys.stdin.buffer.read()).split("\n")]
     if not any(lines):
         raise OodHeatmapError("standard input lists no images: write one path a line.")
     for path in map(Path, filter(None, lines)):
         if path.is_dir():
-            yield from images_in(path, out)
+            yield from _images_in(path, out)
         else:
             yield path
 
 
 def predict(
     detector: HeatmapDetector, paths: Sequence[Path], out: Path, config: PredictConfig
-) -> tuple[int, list[Path]]:
-    """Write ``scores.csv`` or ``scores.jsonl``, and the overlay and raw heatmap of each image.
+) -> PredictResults:
+    """Write ``scores.csv`` or ``scores.jsonl``, and overlay and raw heatmap of each image.
 
-    Every file is whole or absent; the table, which comes last, too.
+    Every file is atomic, and the table comes last. Whatever is wrong with one image, or with
+    writing its overlay, the others get their lines.
 
     Args:
         detector: A trained detector.
         paths: Image files.
-        out: Made when it is not there.
+        out: The output folder, made when it is not there; locked meanwhile.
         config: Settings.
 
-    Returns:
-        How many images were done, and the files that could not be read; those have no line in the
-        table.
+    Raises:
+        OodHeatmapError: Another process writes there, or the table cannot be written.
     """
-    names = names_for(paths)
     make_directory(out)
+    results = PredictResults(out / f"scores.{config.format}")
+    images, names = from_paths(paths), output_names(paths)
     meter = Meter(len(paths), "predict")
-    transform = detector.classifier.config.transform
-    pieces = (
+    chunks = (
         np.arange(start, min(start + config.batch_size, len(paths)))
         for start in range(0, len(paths), config.batch_size)
     )
-    images = from_paths(paths)
-    batches = log_skipped(
-        iter_batches(images, pieces, transform, workers=config.workers, skip_unreadable=True)
+    batches = iter_batches(
+        images,
+        chunks,
+        detector.classifier.config.transform,
+        workers=config.workers,
+        skip_unreadable=True,
     )
     forward = Forward(detector.classifier, config.batch_size)
-    results = (
-        found
-        for batch, outputs in classified(batches, forward, meter, images.names)
-        for found in decoded(detector, batch, outputs)
-    )
-    table = out / f"scores.{config.format}"
-    with replacing(table) as scratch, open_table(scratch) as file:
-        write = writer_of(file, config.format)
-        for records in prefetch(
-            lambda found: write_batch(detector, found, paths, names, out, config),
-            results,
-            workers=config.workers,
-        ):
-            for record in records:
-                write(record)
+
+    def iter_scored() -> Iterator[_Scored]:
+        for batch, outputs in classified(batches, forward, meter, None):
+            _skip(batch.skipped, results)
+            for scored in _decode_outputs(detector, batch, outputs):
+                rows = scored.rows[~scored.is_finite].tolist()
+                reason = "the classifier returns NaN or infinity"
+                _skip([Unreadable(row, images.names[row], reason) for row in rows], results)
+                yield scored
+
+    def make_lines(scored: _Scored) -> list[Prediction]:
+        lines = []
+        for i in np.flatnonzero(scored.is_finite).tolist():
+            row = int(scored.rows[i])
+            line = _make_line(detector, scored.result, i, paths[row])
+            if config.pictures:
+                try:
+                    line = _write_pictures(detector, scored, i, line, out / names[row])
+                except (OodHeatmapError, OSError) as error:
+                    results.not_drawn.append(Unreadable(row, images.names[row], str(error)))
+            lines.append(line)
+        return lines
+
+    with locked(out), replacing(results.table) as scratch, _open_table(scratch) as file:
+        write_line = _line_writer(file, config.format)
+        for lines in prefetch(make_lines, iter_scored(), workers=config.workers):
+            for line in lines:
+                write_line(line)
+            results.num_images += len(lines)
     meter.close()
-    unreadable = [paths[image.row] for image in meter.skipped]
-    return len(paths) - len(unreadable), unreadable
+    # threads finish in any order
+    results.not_drawn.sort(key=lambda image: image.row)
+    return results
 
 
-def log_skipped(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches, and log which images of each cannot be read, and why."""
-    for batch in batches:
-        for image in batch.skipped:
-            log.warning("skipped %s: %s", image.name, image.reason)
-        yield batch
+def _skip(images: Iterable[Unreadable], results: PredictResults) -> None:
+    """Log images that get no line, and why."""
+    for image in images:
+        log.warning("skipped %s: %s", image.name, image.reason)
+        results.skipped.append(image)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Some decoded images, and what the detector says of them.
+class _Scored:
+    """Some images, and what the detector returned for them.
 
     Args:
-        rows: ``(B,)`` their places in the list of images.
+        rows: ``(B,)`` positions in the list of images.
         pixels: ``(B, 3, H, W)`` uint8.
         result: Of the detector.
+        is_finite: ``(B,)`` bool, False where the classifier returned NaN or infinity.
     """
 
     rows: NDArray[np.int64]
     pixels: NDArray[np.uint8]
     result: Result
+    is_finite: NDArray[np.bool_]
 
 
-def decoded(detector: HeatmapDetector, batch: Batch, outputs: Sequence[Output]) -> Iterator[Found]:
-    """Yield the heatmaps of a batch, in as many pieces as the classifier took it."""
+def _decode_outputs(
+    detector: HeatmapDetector, batch: Batch, outputs: Sequence[Output]
+) -> Iterator[_Scored]:
+    """Yield the heatmaps of a batch, in the chunks in which the classifier took it."""
     start = 0
     for output in outputs:
-        here = slice(start, start + len(output.features))
-        result = detector.decode(on_device(output, detector.classifier.device))
-        yield Found(batch.rows[here], batch.pixels[here], result)
-        start = here.stop
+        chunk = slice(start, start + len(output.features))
+        result = detector.decode(_to_device(output, detector.classifier.device))
+        is_finite = np.isfinite(result.score)
+        for values in (output.features, output.logits):
+            is_finite &= values.isfinite().all(dim=1).cpu().numpy()
+        yield _Scored(batch.rows[chunk], batch.pixels[chunk], result, is_finite)
+        start = chunk.stop
 
 
-def on_device(output: Output, device: torch.device) -> Output:
-    """Return what the classifier said, on a device."""
-    maps = tuple(item.to(device) for item in output.maps)
+def _to_device(output: Output, device: torch.device) -> Output:
+    """Return the classifier's output on a device."""
+    maps = tuple(feature_map.to(device) for feature_map in output.maps)
     return Output(output.features.to(device), output.logits.to(device), maps)
 
 
-def write_batch(
-    detector: HeatmapDetector,
-    found: Found,
-    paths: Sequence[Path],
-    names: Sequence[str],
-    out: Path,
-    config: PredictConfig,
-) -> list[Record]:
-    """Write the pictures of one batch, and return its lines of the table."""
-    records = []
-    for i, row in enumerate(found.rows):
-        record = record_of(detector, found.result, i, paths[row])
-        if config.pictures:
-            record |= {"overlay": f"{names[row]}.png", "heatmap": f"{names[row]}.npy"}
-            write_pictures(detector, found, i, record, out)
-        records.append(record)
-    return records
+def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) -> Prediction:
+    """Return an image's line of the table, without pictures."""
+    p_value = float(result.p_value[i])
+    return Prediction(
+        image=str(path),
+        score=round(float(result.score[i]), 6),
+        p_value=None if math.isnan(p_value) else round(p_value, 6),
+        is_ood=None if result.is_ood is None else bool(result.is_ood[i]),
+        prediction=detector.class_name(int(result.prediction[i])),
+    )
 
 
-def record_of(detector: HeatmapDetector, result: Result, i: int, path: Path) -> Record:
-    """Return an image's line of the table."""
-    label, p_value = int(result.prediction[i]), float(result.p_value[i])
-    return {
-        "image": str(path),
-        "score": round(float(result.score[i]), 6),
-        "p_value": None if math.isnan(p_value) else round(p_value, 6),
-        "is_ood": None if result.is_ood is None else bool(result.is_ood[i]),
-        "prediction": detector.classes[label] if detector.classes else str(label),
-        "overlay": None,
-        "heatmap": None,
-    }
+def _write_pictures(
+    detector: HeatmapDetector, scored: _Scored, i: int, line: Prediction, path: Path
+) -> Prediction:
+    """Write an image's overlay and its raw heatmap, and return its line with their names.
 
+    Args:
+        detector: For its colour scale.
+        scored: The batch.
+        i: Position of the image in it.
+        line: Of the image.
+        path: Of the pictures, without suffix.
 
-def write_pictures(
-    detector: HeatmapDetector, found: Found, i: int, record: Record, out: Path
-) -> None:
-    """Write an image's overlay with its legend, and its raw heatmap."""
-    heatmap = found.result.heatmap[i]
-    picture = overlay(found.pixels[i], np.abs(heatmap).max(axis=0), detector.color_max)
-    picture = add_legend(picture, legend(record), detector.color_max)
-    with replacing(out / str(record["overlay"])) as scratch:
+    Raises:
+        OodHeatmapError: One of them cannot be written.
+    """
+    heatmap, pixel_score = scored.result.heatmap[i], scored.result.pixel_score[i]
+    picture = overlay(scored.pixels[i], pixel_score, detector.color_max)
+    picture = add_legend(picture, _format_legend(line), detector.color_max)
+    overlay_path, heatmap_path = (path.with_name(path.name + suffix) for suffix in (".png", ".npy"))
+    with replacing(overlay_path) as scratch:
         picture.save(scratch, "png", compress_level=1)
-    with replacing(out / str(record["heatmap"])) as scratch, scratch.open("wb") as file:
+    with replacing(heatmap_path) as scratch, scratch.open("wb") as file:
         np.save(file, heatmap)
+    return replace(line, overlay=overlay_path.name, heatmap=heatmap_path.name)
 
 
-def legend(record: Record) -> list[str]:
+def _format_legend(line: Prediction) -> list[str]:
     """Return the lines of text under an overlay."""
-    numbers = f"score {record['score']:.4f}"
-    if record["p_value"] is not None:
-        numbers += f"   p {record['p_value']:.3g}   {'OOD' if record['is_ood'] else 'ID'}"
-    return [str(record["prediction"]), numbers]
+    numbers = [f"score {line.score:.4f}"]
+    if line.p_value is not None:
+        numbers.append(f"p {line.p_value:.3g}")
+    if line.is_ood is not None:
+        numbers.append("OOD" if line.is_ood else "ID")
+    return [line.prediction, "   ".join(numbers)]
 
 
-def open_table(path: Path) -> TextIO:
-    """Open a table; file names that are no UTF-8 are written as they are."""
+def _open_table(path: Path) -> TextIO:
+    """Open a table; bytes of file names that are not UTF-8 are written as they are."""
     return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def writer_of(file: TextIO, kind: str) -> Callable[[Record], object]:
-    """Return what writes a line of a table, ``csv`` or ``jsonl``."""
+def _line_writer(file: TextIO, kind: str) -> Callable[[Prediction], object]:
+    """Return a function that writes a line of a table, ``csv`` or ``jsonl``."""
     if kind == "jsonl":
-        return lambda record: file.write(json.dumps(record) + "\n")
-    table = csv.DictWriter(file, COLUMNS)
+        return lambda line: file.write(json.dumps(asdict(line)) + "\n")
+    table = csv.DictWriter(file, [column.name for column in fields(Prediction)])
     table.writeheader()
-    return lambda record: table.writerow({key: cell(value) for key, value in record.items()})
+    return lambda line: table.writerow(
+        {name: _to_cell(value) for name, value in asdict(line).items()}
+    )
 
 
-def cell(value: str | float | bool | None) -> str | float | None:
-    """Return a value as CSV has it: ``true``, ``false``, and nothing for None."""
-    return str(value).lower() if isinstance(value, bool) else value
+def _to_cell(value: str | float | bool | None) -> str | float | None:
+    """Return a value for CSV.
+
+    Booleans are ``true`` and ``false``, None is empty, and text that a spreadsheet would run as a
+    formula gets an apostrophe in front: names of files and classes may come from anybody.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
+        return f"'{value}"
+    return value
 
 
-def names_for(paths: Sequence[Path]) -> list[str]:
-    """Return a file name for each image, told apart by a number where two are called the same."""
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for the pictures of each image, without suffix; no two are the same.
+
+    Made from the image's file name. What some file system or spreadsheet cannot take is replaced by
+    ``_``, a long name is cut and ends in a hash, and of equal names the later ones get a number.
+    """
     taken: set[str] = set()
     counts = Counter[str]()
     names = []
     for path in paths:
-        name = stem = path.name.replace(".", "_")
-        while name in taken:
+        name = stem = _portable_name(path.name)
+        # some file systems do not tell capital letters
+        while name.casefold() in taken:
             counts[stem] += 1
             name = f"{stem}-{counts[stem] + 1}"
-        taken.add(name)
+        taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def _portable_name(name: str) -> str:
+    """Return a file name that every file system takes, without dots."""
+    portable = "".join(
+        character if character.isprintable() and character not in './\\:*?"<>|' else "_"
+        for character in name
+    )
+    if portable.startswith(_FORMULA_STARTS):
+        portable = f"_{portable[1:]}"
+    encoded = portable.encode()
+    if len(encoded) <= _MAX_NAME_BYTES:
+        return portable
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f"{encoded[: _MAX_NAME_BYTES - 17].decode(errors='ignore')}-{digest}"

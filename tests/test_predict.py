@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +14,16 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ood_heatmap import HeatmapDetector, figures
-from ood_heatmap import images as images_module
+from ood_heatmap import HeatmapDetector, figures, sources
+from ood_heatmap.cache.files import locked
 from ood_heatmap.calibration import Calibration
+from ood_heatmap.classifier import Output
 from ood_heatmap.cli import main
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay, truncated
 from ood_heatmap.pipeline import predict as predict_module
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.predict import list_images, names_for, predict
+from ood_heatmap.pipeline.predict import list_images, output_names, predict
 
 CALIBRATION = Calibration.fit(np.linspace(0, 1, 99), np.linspace(0, 1, 99))
 
@@ -41,7 +44,9 @@ def read_csv(out) -> list[dict[str, str]]:
 
 
 def test_it_writes_overlays_raw_heatmaps_and_a_table(detector, paths, tmp_path):
-    assert predict(detector, paths, tmp_path / "out", PredictConfig(batch_size=7)) == (25, [])
+    results = predict(detector, paths, tmp_path / "out", PredictConfig(batch_size=7))
+    assert (results.num_images, results.problems) == (25, [])
+    assert results.table == tmp_path / "out" / "scores.csv"
     wanted = detector([Image.open(path) for path in paths])
     lines = read_csv(tmp_path / "out")
     assert [line["image"] for line in lines] == [str(path) for path in paths]
@@ -62,7 +67,7 @@ def test_json_lines_say_the_same_as_csv(detector, paths, tmp_path):
     for kind in ("csv", "jsonl"):
         predict(detector, paths, tmp_path / "out", PredictConfig(format=kind, pictures=False))
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["scores.csv", "scores.jsonl"]  # no pictures
+    assert names == [".lock", "scores.csv", "scores.jsonl"]  # no pictures
     text = (tmp_path / "out" / "scores.jsonl").read_text()
     for line, record in zip(read_csv(tmp_path / "out"), text.splitlines(), strict=True):
         record = json.loads(record)
@@ -93,7 +98,8 @@ def test_corrupt_images_are_named_with_the_reason_and_skipped(detector, paths, t
     bad = [folder / name for name in ("a.png", "b.png", "d.tif", "gone.png")]
     for batch_size in (1, 64):
         config = PredictConfig(batch_size=batch_size)
-        assert predict(detector, files, tmp_path / "out", config) == (1, bad)
+        results = predict(detector, files, tmp_path / "out", config)
+        assert [image.name for image in results.skipped] == [str(path) for path in bad]
         assert [line["image"] for line in read_csv(tmp_path / "out")] == [str(folder / "c.png")]
     said = [line for line in caplog.messages if line.startswith("skipped ")]
     assert len(said) == 2 * len(bad)
@@ -110,18 +116,18 @@ def test_images_of_any_size_and_mode_go_through_the_transform(detector, tmp_path
 
 
 def test_an_interruption_leaves_whole_files_only(detector, paths, tmp_path, monkeypatch):
-    decoded, calls = predict_module.decoded, []
+    decode, calls = detector.decode, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return decoded(*arguments)
+        return decode(*arguments)
 
-    monkeypatch.setattr(predict_module, "decoded", interrupted)
+    monkeypatch.setattr(detector, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict(detector, paths, tmp_path, PredictConfig(batch_size=4))
-    written = sorted(path.name for path in tmp_path.iterdir())
+    written = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
     assert written  # the batches before it
     for name in written:
         assert name.endswith((".png", ".npy"))
@@ -135,22 +141,19 @@ def test_memory_holds_a_few_batches_however_many_images_there_are(
     detector, paths, tmp_path, monkeypatch
 ):
     read, written = [], []
-    reading, writing = images_module.decode, predict_module.write_batch
 
-    def decode(*arguments, **more):
-        read.append(1)
+    def read_file(path):
+        read.append(path)
         assert len(read) - len(written) <= 2 * 2 + 3  # two threads and what waits on both sides
-        return reading(*arguments, **more)
+        return sources.read_file(path)
 
-    def write_batch(*arguments):
-        records = writing(*arguments)
+    def add_legend(*arguments):
         written.append(1)
-        return records
+        return figures.add_legend(*arguments)
 
-    monkeypatch.setattr(images_module, "decode", decode)
-    monkeypatch.setattr(predict_module, "write_batch", write_batch)
-    config = PredictConfig(batch_size=1, workers=2, pictures=False)
-    predict(detector, paths * 4, tmp_path, config)
+    monkeypatch.setattr(sources._FileReader, "read", lambda self, row: read_file(self.paths[row]))
+    monkeypatch.setattr(predict_module, "add_legend", add_legend)
+    predict(detector, paths * 4, tmp_path, PredictConfig(batch_size=1, workers=2))
     assert len(read) == len(written) == 100
 
 
@@ -225,13 +228,192 @@ def test_the_command_reads_a_list_and_ends_in_1_when_some_were_skipped(run, path
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2
     result = call(text=f"{paths[0]}\nnowhere.png\n")
     assert result.exit_code == 1
-    assert "1 images could not be read, nowhere.png first" in result.output
+    wanted = "images without a score: 1, nowhere.png first (No such file or directory)."
+    assert wanted in result.output
     assert len(read_csv(tmp_path / "out")) == 1
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
-    paths = [tmp_path / name for name in ("a/x.png", "b/x.png", "x_png-2", "c/x.png", "x.jpg")]
-    assert len(set(names_for(paths))) == 5
+    paths = [
+        tmp_path / name
+        for name in ("a/x.png", "b/x.png", "x_png-2", "c/x.png", "x.jpg", "X.PNG", "x_png")
+    ]
+    assert len({name.casefold() for name in output_names(paths)}) == len(paths)
+
+
+ODD_NAMES = [
+    "a" * 248 + ".png",
+    "猫" * 83 + ".png",
+    "line\nbreak.png",
+    "tab\tand\x1b[2J.png",
+    "=HYPERLINK(1).png",
+    "-dash.png",
+    "@at.png",
+    "+plus.png",
+    "back\\slash.png",
+    " $x$ .png",
+    b"caf\xe9.png".decode("utf-8", "surrogateescape"),
+]
+
+
+def test_any_file_name_gets_its_line_and_its_pictures(detector, paths, tmp_path):
+    """Names of 252 bytes, the most a file can have, among them."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ODD_NAMES:
+        (folder / name).write_bytes(paths[0].read_bytes())
+    assert max(len(os.fsencode(name)) for name in ODD_NAMES) >= 252
+    files = [folder / name for name in ODD_NAMES]
+    for kind in ("csv", "jsonl"):
+        results = predict(detector, files, out, PredictConfig(format=kind, batch_size=4))
+        assert (results.num_images, results.problems) == (len(files), [])
+    with (out / "scores.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        lines = list(csv.DictReader(file))
+    records = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    for path, line, record in zip(files, lines, records, strict=True):
+        assert line["image"] == record["image"] == str(path)
+        assert len(line["overlay"].encode()) <= 140
+        assert line["overlay"].isprintable()
+        assert line["overlay"][0] not in "=+-@"
+        with Image.open(out / line["overlay"]) as picture:
+            assert picture.width == 224
+        assert np.load(out / line["heatmap"]).shape == (3, 16, 16)
+    assert len({line["overlay"] for line in lines}) == len(files)
+
+
+def test_text_that_a_spreadsheet_would_run_begins_with_an_apostrophe(
+    detector, paths, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(detector, "classes", ("=1+1", "-2+3", "+cat", "@cat"))
+    names = ["=HYPERLINK(1).png", "-a.png", "+a.png", "@a.png", "\ta.png", "\ra.png", "a=1.png"]
+    for name in names:
+        Path(name).write_bytes(paths[0].read_bytes())
+    for kind in ("csv", "jsonl"):
+        predict(detector, [Path(name) for name in names], Path("out"), PredictConfig(format=kind))
+    with Path("out/scores.csv").open(newline="") as file:
+        table = list(csv.reader(file))
+    for row in table:
+        for text in row:
+            assert not text.startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert [row[0] for row in table[1:]] == [f"'{name}" for name in names[:-1]] + ["a=1.png"]
+    records = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
+    assert [record["image"] for record in records] == names
+    assert {record["prediction"] for record in records} <= set(detector.classes)
+
+
+def test_a_level_too_fine_for_the_calibration_leaves_decisions_empty(
+    run, detector, paths, tmp_path, caplog
+):
+    """In the table, on the overlays and in the one warning; p-values are valid all the same."""
+    strict = detector.at(0.005)  # 99 held-out images are enough for 0.01
+    (message,) = caplog.messages
+    assert "needs at least 199 held-out ID images, the calibration has 99" in message
+    for kind in ("csv", "jsonl"):
+        predict(strict, paths[:3], tmp_path, PredictConfig(format=kind, pictures=False))
+    assert [line["is_ood"] for line in read_csv(tmp_path)] == ["", "", ""]
+    assert all(0 < float(line["p_value"]) <= 1 for line in read_csv(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [record["is_ood"] for record in records] == [None] * 3
+    assert len(caplog.messages) == 1
+
+
+def test_overlays_say_id_or_ood_only_where_there_is_a_decision(
+    detector, paths, tmp_path, monkeypatch
+):
+    drawn = []
+
+    def add_legend(picture, lines, color_max):
+        drawn.append(lines)
+        return figures.add_legend(picture, lines, color_max)
+
+    monkeypatch.setattr(predict_module, "add_legend", add_legend)
+    scores = detector(paths).score
+    calibration = Calibration.fit(scores, scores)
+    for level, wanted in ((0.5, {"ID", "OOD"}), (0.005, set())):
+        drawn.clear()
+        predict(detector.calibrated(calibration, level), paths, tmp_path, PredictConfig())
+        words = {word for lines in drawn for word in lines[1].split()}
+        assert words & {"ID", "OOD"} == wanted
+        assert "p" in words
+
+
+def test_the_command_warns_once_when_the_level_is_too_fine(run, paths, tmp_path, caplog):
+    arguments = ["predict", str(run), str(paths[0]), "--out", str(tmp_path), "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--no-pictures", "--false-alarm", "0.001"])
+    assert result.exit_code == 0, result.output
+    assert caplog.text.count("needs at least 999 held-out ID images") == 1
+    assert read_csv(tmp_path)[0]["is_ood"] == ""
+
+
+def test_a_picture_that_cannot_be_written_costs_no_line(detector, paths, tmp_path):
+    (tmp_path / "003_png.npy" / "in the way").mkdir(parents=True)
+    (tmp_path / "005_png.png").mkdir()
+    results = predict(detector, paths, tmp_path, PredictConfig(batch_size=4))
+    assert results.num_images == len(paths)
+    assert [image.row for image in results.not_drawn] == [3, 5]
+    (problem,) = results.problems
+    assert "images without an overlay and heatmap: 2" in problem
+    assert "003_png.npy" in problem
+    assert "Is a directory" in problem
+    lines = read_csv(tmp_path)
+    assert [i for i, line in enumerate(lines) if not line["overlay"]] == [3, 5]
+    assert [i for i, line in enumerate(lines) if not line["heatmap"]] == [3, 5]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_image_for_which_the_classifier_returns_nan_costs_the_others_nothing(
+    detector, paths, tmp_path, monkeypatch, caplog
+):
+    wanted = detector([Image.open(path) for path in paths]).score
+    forward = detector.classifier.forward
+    bad = detector.classifier.config.transform(Image.open(paths[5]))
+
+    def poisoned(images):
+        output = forward(images)
+        hit = (images.cpu().numpy() == bad).all(axis=(1, 2, 3))
+        features = output.features.clone()
+        features[torch.from_numpy(hit)] = torch.nan
+        return Output(features, output.logits, output.maps)
+
+    monkeypatch.setattr(detector.classifier, "forward", poisoned)
+    results = predict(detector, paths, tmp_path, PredictConfig(batch_size=4, pictures=False))
+    assert [image.row for image in results.skipped] == [5]
+    assert f"skipped {paths[5]}: the classifier returns NaN or infinity" in caplog.messages
+    found = [float(line["score"]) for line in read_csv(tmp_path)]
+    np.testing.assert_allclose(found, np.delete(wanted, 5), atol=1e-5)
+
+
+def test_an_image_of_extreme_shape_costs_the_others_nothing(detector, paths, tmp_path):
+    for name, size in (("thin.png", (1, 80_000)), ("wide.png", (60_000, 1))):
+        Image.new("L", size).save(tmp_path / name)
+    files = [paths[0], tmp_path / "thin.png", tmp_path / "wide.png", paths[1]]
+    results = predict(detector, files, tmp_path / "out", PredictConfig(pictures=False))
+    assert results.num_images + len(results.skipped) == 4
+    named = [line["image"] for line in read_csv(tmp_path / "out")]
+    assert {str(paths[0]), str(paths[1])} <= set(named)
+
+
+def test_exif_orientation_is_applied(detector, paths, tmp_path):
+    upright = Image.open(paths[0]).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    results = predict(detector, [tmp_path / "turned.png"], tmp_path, PredictConfig(pictures=False))
+    assert results.num_images == 1
+    found = float(read_csv(tmp_path)[0]["score"])
+    assert found == pytest.approx(detector(upright).score[0], abs=2e-6)
+    assert detector(tmp_path / "turned.png").score[0] == pytest.approx(found, abs=2e-6)
+
+
+def test_a_second_process_is_refused_while_one_writes(detector, paths, tmp_path):
+    (tmp_path / "scores.csv").write_text("of the other")
+    with locked(tmp_path), pytest.raises(OodHeatmapError, match=r"is being written by process \d+"):
+        predict(detector, paths[:2], tmp_path, PredictConfig())
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".lock", "scores.csv"]
+    assert (tmp_path / "scores.csv").read_text() == "of the other"
+    assert predict(detector, paths[:2], tmp_path, PredictConfig()).num_images == 2
 
 
 def test_an_overlay_shows_the_image_where_the_heatmap_is_zero():
