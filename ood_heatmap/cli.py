@@ -120,7 +120,7 @@ def index(
 
     with stage_device(device) as torch_device:
         network = open_classifier(classifier, torch_device)
-        images = open_source(data.id_source, data)
+        images = open_source(data.id_source, data, class_order=data.class_order)
         click.echo(
             f"classifier {classifier.spec}: {network.num_classes} classes, {network.num_features} "
             f"features (input of {network.head}), {network.config.transform.size} px, mean "
@@ -361,7 +361,8 @@ def plan_index(
     from ood_heatmap.pipeline.inputs import open_classifier, open_source
     from ood_heatmap.pipeline.plan import plan_index as make_plan
 
-    images = open_source(data.id_source, replace(data, download=False))
+    data = replace(data, download=False)
+    images = open_source(data.id_source, data, class_order=data.class_order)
     with stage_device(device) as torch_device:
         network = open_classifier(classifier, torch_device)
         _echo_plan(make_plan(images, network, config), run, torch_device)

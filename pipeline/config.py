@@ -187,6 +187,15 @@ class IndexData(DataOptions):
             metavar="SOURCE",
         ),
     ]
+    class_order: Annotated[
+        Literal["name", "natural", "case-insensitive"],
+        Option(
+            "Order in which class folders are numbered, which must be the classifier's: name as "
+            "torchvision (1, 10, 2; B, a), natural as timm (1, 2, 10; a, B), or case-insensitive "
+            "(1, 10, 2; a, B).",
+            "Data",
+        ),
+    ] = "name"
 
 
 @dataclass(frozen=True, kw_only=True)

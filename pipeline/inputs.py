@@ -9,17 +9,19 @@ import torch
 from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.distributed import main_process_first
 from ood_heatmap.errors import UsageError
-from ood_heatmap.images import ImageSet
+from ood_heatmap.images import ClassOrder, ImageSet
 from ood_heatmap.pipeline.config import ClassifierOptions, DataOptions, TestData
 from ood_heatmap.sources import open_images
 
 log = logging.getLogger(__name__)
 
 
-def open_source(source: str, data: DataOptions) -> ImageSet:
+def open_source(source: str, data: DataOptions, *, class_order: ClassOrder = "name") -> ImageSet:
     """Open an image set; rank 0 first, so that only one process downloads."""
     with main_process_first():
-        images = open_images(source, data_root=data.data_root, download=data.download)
+        images = open_images(
+            source, data_root=data.data_root, download=data.download, class_order=class_order
+        )
     log.debug("%s: %d images, %d classes", source, len(images), len(images.classes))
     return images
 

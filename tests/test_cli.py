@@ -1,5 +1,6 @@
 """The command line: every command as typed; what is wrong ends in one line and an exit code."""
 
+import json
 import logging
 import os
 import re
@@ -145,6 +146,26 @@ def bad_calls(data: Path, spec: str, run: Path, folder: Path):
             "a.png is not a",
         ),
     }
+
+
+def test_class_folders_are_numbered_in_the_order_that_is_named(data, spec, tmp_path):
+    (tmp_path / "id").mkdir()
+    for label, name in enumerate(["1", "2", "10", "11"]):
+        (tmp_path / "id" / name).symlink_to(data / "id" / f"class{label}")
+    orders = {"name": ["1", "10", "11", "2"], "natural": ["1", "2", "10", "11"]}
+    counted = {}
+    for order, names in orders.items():
+        run = tmp_path / order
+        arguments = index_arguments(data, spec, run)
+        arguments[arguments.index("--id") + 1] = tmp_path / "id"
+        result = run_command(*arguments, "--class-order", order, "--allow-suspicious")
+        assert result.exit_code == 0, result.output
+        results = json.loads((run / "index" / "manifest.json").read_text())["results"]
+        assert results["classes"] == names
+        counted[order] = results["accuracy"]
+    assert counted["name"] != counted["natural"]
+    result = run_command(*arguments, "--class-order", "name")
+    assert "was made with another images.listing" in result.output
 
 
 def test_what_is_wrong_ends_in_one_line_and_leaves_the_run_as_it_was(data, spec, run, tmp_path):
