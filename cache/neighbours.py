@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -406,12 +406,25 @@ def k_nearest(queries: Float32, bank: Float32, k: int) -> tuple[Float32, Int64]:
     return np.sqrt(np.maximum(squared, 0)), positions
 
 
-def write_index(path: Path, features: Rows, order: Int64) -> None:
-    """Write the features in the given order as an ``IndexFlatL2``, atomically."""
+def write_index(
+    path: Path,
+    features: Rows,
+    order: Int64,
+    *,
+    record: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the features in the given order as an ``IndexFlatL2``, atomically.
+
+    Args:
+        path: The file to write or replace.
+        features: ``(N, D)`` float32.
+        order: ``(N,)`` rows of ``features`` in the order of the index.
+        record: As for ``cache.files.replacing``.
+    """
     index = faiss.IndexFlatL2(features.shape[1])
     for chunk in _chunks(order, 4 * features.shape[1]):
         index.add(features.take(chunk))
-    with replacing(path) as scratch:
+    with replacing(path, record=record) as scratch:
         faiss.write_index(index, str(scratch))
 
 

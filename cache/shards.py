@@ -28,12 +28,43 @@ FORMAT = 1
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True)
+class Column:
+    """A dataset that every shard of a stage has.
+
+    Args:
+        dtype: NumPy's name of it.
+        shape: Of one row.
+        about: What it is, in words; the dataset's attribute ``about``.
+        attributes: Further attributes of the dataset: its unit or scale.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    about: str
+    attributes: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one row."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+    def fits(self, array: "Array | Rows") -> bool:
+        """Tell whether an array of rows is of this dtype and shape."""
+        return array.dtype == np.dtype(self.dtype) and array.shape[1:] == self.shape
+
+
+def bytes_per_row(columns: Mapping[str, Column]) -> int:
+    """Return the bytes of one row of all columns."""
+    return sum(column.num_bytes for column in columns.values())
+
+
 def write_shard(
     path: Path,
     arrays: Mapping[str, Array],
     *,
     attributes: Mapping[str, str | int] | None = None,
-    notes: Mapping[str, Mapping[str, str | float]] | None = None,
+    columns: Mapping[str, Column] | None = None,
     record: Callable[[Path], None] | None = None,
 ) -> None:
     """Write one shard whole, or leave nothing behind. The same arrays give the same bytes.
@@ -42,23 +73,27 @@ def write_shard(
         path: Where; an existing file is replaced.
         arrays: Dataset name to array, all of equally many rows, in any memory order.
         attributes: Attributes of the file.
-        notes: Attributes of single datasets: units, scale, what it is.
+        columns: What each dataset must be, and its attributes; not checked when None.
         record: As for ``cache.files.replacing``.
 
     Raises:
-        ValueError: The arrays differ in their number of rows.
+        ValueError: The arrays differ in their number of rows, or are not those of the columns.
         OodHeatmapError: The disk is full or read-only.
     """
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) != 1:
         raise ValueError(f"arrays of {path.name} must have equally many rows, got {rows}")
+    columns = columns or {}
+    wrong = [name for name, column in columns.items() if not column.fits(arrays[name])]
+    if wrong or (columns and columns.keys() != arrays.keys()):
+        raise ValueError(f"arrays of {path.name} are not its columns ({wrong or list(arrays)})")
     with replacing(path, record=record) as scratch:
         with h5py.File(scratch, "w") as file:
             file.attrs["format"] = FORMAT
             for key, value in (attributes or {}).items():
                 file.attrs[key] = value
             offsets = {
-                name: reserve_dataset(file, name, array, (notes or {}).get(name, {}))
+                name: _reserve_dataset(file, name, array, columns.get(name))
                 for name, array in arrays.items()
             }
         with scratch.open("r+b") as raw:
@@ -70,9 +105,7 @@ def write_shard(
                     raw.write(np.ascontiguousarray(array).data.cast("B"))
 
 
-def reserve_dataset(
-    file: h5py.File, name: str, array: Array, notes: Mapping[str, str | float]
-) -> int | None:
+def _reserve_dataset(file: h5py.File, name: str, array: Array, column: Column | None) -> int | None:
     """Make a contiguous dataset without writing it; return its byte offset in the file."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -80,8 +113,9 @@ def reserve_dataset(
     settings.set_obj_track_times(False)
     kind, space = h5py.h5t.py_create(array.dtype, logical=True), h5py.h5s.create_simple(array.shape)
     dataset = h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, settings))
-    for key, value in notes.items():
-        dataset.attrs[key] = value
+    if column is not None:
+        for key, value in {"about": column.about, **column.attributes}.items():
+            dataset.attrs[key] = value
     offset: int | None = dataset.id.get_offset()
     return offset
 
@@ -263,11 +297,18 @@ def take_ascending(columns: Sequence[Rows], rows: Array, outs: Sequence[Array]) 
                 column.parts[number].take(here, axis=0, out=out[first:last], mode="clip")
 
 
-def open_rows(paths: Sequence[Path]) -> dict[str, Rows]:
+def open_rows(
+    paths: Sequence[Path], columns: Mapping[str, Column] | None = None
+) -> dict[str, Rows]:
     """Return each dataset of the given shards as one array over all of them.
 
+    Args:
+        paths: Of the shards, in order; one at least.
+        columns: What each dataset must be; not checked when None.
+
     Raises:
-        DamagedCacheError: A shard is damaged, or the shards do not hold the same datasets.
+        DamagedCacheError: A shard is damaged, the shards do not hold the same datasets, or not
+            those of the columns.
     """
     shards = [map_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
@@ -275,4 +316,11 @@ def open_rows(paths: Sequence[Path]) -> dict[str, Rows]:
         wanted = {name: (array.shape[1:], array.dtype) for name, array in shards[0].items()}
         if kinds != wanted:
             raise DamagedCacheError(f"{path} does not hold the same datasets as {paths[0].name}.")
-    return {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+    rows = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+    for name, column in (columns or {}).items():
+        if name not in rows or not column.fits(rows[name]):
+            raise DamagedCacheError(
+                f"{paths[0].parent}: dataset {name} of the shards is missing or not {column.dtype} "
+                f"{column.shape} a row. Delete the directory and make the stage again."
+            )
+    return rows

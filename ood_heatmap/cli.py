@@ -8,10 +8,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from ood_heatmap.pipeline.plan import Plan
+    from ood_heatmap.pipeline.results import Results
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 # the commands that torchrun may start
@@ -80,17 +80,15 @@ def main(context: click.Context) -> None:
     log_to_stderr(context)
 
 
-def conclude(
-    results: Mapping[str, Any], next_command: str = "", *, allow_suspicious: bool = True
-) -> None:
+def conclude(results: "Results", next_command: str = "", *, allow_suspicious: bool = True) -> None:
     """Print the warnings of a stage, and the command that comes next.
 
     Raises:
         OodHeatmapError: A result is suspicious, and that is not allowed.
     """
-    for warning in results.get("warnings", []):
+    for warning in results.warnings:
         click.echo(f"{click.style('warning:', fg='yellow')} {printable(warning)}", err=True)
-    if results.get("suspicious") and not allow_suspicious:
+    if results.suspicious and not allow_suspicious:
         raise OodHeatmapError(
             "the stage is complete, but its result is suspicious (see the warning). Correct the "
             "command and add --overwrite, or add --allow-suspicious if it is meant."
@@ -117,6 +115,7 @@ def index(
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.index import build_index
     from ood_heatmap.pipeline.inputs import open_classifier, open_source
+    from ood_heatmap.pipeline.results import IndexResults
 
     with stage_device(device) as torch_device:
         network = open_classifier(classifier, torch_device)
@@ -126,10 +125,9 @@ def index(
             f"features (input of {network.head}), {network.config.transform.size} px, mean "
             f"{network.config.mean}, std {network.config.std}, on {torch_device}"
         )
-        results = build_index(run, images, network, config).results
-    counts = results["class_counts"]
-    accuracy = results["accuracy"]
-    click.echo(f"{results['num_images']} ID images, {results['backend']}")
+        results = IndexResults.of(build_index(run, images, network, config))
+    counts, accuracy = results.class_counts, results.accuracy
+    click.echo(f"{results.num_images} ID images, {results.backend}")
     click.echo(
         f"accuracy {accuracy:.2%}" if accuracy is not None else "accuracy unknown: no labels"
     )
@@ -153,19 +151,20 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
     """
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.inputs import open_source
+    from ood_heatmap.pipeline.results import TargetsResults
     from ood_heatmap.pipeline.targets import build_targets
 
     with stage_device(device) as torch_device:
         images = open_source(data.ood_source, data)
-        results = build_targets(run, images, torch_device, config).results
+        results = TargetsResults.of(build_targets(run, images, torch_device, config))
     click.echo(
-        f"{results['num_images']} OOD images paired ({results['pairing']}), {results['backend']}; "
-        f"median distance {results['median_distance']:.3g}"
+        f"{results.num_images} OOD images paired ({results.pairing}), {results.backend}; "
+        f"median distance {results.median_distance:.3g}"
     )
-    if results["num_without_class"]:
-        click.echo(f"{results['num_without_class']} had no ID image of their class: searched all")
-    if results["num_patched"]:
-        click.echo(f"{results['num_patched']} ID images with a patch of an OOD image")
+    if results.num_without_class:
+        click.echo(f"{results.num_without_class} had no ID image of their class: searched all")
+    if results.num_patched:
+        click.echo(f"{results.num_patched} ID images with a patch of an OOD image")
     conclude(results, f"train {run}", allow_suspicious=config.allow_suspicious)
 
 
@@ -181,13 +180,14 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
         ood-heatmap train runs/c10 --epochs 150
     """
     from ood_heatmap.devices import stage_device
+    from ood_heatmap.pipeline.results import DecoderResults
     from ood_heatmap.pipeline.train import train_decoder
 
     with stage_device(device) as torch_device:
-        results = train_decoder(run, torch_device, config).results
+        results = DecoderResults.of(train_decoder(run, torch_device, config))
     click.echo(
-        f"decoder of {results['num_parameters']:,} parameters, {results['decoder']['target']} "
-        f"target, trained on {results['num_id']} ID and {results['num_ood']} OOD images"
+        f"decoder of {results.num_parameters:,} parameters, {results.decoder['target']} "
+        f"target, trained on {results.num_id} ID and {results.num_ood} OOD images"
     )
     conclude(results, f"evaluate {run} --id SOURCE --ood NAME=SOURCE")
 
@@ -207,6 +207,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
     from ood_heatmap.pipeline.inputs import near_names, open_ood_sets, open_source
+    from ood_heatmap.pipeline.results import EvaluationResults
     from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_decisions, format_table
 
@@ -214,7 +215,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
     with stage_device(device) as torch_device:
         id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
         held_out = None if data.calibration is None else open_source(data.calibration, data)
-        results = evaluate_run(
+        manifest = evaluate_run(
             run,
             id_images,
             ood_sets,
@@ -222,7 +223,8 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             config,
             calibration_images=held_out,
             more_runs=data.runs,
-        ).results
+        )
+    results = EvaluationResults.of(manifest)
     content = read_result(run, "evaluation", "metrics.json")
     if content["id_accuracy"] is not None:
         click.echo(
@@ -294,12 +296,14 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.inputs import open_ood_sets, open_source
     from ood_heatmap.pipeline.localize import localize as localize_run
+    from ood_heatmap.pipeline.results import LocalizationResults
     from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_localization
 
     id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
     with stage_device(device) as torch_device:
-        results = localize_run(run, id_images, ood_sets, torch_device, config).results
+        manifest = localize_run(run, id_images, ood_sets, torch_device, config)
+    results = LocalizationResults.of(manifest)
     folder = run / "localization"
     click.echo(format_localization(read_result(run, "localization", "localization.json")))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")

@@ -38,11 +38,11 @@ class Finding:
     suspicious: bool = False
 
 
-def to_results(findings: Sequence[Finding]) -> dict[str, list[str]]:
-    """Return findings as a manifest holds them: all ``warnings``, and which are ``suspicious``."""
+def texts(findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
+    """Return findings as results of a stage: all ``warnings``, and which are ``suspicious``."""
     return {
-        "warnings": [finding.text for finding in findings],
-        "suspicious": [finding.text for finding in findings if finding.suspicious],
+        "warnings": tuple(finding.text for finding in findings),
+        "suspicious": tuple(finding.text for finding in findings if finding.suspicious),
     }
 
 

@@ -14,6 +14,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Batch, ImageSet, Transform, iter_batches
 from ood_heatmap.pipeline.forward import Forward, Pending
 from ood_heatmap.pipeline.meter import Meter as Meter
+from ood_heatmap.pipeline.run import map_column
 from ood_heatmap.pipeline.stage import content_hash
 
 Int64 = NDArray[np.int64]
@@ -45,6 +46,11 @@ class Embedded:
         """Bytes of all arrays."""
         arrays: list[NDArray[Any]] = [self.rows, self.images, self.features, self.logits]
         return sum(array.nbytes for array in [*arrays, *self.maps])
+
+    @property
+    def map_arrays(self) -> dict[str, NDArray[np.float16]]:
+        """The feature maps under the names they have in every shard."""
+        return {map_column(number): item for number, item in enumerate(self.maps)}
 
     @property
     def prediction(self) -> NDArray[np.int32]:

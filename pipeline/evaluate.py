@@ -22,6 +22,7 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
+from ood_heatmap.pipeline.results import EvaluationResults
 from ood_heatmap.pipeline.run import Index, open_index, read_manifest
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
@@ -42,7 +43,7 @@ from ood_heatmap.sanity import (
     check_classification,
     check_ood_names,
     check_scores,
-    to_results,
+    texts,
 )
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def evaluate(
     _check_names(ood_sets, config)
     with run_lock(run):
         index = open_index(run)
-        classes = index.manifest.results["classes"]
+        classes = index.results.classes
         decoders = _check_runs([run, *more_runs])
         subsets = _choose_images(id_images, ood_sets, calibration_images, classes, config)
         detectors = open_detectors([run, *more_runs], index, device)
@@ -137,9 +138,9 @@ def _check(
     config: EvaluateConfig,
 ) -> list[Finding]:
     """Check that what was measured is what was meant."""
-    results, id_set = index.manifest.results, scored[ID]
-    classes, id_images = results["classes"], subsets[ID].images
-    accuracy = results["accuracy"]
+    results, id_set = index.results, scored[ID]
+    classes, id_images = results.classes, subsets[ID].images
+    accuracy = results.accuracy
     before = "unknown" if accuracy is None else f"{accuracy:.2%}"
     findings = [
         *check_class_names(id_images.source, id_images.classes, classes),
@@ -147,7 +148,7 @@ def _check(
             id_set.label,
             id_set.prediction,
             classes,
-            results["num_classes"],
+            results.num_classes,
             causes=f"On the ID training set it is {before}: is {id_images.source} the test set of "
             "this classifier?",
         ),
@@ -343,10 +344,14 @@ def _finish(
     names = [f"scores-{name}.npz" for name in scored]
     names += [f"images-{name}.txt" for name in scored]
     sets = [name for name in scored if name not in (ID, CALIBRATION)]
-    results: dict[str, Any] = {"sets": sets, "near": list(config.near), **to_results(findings)}
     if calibration is not None:
-        results["false_alarm"] = config.false_alarm
-        results["num_calibration"] = len(calibration.scores)
         names.append(CALIBRATION_FILE)
+    results = EvaluationResults(
+        sets=tuple(sets),
+        near=config.near,
+        false_alarm=config.false_alarm if calibration is not None else None,
+        num_calibration=len(calibration.scores) if calibration is not None else None,
+        **texts(findings),
+    )
     names = ["metrics.json", *names, *FIGURES, REPORT]
     return stage.commit(results, names, content=content)

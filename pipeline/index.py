@@ -1,7 +1,6 @@
 """Stage 1 of 4: embed the ID training set with the classifier, and index it by predicted class."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
-from ood_heatmap.cache.shards import Rows, open_rows
+from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, open_rows
 from ood_heatmap.classifier import Classifier, ClassifierConfig
 from ood_heatmap.distributed import barrier, is_main
 from ood_heatmap.distributed import broadcast as broadcast
@@ -23,7 +22,8 @@ from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.meter import Meter, report
-from ood_heatmap.pipeline.run import INDEX, WEIGHTS
+from ood_heatmap.pipeline.results import IndexResults
+from ood_heatmap.pipeline.run import INDEX, WEIGHTS, index_columns
 from ood_heatmap.pipeline.stage import (
     BackgroundWriter,
     Schedule,
@@ -34,19 +34,11 @@ from ood_heatmap.pipeline.stage import (
     schedule_shards,
     stage_content,
 )
-from ood_heatmap.sanity import Finding, check_classification, to_results
+from ood_heatmap.sanity import Finding, check_classification, texts
 
 log = logging.getLogger(__name__)
 
 SHARDS = "images"
-
-NOTES: dict[str, dict[str, str | float]] = {
-    "images": {"about": "ID images at the classifier's input size, RGB, [n, C, H, W]"},
-    "features": {"about": "input of the classifier's last linear layer, [n, D]"},
-    "prediction": {"about": "predicted class, [n]"},
-    "label": {"about": "class of the data set, -1 where unknown, [n]"},
-    "row": {"about": "row of the ID data set, [n]"},
-}
 
 
 def build_index(
@@ -86,7 +78,7 @@ def build_index(
             stage,
             images,
             {SHARDS: np.arange(len(images))},
-            bytes_per_row(classifier),
+            bytes_per_row(columns_of(classifier)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
         )
@@ -96,10 +88,10 @@ def build_index(
         embed_shards(stage, schedule.own[SHARDS], images, classifier, config, meter)
         with meter.waiting("finish"):
             barrier()
-            results = write_derived(stage, schedule, images, classifier) if is_main() else {}
+            results = write_derived(stage, schedule, images, classifier) if is_main() else None
         speed = {**report(meter), "device": str(classifier.device)}
         manifest = None
-        if is_main():
+        if results is not None:
             names = [*schedule.names, INDEX, WEIGHTS]
             content = stage_content(stage, schedule.names)
             manifest = stage.commit(results, names, content=content, speed=speed)
@@ -124,9 +116,10 @@ def embed_shards(
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )
+    columns = columns_of(classifier)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            writer.write(task, arrays_of(shard, images), notes_of(shard), content=shard.content)
+            writer.write(task, arrays_of(shard, images), columns, content=shard.content)
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
@@ -143,27 +136,6 @@ def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig)
         )
 
 
-def bytes_per_row(classifier: Classifier) -> int:
-    """Return the bytes of one ID image in a shard."""
-    maps = sum(math.prod(shape) * 2 for shape in classifier.map_shapes)
-    pixels = 3 * classifier.config.transform.size * classifier.config.transform.size
-    num_bytes: int = pixels + 4 * classifier.num_features + maps + 16
-    return num_bytes
-
-
-def map_arrays(shard: Embedded) -> dict[str, NDArray[Any]]:
-    """Return the feature maps under the names they have in every cache."""
-    return {f"feature_maps_{number}": item for number, item in enumerate(shard.maps, start=1)}
-
-
-def notes_of(shard: Embedded) -> dict[str, Mapping[str, str | float]]:
-    """Return what the datasets of a shard are, in words."""
-    maps: dict[str, Mapping[str, str | float]] = {
-        name: {"about": "feature map of the classifier, [n, c, h, w]"} for name in map_arrays(shard)
-    }
-    return {**NOTES, **maps}
-
-
 def arrays_of(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard."""
     return {
@@ -172,52 +144,56 @@ def arrays_of(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
         "prediction": shard.prediction,
         "label": images.labels[shard.rows],
         "row": shard.rows,
-        **map_arrays(shard),
+        **shard.map_arrays,
     }
+
+
+def columns_of(classifier: Classifier) -> dict[str, Column]:
+    """Return the columns of an index made with a classifier."""
+    size = classifier.config.transform.size
+    return index_columns(size, classifier.num_features, classifier.map_shapes)
 
 
 def write_derived(
     stage: Stage, schedule: Schedule, images: ImageSet, classifier: Classifier
-) -> dict[str, Any]:
+) -> IndexResults:
     """Write what is derived from the shards, and return the results of the stage."""
     require_rows(stage, schedule.tasks[SHARDS])
     columns = open_rows([stage.directory / name for name in schedule.names])
-    prediction, row = columns["prediction"].read(), columns["row"].read()
-    with stage.writing(INDEX) as scratch:
-        write_index(scratch, columns["features"], order_by_class(prediction, row))
+    prediction, label, row = (columns[name].read() for name in ("prediction", "label", "row"))
+    write_index(
+        stage.directory / INDEX,
+        columns["features"],
+        order_by_class(prediction, row),
+        record=partial(stage.record, INDEX),
+    )
     save_tensors(
         stage.directory / WEIGHTS,
         classifier.network.state_dict(),
         record=partial(stage.record, WEIGHTS),
     )
-    return {
-        "source": images.source,
-        "classes": list(images.classes) if len(images.classes) == classifier.num_classes else [],
-        "classifier": classifier.config.to_json(),
-        "head": classifier.head,
-        "num_features": classifier.num_features,
-        "num_classes": classifier.num_classes,
-        "map_names": list(classifier.map_names),
-        "map_shapes": [list(shape) for shape in classifier.map_shapes],
-        "backend": describe_backend(classifier.device),
-        **statistics(columns, classifier.num_classes),
-        **to_results(_check(columns, images.classes, classifier)),
-        "skipped": [images.names[number] for number in missing(row, len(images))],
-    }
-
-
-def statistics(columns: Mapping[str, Rows], num_classes: int) -> dict[str, Any]:
-    """Return accuracy of the labelled images, class counts and the range of the features."""
-    prediction, label = columns["prediction"].read(), columns["label"].read()
-    known = (label >= 0) & (label < num_classes)
-    return {
-        "num_images": len(prediction),
-        "num_labelled": int(known.sum()),
-        "accuracy": float((prediction == label)[known].mean()) if known.any() else None,
-        "class_counts": np.bincount(prediction, minlength=num_classes).tolist(),
-        "feature_min": min(float(part.min()) for part in columns["features"]),
-        "feature_max": max(float(part.max()) for part in columns["features"]),
-    }
+    known = (label >= 0) & (label < classifier.num_classes)
+    skipped = np.setdiff1d(np.arange(len(images)), row)
+    findings = _check(columns, images.classes, classifier)
+    return IndexResults(
+        source=images.source,
+        classes=images.classes if len(images.classes) == classifier.num_classes else (),
+        classifier=classifier.config.to_json(),
+        head=classifier.head,
+        num_features=classifier.num_features,
+        num_classes=classifier.num_classes,
+        map_names=tuple(classifier.map_names),
+        map_shapes=tuple(classifier.map_shapes),
+        backend=describe_backend(classifier.device),
+        num_images=len(prediction),
+        num_labelled=int(known.sum()),
+        accuracy=float((prediction == label)[known].mean()) if known.any() else None,
+        class_counts=tuple(np.bincount(prediction, minlength=classifier.num_classes).tolist()),
+        feature_min=min(float(part.min()) for part in columns["features"]),
+        feature_max=max(float(part.max()) for part in columns["features"]),
+        skipped=tuple(images.names[number] for number in skipped),
+        **texts(findings),
+    )
 
 
 def _check(
@@ -251,8 +227,3 @@ def _is_users_code(config: ClassifierConfig) -> bool:
 def _is_unnormalized(config: ClassifierConfig) -> bool:
     """Tell whether the network takes pixels in [0, 1], which is so where nobody said otherwise."""
     return set(config.mean) == {0.0} and set(config.std) == {1.0}
-
-
-def missing(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
-    """Return the rows of the set that were left out."""
-    return np.setdiff1d(np.arange(num_images), rows)

@@ -25,6 +25,7 @@ from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, result_options
+from ood_heatmap.pipeline.results import LocalizationResults
 from ood_heatmap.pipeline.run import open_decoder, open_index
 from ood_heatmap.pipeline.scoring import (
     CENTRE,
@@ -99,13 +100,13 @@ def localize(
         content = _localization_json(table, sets, samples, config)
         write_json(stage.directory / "localization.json", content)
         (stage.directory / "figures").mkdir(exist_ok=True)
-        color_max = trained.manifest.results["color_max"]
+        color_max = trained.results.color_max
         picture = "figures/localization.png"
         with replacing(stage.directory / picture) as scratch:
             scratch.write_bytes(figures.to_png(_sheet(examples, color_max)))
         log_event(run, "localize", cells=len(cells), device=str(device))
         images_hash = fingerprint_of({name: sample.content for name, sample in samples.items()})
-        results = {"lowered_pixel_auroc": _check_sanity(table)}
+        results = LocalizationResults(lowered_pixel_auroc=_check_sanity(table))
         return stage.commit(results, ["localization.json", picture], content=images_hash)
 
 

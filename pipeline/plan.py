@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.shards import open_rows
+from ood_heatmap.cache.shards import bytes_per_row
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.images import ImageSet
@@ -27,13 +27,13 @@ from ood_heatmap.pipeline.feed import (
     choose_feed,
     read_batch,
 )
-from ood_heatmap.pipeline.index import bytes_per_row as index_row_bytes
 from ood_heatmap.pipeline.index import check_classes
+from ood_heatmap.pipeline.index import columns_of as index_columns_of
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.run import Index, read_manifest, require_from
+from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
 from ood_heatmap.pipeline.step import adam, make_step, measure_ceiling
-from ood_heatmap.pipeline.targets import bytes_per_row as target_row_bytes
 from ood_heatmap.pipeline.targets import chosen_rows
+from ood_heatmap.pipeline.targets import columns_of as target_columns_of
 from ood_heatmap.pipeline.train import check_maps, decoder_config
 
 PROBE_SECONDS = 2.0
@@ -78,7 +78,7 @@ def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) ->
     bank = len(images) * classifier.num_features * 4  # index.faiss; made in memory, then written
     return Plan(
         rows=len(images),
-        disk=len(images) * index_row_bytes(classifier) + bank + weights,
+        disk=len(images) * bytes_per_row(index_columns_of(classifier)) + bank + weights,
         host=peak_of_host() + SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
         on_gpu=peak_of_gpu(classifier.device),
         seconds=len(images) / rate,
@@ -95,14 +95,14 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
         device: Where to embed and search.
         config: Settings of the stage.
     """
-    index = look_at_index(run)
+    index = map_index(run, read_manifest(run, "index"))
     rows = chosen_rows(images, config)
     rate = embedding_rate(images, rows, index.classifier(device), config)
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
     count = len(rows) + round(config.patched * len(rows))
     return Plan(
         rows=count,
-        disk=count * target_row_bytes(index),
+        disk=count * bytes_per_row(target_columns_of(index)),
         host=peak_of_host() + SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
         on_gpu=peak_of_gpu(device) + bank * on_gpu,
         seconds=count / rate,  # the search adds a few percent at most
@@ -118,10 +118,10 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
         device: Where to train.
         config: Settings of the stage.
     """
-    index = look_at_index(run)
+    index = map_index(run, read_manifest(run, "index"))
     targets = read_manifest(run, "targets")
     require_from(targets, index.manifest, run)
-    columns = open_rows(targets.shard_paths(run / "targets"))
+    columns = map_targets(run, targets, index).columns
     data = TrainingSet(index.columns, columns, config.feature_maps)
     check_maps(data, config)
     config = replace(config, batch_size=min(config.batch_size, len(data)))
@@ -139,12 +139,6 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
         rate=rate,
         feed=feed,
     )
-
-
-def look_at_index(run: Path) -> Index:
-    """Open a finished index; its bytes are not read, as a stage would."""
-    manifest = read_manifest(run, "index")
-    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
 
 
 def embedding_rate(

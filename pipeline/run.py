@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate, differing_fields
 from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write_index
-from ood_heatmap.cache.shards import Rows, open_rows
+from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
 from ood_heatmap.decoder import Decoder, DecoderConfig
@@ -27,7 +28,14 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
 from ood_heatmap.distributed import is_main
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.heatmap import SCALE
 from ood_heatmap.pipeline.patched import Pasting, draw_pasting
+from ood_heatmap.pipeline.results import (
+    DecoderResults,
+    EvaluationResults,
+    IndexResults,
+    TargetsResults,
+)
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
@@ -111,6 +119,68 @@ def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
         )
 
 
+def index_columns(
+    size: int, num_features: int, map_shapes: Sequence[tuple[int, ...]]
+) -> dict[str, Column]:
+    """Return the columns of stage 1: a row for each ID image."""
+    return {
+        "images": Column(
+            "uint8",
+            (3, size, size),
+            "ID images at the classifier's input size, RGB, [n, C, H, W]",
+        ),
+        "features": _features(num_features, "n"),
+        "prediction": Column("int32", (), "predicted class, [n]"),
+        "label": Column("int32", (), "class of the data set, -1 where unknown, [n]"),
+        "row": Column("int64", (), "row of the ID data set, [n]"),
+        **_feature_maps(map_shapes),
+    }
+
+
+def target_columns(
+    size: int, num_features: int, map_shapes: Sequence[tuple[int, ...]]
+) -> dict[str, Column]:
+    """Return the columns of stage 2: a row for each OOD image and each patched image."""
+    return {
+        "heatmap": Column(
+            "int16",
+            (3, size, size),
+            "nearest ID image minus OOD image, [m, C, H, W]; times scale it is in [-1, 1]",
+            {"scale": SCALE},
+        ),
+        "features": _features(num_features, "m"),
+        "prediction": Column("int32", (), "predicted class, [m]"),
+        "row": Column("int64", (), "row of the OOD data set, [m]"),
+        "nearest": Column("int64", (), "row of the ID data set of the nearest ID image, [m]"),
+        "distance": Column("float32", (), "Euclidean distance of the features to it, [m]"),
+        "same_class": Column(
+            "uint8", (), "0 where no ID image has the predicted class and all were searched, [m]"
+        ),
+        "patched": Column(
+            "uint8", (), "1 for an ID image (nearest) with a patch of an OOD image (row) in it, [m]"
+        ),
+        **_feature_maps(map_shapes),
+    }
+
+
+def _features(num_features: int, rows: str) -> Column:
+    about = f"input of the classifier's last linear layer, [{rows}, D]"
+    return Column("float32", (num_features,), about)
+
+
+def _feature_maps(map_shapes: Sequence[tuple[int, ...]]) -> dict[str, Column]:
+    about = "feature map of the classifier, [n, c, h, w]"
+    return {
+        map_column(number): Column("float16", shape, about)
+        for number, shape in enumerate(map_shapes)
+    }
+
+
+def map_column(number: int) -> str:
+    """Return the column of a feature map, 0 for the deepest."""
+    return f"feature_maps_{number + 1}"
+
+
 @dataclass(frozen=True)
 class Index:
     """A finished index, opened for reading.
@@ -126,10 +196,20 @@ class Index:
     manifest: Manifest
     columns: Mapping[str, Rows]
 
+    @cached_property
+    def results(self) -> IndexResults:
+        """What stage 1 hands on."""
+        return IndexResults.of(self.manifest)
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side of the images."""
+        return ClassifierConfig.from_json(self.results.classifier).transform.size
+
     @property
     def feature_range(self) -> tuple[float, float]:
         """Minimum and maximum over all ID training features."""
-        return self.manifest.results["feature_min"], self.manifest.results["feature_max"]
+        return self.results.feature_min, self.results.feature_max
 
     def bank(self, device: torch.device) -> Bank:
         """Return the features by predicted class, to be searched on a device."""
@@ -139,7 +219,7 @@ class Index:
         if not path.is_file():  # derived: lost is no harm
             log.warning("%s is lost: made again from the shards", path)
             write_index(path, self.columns["features"], order)
-        features = read_index(path, len(row), self.manifest.results["num_features"])
+        features = read_index(path, len(row), self.results.num_features)
         return Bank(features, prediction[order], row[order], device=device)
 
     def classifier(self, device: torch.device, num_maps: int | None = None) -> Classifier:
@@ -152,7 +232,7 @@ class Index:
         Raises:
             StaleCacheError: The user's own code makes another network by now; names what differs.
         """
-        config = ClassifierConfig.from_json(self.manifest.results["classifier"])
+        config = ClassifierConfig.from_json(self.results.classifier)
         classifier = restore_classifier(config, self.run / "index" / WEIGHTS)
         for name, before, now in differing_fields(
             self.manifest.inputs["classifier"], classifier.fingerprint()
@@ -181,10 +261,23 @@ def open_index(run: Path) -> Index:
         OodHeatmapError: It is missing, unfinished or damaged.
     """
     manifest = read_manifest(run, "index")
-    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]  # derived: it can be made again
+    # derived from the shards: it can be made again
+    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]
     if is_main():
         check_files(run, manifest, skip=lost)
-    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index")))
+    return map_index(run, manifest)
+
+
+def map_index(run: Path, manifest: Manifest) -> Index:
+    """Return a finished index without reading the bytes of its files.
+
+    Raises:
+        DamagedCacheError: A shard is missing or not what it should be.
+    """
+    results = IndexResults.of(manifest)
+    size = ClassifierConfig.from_json(results.classifier).transform.size
+    columns = index_columns(size, results.num_features, results.map_shapes)
+    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index"), columns))
 
 
 def open_classifier_of(run: Path) -> Index:
@@ -200,11 +293,16 @@ def open_classifier_of(run: Path) -> Index:
 
 @dataclass(frozen=True)
 class Targets:
-    """Finished targets, opened for reading; ``columns`` as in ``NOTES``, and feature maps."""
+    """Finished targets, opened for reading; the columns are those of ``target_columns``."""
 
     run: Path
     manifest: Manifest
     columns: Mapping[str, Rows]
+
+    @cached_property
+    def results(self) -> TargetsResults:
+        """What stage 2 hands on."""
+        return TargetsResults.of(self.manifest)
 
 
 def open_targets(run: Path, index: Index) -> Targets:
@@ -216,7 +314,17 @@ def open_targets(run: Path, index: Index) -> Targets:
     manifest = read_manifest(run, "targets")
     require_from(manifest, index.manifest, run)
     check_files(run, manifest)
-    return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets")))
+    return map_targets(run, manifest, index)
+
+
+def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
+    """Return finished targets without reading the bytes of their files.
+
+    Raises:
+        DamagedCacheError: A shard is missing or not what it should be.
+    """
+    columns = target_columns(index.size, index.results.num_features, index.results.map_shapes)
+    return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets"), columns))
 
 
 def drawn_rows(num_images: int, limit: int | None, seed: int) -> Int64:
@@ -246,6 +354,11 @@ class TrainedDecoder:
     decoder: Decoder
     manifest: Manifest
 
+    @cached_property
+    def results(self) -> DecoderResults:
+        """What stage 3 hands on."""
+        return DecoderResults.of(self.manifest)
+
 
 def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDecoder:
     """Load a finished decoder.
@@ -263,7 +376,7 @@ def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDec
         decoder = Decoder(shape_from(about["decoder"]))
         decoder.load_state_dict(load(content))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DamagedCacheError(f"{path} holds no decoder ({error}). Train again.") from error
+        raise DamagedCacheError(f"{path} is not a decoder ({error}). Train again.") from error
     decoder.eval().to(device).to(memory_format=torch.channels_last)
     return TrainedDecoder(decoder, manifest)
 
@@ -307,8 +420,8 @@ def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -
     return HeatmapDetector(
         index.classifier(device, num_maps=num_maps),
         trained.decoder,
-        classes=index.manifest.results["classes"],
-        color_max=trained.manifest.results["color_max"],
+        classes=index.results.classes,
+        color_max=trained.results.color_max,
         fingerprint=trained.manifest.fingerprint,
     )
 
@@ -339,4 +452,5 @@ def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] 
         return None
     path = run / "evaluation" / CALIBRATION
     calibration = Calibration.from_bytes(read_file(run, manifest, CALIBRATION), str(path))
-    return calibration, manifest.results["false_alarm"]
+    level = EvaluationResults.of(manifest).false_alarm
+    return None if level is None else (calibration, level)

@@ -245,12 +245,12 @@ def make_detection_methods(
 
 def fit_data(index: Index, classifier: Classifier, seed: int) -> FitData:
     """Return what the caches hold for the methods to be fitted on."""
-    columns, manifest = index.columns, index.manifest
+    columns = index.columns
     rows = _sample(np.arange(len(columns["row"])), seed)
     features, prediction, label = (
         columns[name].take(rows) for name in ("features", "prediction", "label")
     )
-    known = bool(manifest.results["classes"]) and bool((label >= 0).all())
+    known = bool(index.results.classes) and bool((label >= 0).all())
     auxiliary = open_targets(index.run, index).columns
     # patched images are ID images in part
     paired = np.flatnonzero(auxiliary["patched"].read() == 0)

@@ -48,12 +48,13 @@ from ood_heatmap.cache.manifest import (
     read_json,
     write_manifest,
 )
-from ood_heatmap.cache.shards import map_shard, read_attributes, write_shard
+from ood_heatmap.cache.shards import Column, map_shard, read_attributes, write_shard
 from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.distributed import is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import COMMANDS, command_of, read_manifest
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ class Stage:
 
     def commit(
         self,
-        results: Mapping[str, Any],
+        results: Results,
         names: Iterable[str],
         *,
         content: str = "",
@@ -258,7 +259,7 @@ class Stage:
         """Write the manifest, the last file of a stage; on rank 0, after all ranks have written.
 
         Args:
-            results: What later stages and readers want to know; JSON.
+            results: What the stage hands on.
             names: The stage's files, all written through ``writing`` or ``record``.
             content: sha256 of the images that were read, or "".
             speed: Throughput of this run of the stage; also a line of ``log.jsonl``.
@@ -266,8 +267,8 @@ class Stage:
         self._records = None  # the other ranks have written since
         files = {name: self._record_of(name) for name in names}
         # as it will be read back
-        results, speed = (json.loads(json.dumps(item)) for item in (results, speed or {}))
-        manifest = Manifest(self.name, self.inputs, content, results, files, speed)
+        values, speed = (json.loads(json.dumps(item)) for item in (results.to_json(), speed or {}))
+        manifest = Manifest(self.name, self.inputs, content, values, files, speed)
         write_manifest(self.directory, manifest)
         self._remove_unfinished()
         if speed:
@@ -522,7 +523,7 @@ class BackgroundWriter:
         self,
         task: ShardTask,
         arrays: Mapping[str, NDArray[Any]],
-        notes: Mapping[str, Mapping[str, str | float]],
+        columns: Mapping[str, Column],
         *,
         content: str,
     ) -> None:
@@ -531,7 +532,7 @@ class BackgroundWriter:
         Args:
             task: Which.
             arrays: Its datasets.
-            notes: Attributes of single datasets.
+            columns: What they must be.
             content: Hash of its images.
         """
         attributes: dict[str, str | int] = {
@@ -541,21 +542,21 @@ class BackgroundWriter:
             "num_skipped": len(task.positions) - len(arrays["row"]),
         }
         self.wait()
-        self._last = self._executor.submit(self._write_now, task.name, arrays, attributes, notes)
+        self._last = self._executor.submit(self._write_now, task.name, arrays, columns, attributes)
 
     def _write_now(
         self,
         name: str,
         arrays: Mapping[str, NDArray[Any]],
+        columns: Mapping[str, Column],
         attributes: Mapping[str, str | int],
-        notes: Mapping[str, Mapping[str, str | float]],
     ) -> None:
         started = time.perf_counter()
         write_shard(
             self.stage.directory / name,
             arrays,
             attributes=attributes,
-            notes=notes,
+            columns=columns,
             record=lambda scratch: self.stage.record(name, scratch),
         )
         self.meter.busy["write"] += time.perf_counter() - started

@@ -22,19 +22,19 @@ from ood_heatmap.cache.neighbours import (
     describe_backend,
     squared_distances,
 )
-from ood_heatmap.cache.shards import open_rows
+from ood_heatmap.cache.shards import Column, bytes_per_row, open_rows
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main, main_process_first
 from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import SCALE, difference
+from ood_heatmap.heatmap import difference
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.index import map_arrays
 from ood_heatmap.pipeline.meter import Meter, report
 from ood_heatmap.pipeline.patched import Pasting, pasted_images
-from ood_heatmap.pipeline.run import Index, drawn_rows, open_index, pasting_of
+from ood_heatmap.pipeline.results import TargetsResults
+from ood_heatmap.pipeline.run import Index, drawn_rows, open_index, pasting_of, target_columns
 from ood_heatmap.pipeline.stage import (
     BackgroundWriter,
     Schedule,
@@ -51,23 +51,6 @@ Int64 = NDArray[np.int64]
 
 QUERIES_PER_CLASS, WAITING_BYTES = 256, 512 << 20  # of a search: as many, or as much in memory
 PAIRED, PATCHED = "targets", "targets-patched"  # what the shards' names begin with
-NOTES: dict[str, dict[str, str | float]] = {
-    "heatmap": {
-        "about": "nearest ID image minus OOD image, [m, C, H, W]; times scale it is in [-1, 1]",
-        "scale": SCALE,
-    },
-    "features": {"about": "input of the classifier's last linear layer, [m, D]"},
-    "prediction": {"about": "predicted class, [m]"},
-    "row": {"about": "row of the OOD data set, [m]"},
-    "nearest": {"about": "row of the ID data set of the nearest ID image, [m]"},
-    "distance": {"about": "Euclidean distance of the features to it, [m]"},
-    "same_class": {
-        "about": "0 where no ID image has the predicted class and all were searched, [m]"
-    },
-    "patched": {
-        "about": "1 for an ID image (nearest) with a patch of an OOD image (row) in it, [m]"
-    },
-}
 
 
 def build_targets(
@@ -105,7 +88,7 @@ def build_targets(
             stage,
             images,
             {PAIRED: rows, PATCHED: pasting.row},
-            bytes_per_row(index),
+            bytes_per_row(columns_of(index)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
         )
@@ -118,10 +101,10 @@ def build_targets(
         paste_all(stage, schedule.own[PATCHED], images, classifier, index, pasting, config, meter)
         with meter.waiting("finish"):
             barrier()
-            results = collect(stage, schedule, images, bank, config) if is_main() else {}
+            results = collect(stage, schedule, images, bank, config) if is_main() else None
         speed = {**report(meter), "device": str(device)}
         manifest = None
-        if is_main():
+        if results is not None:
             content = stage_content(stage, schedule.names)
             manifest = stage.commit(results, schedule.names, content=content, speed=speed)
         return broadcast(manifest)
@@ -140,17 +123,10 @@ def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
     return drawn_rows(len(images), config.limit, config.seed)
 
 
-def bytes_per_row(index: Index) -> int:
-    """Return the bytes of one OOD image in a shard."""
-    columns = index.columns
-    maps = sum(
-        int(np.prod(rows.shape[1:])) * 2
-        for name, rows in columns.items()
-        if name.startswith("feature_maps")
-    )
-    return (
-        2 * int(np.prod(columns["images"].shape[1:])) + 4 * columns["features"].shape[1] + maps + 26
-    )
+def columns_of(index: Index) -> dict[str, Column]:
+    """Return the columns of targets made from an index."""
+    results = index.results
+    return target_columns(index.size, results.num_features, results.map_shapes)
 
 
 def pair_all(
@@ -180,7 +156,7 @@ def pair_all(
                 pairs = pair([shard for _, shard in group], index, bank, config)
             for (task, shard), found in zip(group, pairs, strict=True):
                 arrays = arrays_of(shard, shard.rows, found, index, patched=False)
-                writer.write(task, arrays, NOTES, content=shard.content)
+                writer.write(task, arrays, columns_of(index), content=shard.content)
 
 
 def grouped(
@@ -234,7 +210,7 @@ def paste_all(
             same_class = np.ones(len(row), dtype=bool)
             pairs = Nearest(row, distances_to(index, row, shard), same_class)
             arrays = arrays_of(shard, pasting.row[shard.rows], pairs, index, patched=True)
-            writer.write(task, arrays, NOTES, content=shard.content)
+            writer.write(task, arrays, columns_of(index), content=shard.content)
 
 
 def pair(
@@ -288,13 +264,13 @@ def arrays_of(
         "distance": pairs.distance.astype(np.float32),
         "same_class": pairs.same_class.astype(np.uint8),
         "patched": np.full(len(row), patched, np.uint8),
-        **map_arrays(shard),
+        **shard.map_arrays,
     }
 
 
 def collect(
     stage: Stage, schedule: Schedule, images: ImageSet, bank: Bank, config: TargetsConfig
-) -> dict[str, Any]:
+) -> TargetsResults:
     """Return the results of the stage from its shards."""
     for tasks in schedule.tasks.values():
         require_rows(stage, tasks)
@@ -302,13 +278,13 @@ def collect(
     paired = columns["patched"].read() == 0
     kept = columns["row"].read()[paired]
     wanted = np.concatenate([task.source_rows for task in schedule.tasks[PAIRED]])
-    return {
-        "source": images.source,
-        "num_images": len(kept),
-        "num_patched": int((~paired).sum()),
-        "pairing": config.pairing,
-        "backend": describe_backend(bank.device),
-        "num_without_class": int((columns["same_class"].read() == 0).sum()),
-        "median_distance": float(np.median(columns["distance"].read()[paired])),
-        "skipped": [images.names[row] for row in np.setdiff1d(wanted, kept)],
-    }
+    return TargetsResults(
+        source=images.source,
+        num_images=len(kept),
+        num_patched=int((~paired).sum()),
+        pairing=config.pairing,
+        backend=describe_backend(bank.device),
+        num_without_class=int((columns["same_class"].read() == 0).sum()),
+        median_distance=float(np.median(columns["distance"].read()[paired])),
+        skipped=tuple(images.names[row] for row in np.setdiff1d(wanted, kept)),
+    )

@@ -33,6 +33,7 @@ from ood_heatmap.pipeline.feed import (
     open_feed,
     read_batch,
 )
+from ood_heatmap.pipeline.results import DecoderResults, TargetsResults
 from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
 from ood_heatmap.pipeline.stage import CHECKPOINT, Stage, run_lock
 from ood_heatmap.pipeline.step import (
@@ -106,11 +107,11 @@ def check_maps(data: TrainingSet, config: TrainConfig) -> None:
 
 def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
     """Return the decoder's shape for an index."""
-    results = index.manifest.results
-    shapes = [tuple(shape) for shape in results["map_shapes"][: config.feature_maps]]
+    results = index.results
+    shapes = results.map_shapes[: config.feature_maps]
     return DecoderConfig(
-        num_features=results["num_features"],
-        num_classes=results["num_classes"],
+        num_features=results.num_features,
+        num_classes=results.num_classes,
         size=index.columns["images"].shape[-1],
         target=config.target,
         width=config.width,
@@ -421,14 +422,14 @@ def finish(
     metadata = {"ood_heatmap": json.dumps({"decoder": shape, "index": index.manifest.fingerprint})}
     path, record = stage.directory / DECODER, partial(stage.record, DECODER)
     save_tensors(path, decoder.state_dict(), metadata, record=record)
-    results = {
-        "decoder": shape,
-        "num_parameters": sum(item.numel() for item in decoder.parameters()),
-        "num_id": data.num_id,
-        "num_ood": len(data) - data.num_id,
-        "pairing": targets.results["pairing"],
-        "color_max": color_max(decoder, data, config),
-    }
+    results = DecoderResults(
+        decoder=shape,
+        num_parameters=sum(item.numel() for item in decoder.parameters()),
+        num_id=data.num_id,
+        num_ood=len(data) - data.num_id,
+        pairing=TargetsResults.of(targets).pairing,
+        color_max=color_max(decoder, data, config),
+    )
     return stage.commit(results, [DECODER, HISTORY], speed=speed)
 
 

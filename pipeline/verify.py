@@ -72,7 +72,7 @@ def check_index_rows(index: Index) -> None:
     """
     row = index.columns["row"].read()
     num_images = index.manifest.inputs["images"]["num_images"]
-    complete = len(row) + len(index.manifest.results["skipped"]) == num_images
+    complete = len(row) + len(index.results.skipped) == num_images
     if not complete or (np.diff(row) <= 0).any() or row[0] < 0 or row[-1] >= num_images:
         raise DamagedCacheError(
             f"{index.run / 'index'} does not hold the rows of its {num_images} images, each once."
@@ -90,7 +90,7 @@ def check_target_rows(index: Index, targets: Targets) -> None:
     options = inputs["options"]
     wanted = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
     pasted = pasting_of_targets(targets, index).row
-    complete = (~patched).sum() + len(targets.manifest.results["skipped"]) == len(wanted)
+    complete = (~patched).sum() + len(targets.results.skipped) == len(wanted)
     in_order = np.array_equal(row[~patched], wanted[np.isin(wanted, row[~patched])])
     # an OOD image that was skipped as unreadable is in no patched image either
     as_drawn = np.array_equal(row[patched], pasted[np.isin(pasted, row[~patched])])
@@ -124,7 +124,7 @@ def check_pairs(index: Index, targets: Targets, sample: Int64) -> None:
         index.columns[name].read() for name in ("features", "prediction", "row")
     )
     taken = {name: rows.take(sample) for name, rows in targets.columns.items()}
-    pairing = targets.manifest.results["pairing"]
+    pairing = targets.results.pairing
     for i in range(len(sample)):
         where = f"row {taken['row'][i]} of {targets.run / 'targets'}"
         own = np.flatnonzero(prediction == taken["prediction"][i])

@@ -13,6 +13,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != CH
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,6 +24,10 @@ from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.sources import open_images
+
+# how long an example takes says nothing on a machine that is shared
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SIZE, NUM_CLASSES = 16, 4
 NETWORK = """

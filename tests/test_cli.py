@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from ood_heatmap import __version__
 from ood_heatmap.cli import conclude, main
+from ood_heatmap.pipeline.results import Results
 
 
 def run_command(*arguments: object):
@@ -251,11 +252,11 @@ def test_verbose_and_quiet_before_and_after_the_verb(run, caplog):
 
 
 def test_warnings_come_last_before_the_next_command(capsys):
-    conclude({"warnings": ["accuracy is that of chance"]}, "train runs/x")
+    conclude(Results(warnings=("accuracy is that of chance",)), "train runs/x")
     printed = capsys.readouterr()
     assert printed.err == "warning: accuracy is that of chance\n"
     assert printed.out == "next: ood-heatmap train runs/x\n"
-    conclude({}, "")
+    conclude(Results(), "")
     assert capsys.readouterr() == ("", "")
 
 

@@ -179,7 +179,7 @@ def test_the_index_file_holds_the_rows_in_order_and_damage_is_refused(tmp_path):
     neighbours.write_index(path, Rows([features[:4], features[4:]]), order)
     np.testing.assert_array_equal(neighbours.read_index(path, 10, 3), features[order])
     assert isinstance(faiss.read_index(str(path)), faiss.IndexFlatL2)
-    with pytest.raises(DamagedCacheError, match="no flat index of 11 rows"):
+    with pytest.raises(DamagedCacheError, match="not a flat index with 11 rows"):
         neighbours.read_index(path, 11, 3)
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DamagedCacheError, match="cannot be read by FAISS"):

@@ -177,7 +177,7 @@ def test_too_few_held_out_images_are_said_with_a_level_that_works(count):
 
 def test_findings_are_listed_with_those_that_are_suspicious():
     findings = [sanity.Finding("first", suspicious=True), sanity.Finding("second")]
-    assert sanity.to_results(findings) == {"warnings": ["first", "second"], "suspicious": ["first"]}
+    assert sanity.texts(findings) == {"warnings": ("first", "second"), "suspicious": ("first",)}
 
 
 def test_classes_that_the_run_does_not_know_are_named():

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ood_heatmap.cache import shards
-from ood_heatmap.cache.shards import Rows, map_shard, open_rows, read_attributes, write_shard
+from ood_heatmap.cache.shards import (
+    Column,
+    Rows,
+    bytes_per_row,
+    map_shard,
+    open_rows,
+    read_attributes,
+    write_shard,
+)
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 
@@ -58,7 +66,11 @@ def test_datasets_are_contiguous_and_explain_themselves(tmp_path):
         tmp_path / "a.h5",
         example(),
         attributes={"fingerprint": "abc"},
-        notes={"heatmap": {"scale": 1 / 255, "about": "difference"}},
+        columns={
+            "heatmap": Column("int16", (3, 4, 4), "difference", {"scale": 1 / 255}),
+            "features": Column("float32", (5,), "features"),
+            "row": Column("int64", (), "row"),
+        },
     )
     with h5py.File(tmp_path / "a.h5") as file:
         assert file["heatmap"].chunks is None
@@ -66,6 +78,44 @@ def test_datasets_are_contiguous_and_explain_themselves(tmp_path):
         assert file["heatmap"].attrs["scale"] == 1 / 255
         assert file["heatmap"].attrs["about"] == "difference"
     assert read_attributes(tmp_path / "a.h5")["fingerprint"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("row", Column("int32", (), "another dtype")),
+        ("features", Column("float32", (4,), "another shape")),
+    ],
+)
+def test_arrays_that_are_not_the_columns_are_refused(tmp_path, name, column):
+    columns = {
+        "heatmap": Column("int16", (3, 4, 4), ""),
+        "features": Column("float32", (5,), ""),
+        "row": Column("int64", (), ""),
+    }
+    assert bytes_per_row(columns) == sum(array[0].nbytes for array in example().values())
+    path = tmp_path / "a.h5"
+    write_shard(path, example(), columns=columns)
+    open_rows([path], columns)
+    with pytest.raises(DamagedCacheError, match=f"dataset {name} of the shards is missing or not"):
+        open_rows([path], columns | {name: column})
+    with pytest.raises(ValueError, match="not its columns"):
+        write_shard(path, example(), columns=columns | {name: column})
+    del columns[name]
+    with pytest.raises(ValueError, match="not its columns"):
+        write_shard(path, example(), columns=columns)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_many_shards_are_mapped_without_a_descriptor_each(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(50):
+        write_shard(tmp_path / f"{number}.h5", example())
+    rows = open_rows([tmp_path / f"{number}.h5" for number in range(50)])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert rows["row"].shape == (300,)
+    with pytest.raises(ValueError, match="read-only"):
+        rows["row"].parts[0][0] = 1
 
 
 def test_unequal_numbers_of_rows_are_refused(tmp_path):

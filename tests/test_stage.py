@@ -13,6 +13,7 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheErr
 from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.stage import ShardTask, Stage, require_rows
 from ood_heatmap.pipeline.targets import build_targets
@@ -36,7 +37,7 @@ def make(run: Path, inputs=INPUTS):
     stage = start(run, inputs)
     write(stage, "data.bin", b"content")
     write(stage, "figures/roc.png", b"picture")
-    return stage.commit({"rows": 3}, ["data.bin", "figures/roc.png"], content="hash")
+    return stage.commit(Results(warnings=("odd",)), ["data.bin", "figures/roc.png"], content="hash")
 
 
 def names(directory: Path) -> list[str]:
@@ -154,7 +155,7 @@ def test_overwrite_makes_the_damaged_file_of_a_complete_stage_again_and_no_other
     assert stage.is_intact("figures/roc.png")
     assert not stage.is_intact("data.bin")
     write(stage, "data.bin", b"content")
-    assert stage.commit({"rows": 3}, manifest.files, content="hash") == manifest
+    assert stage.commit(Results(warnings=("odd",)), manifest.files, content="hash") == manifest
 
 
 def test_a_file_that_vanished_before_the_commit_is_named(tmp_path):
@@ -162,7 +163,7 @@ def test_a_file_that_vanished_before_the_commit_is_named(tmp_path):
     write(stage, "data.bin", b"content")
     (tmp_path / "index" / "data.bin").unlink()
     with pytest.raises(DamagedCacheError, match=r"data\.bin is missing"):
-        stage.commit({}, ["data.bin"])
+        stage.commit(Results(), ["data.bin"])
 
 
 @pytest.mark.parametrize("target", [".lock", "log.jsonl"])
