@@ -124,7 +124,6 @@ def result_options(config: Settings) -> dict[str, Any]:
 SHARD_MEGABYTES = 128
 # the deepest alone: shallower maps see how an image was resized, not what it shows
 FEATURE_MAPS = 1
-FALSE_ALARM = 0.05
 
 
 def _seed(text: str, group: Group) -> Option:
@@ -524,7 +523,7 @@ class EvaluateConfig(EmbedConfig):
             min_open=True,
             max_open=True,
         ),
-    ] = FALSE_ALARM
+    ] = 0.05
     seed: Annotated[
         int,
         _seed(

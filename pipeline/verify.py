@@ -11,6 +11,7 @@ from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.patches import paste
+from ood_heatmap.pipeline.config import VerifyConfig
 from ood_heatmap.pipeline.run import (
     COMMANDS,
     Index,
@@ -28,7 +29,9 @@ log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
 
-def verify(run: Path, *, num_samples: int = 200, seed: int = 0) -> list[str]:
+def verify(
+    run: Path, *, num_samples: int = VerifyConfig.samples, seed: int = VerifyConfig.seed
+) -> list[str]:
     """Reread every checksum of a run, check the chain of fingerprints, and re-derive a sample of
     targets.
 
