@@ -364,3 +364,15 @@ def test_a_suspicious_index_is_kept_and_ends_with_1_unless_allowed(data, spec, t
     assert result.exit_code == 0
     assert "warning: accuracy is" in result.output
     assert "next: ood-heatmap targets" in result.output
+
+
+def test_files_tests_and_names_of_the_contributors_guide_are_there():
+    root = Path(__file__).parent.parent
+    text = (root / "CONTRIBUTING.md").read_text("utf-8")
+    paths = set(re.findall(r"`((?:\w+/)+\w+\.py|[\w.]+\.(?:md|cfg))`", text))
+    assert len(paths) > 10
+    assert all((root / path).is_file() for path in paths - {"tests/test_x.py"})
+    for name, path in re.findall(r"`(test_\w+)`\s+in\s+`(tests/\w+\.py)`", text):
+        assert f"def {name}(" in (root / path).read_text("utf-8")
+    for name, path in re.findall(r"`(\w+)`\s+in\s+`((?:ood_heatmap|pipeline)/\w+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (root / path).read_text("utf-8"))
