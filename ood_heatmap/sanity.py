@@ -5,14 +5,15 @@ findings into its manifest, and the command ends with them.
 """
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+
+from ood_heatmap.images import class_orders
 
 Int64 = NDArray[np.int64]
 
@@ -44,23 +45,6 @@ def texts(findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
         "warnings": tuple(finding.text for finding in findings),
         "suspicious": tuple(finding.text for finding in findings if finding.suspicious),
     }
-
-
-def natural_order(name: str) -> tuple[Any, ...]:
-    """Return a sort key by which ``10`` comes after ``2``."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in _parts(name))
-
-
-def _parts(name: str) -> list[str]:
-    return [part for part in re.split(r"([0-9]+)", name) if part]
-
-
-# other orders in which class folders are sorted elsewhere
-ORDERS: Mapping[str, Callable[[str], Any]] = {
-    "natural": natural_order,
-    "case-insensitive": str.casefold,
-    "natural, case-insensitive": lambda name: natural_order(name.casefold()),
-}
 
 
 def confusion_matrix(
@@ -231,17 +215,15 @@ def _best_assignment(confusion: Int64) -> tuple[list[int], list[int], float]:
 
 
 def _better_order(confusion: Int64, names: Sequence[str], best: float) -> str:
-    """Return which order of the class folders explains an assignment, and the way out."""
-    for order, key in ORDERS.items():
-        in_order = sorted(names, key=key)
-        position = {name: number for number, name in enumerate(in_order)}
-        columns = [position[name] for name in names]
+    """Return which order of the class names explains an assignment, and the way out."""
+    for order, in_order in class_orders(names).items():
+        columns = [in_order.index(name) for name in names]
         accuracy = confusion[range(len(names)), columns].sum() / confusion.sum()
         if accuracy > 0.99 * best:
             shown = ", ".join(in_order[:_SHOWN])
             return (
-                f"The {order} order of the folders ({shown}, ...) gives {accuracy:.2%}: rename "
-                "them so that they sort like this."
+                f"The {order} order of the classes ({shown}, ...) gives {accuracy:.2%}: index the "
+                f"folders with --class-order {order}."
             )
     return "Rename the class folders so that they sort in the order of the classifier's classes."
 

@@ -143,7 +143,9 @@ def _check(
     accuracy = results.accuracy
     before = "unknown" if accuracy is None else f"{accuracy:.2%}"
     findings = [
-        *check_class_names(id_images.source, id_images.classes, classes),
+        *check_class_names(
+            id_images.source, id_images.classes if id_images.has_class_names else (), classes
+        ),
         *check_classification(
             id_set.label,
             id_set.prediction,

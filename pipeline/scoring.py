@@ -24,7 +24,7 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import all_gather, is_main, rank, world_size
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import strength
-from ood_heatmap.images import ImageSet
+from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
 from ood_heatmap.pipeline.forward import Forward
@@ -64,12 +64,7 @@ class Subset:
     @cached_property
     def labels(self) -> NDArray[np.int32]:
         """Label of each image of the set, by the name of its class; -1 if the run has none."""
-        position = {name: label for label, name in enumerate(self.classes)}
-        of_run = np.array([*(position.get(name, -1) for name in self.images.classes), -1], np.int32)
-        labels = self.images.labels
-        known = (labels >= 0) & (labels < len(self.images.classes))
-        found: NDArray[np.int32] = of_run[np.where(known, labels, -1)]
-        return found
+        return relabel(self.images, self.classes).labels
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_folders_that_are_sorted_as_strings_are_named_with_their_natural_order()
     right = (number == prediction).mean()
     assert finding.suspicious
     assert f"accuracy is {(label == prediction).mean():.2%}, and {right:.2%} with" in finding.text
-    assert f"The natural order of the folders (1, 2, 3, ...) gives {right:.2%}" in finding.text
+    assert f"The natural order of the classes (1, 2, 3, ...) gives {right:.2%}" in finding.text
     images = number == 9  # of folder 10
     count = int((prediction[images] == 9).sum())
     assert f"{count} of {images.sum()} images of '10' are predicted as '9'" in finding.text or (
@@ -68,7 +68,7 @@ def test_a_capital_letter_is_named_as_an_order_without_case():
     (finding,) = sanity.check_classification(label, prediction, names, 5)
     assert finding.suspicious
     assert "accuracy is 0.00%, and 100.00% with the best assignment" in finding.text
-    assert "The case-insensitive order of the folders (airplane, bird, cat, ...)" in finding.text
+    assert "order of the classes (airplane, bird, cat, ...)" in finding.text
 
 
 def test_two_swapped_folders_are_named_and_not_suspicious():

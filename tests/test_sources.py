@@ -4,17 +4,21 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 from torchvision.datasets import ImageFolder
 
 from ood_heatmap import sources as module
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.images import Transform, UnreadableImageError, decode
+from ood_heatmap.images import Transform, UnreadableImageError, decode, relabel
+from ood_heatmap.pipeline.config import IndexConfig
+from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.sources import (
     find_images,
     from_array,
@@ -443,3 +447,29 @@ def test_labels_that_are_not_class_numbers_are_refused(labels):
 def test_one_hot_labels_are_refused():
     with pytest.raises(OodHeatmapError, match=r"3 images but labels of shape \(3, 3\)"):
         from_array(np.zeros((3, 8, 8, 3), np.uint8), np.eye(3))
+
+
+def test_the_class_order_that_index_names_gives_the_accuracy_it_says(data, classifier, tmp_path):
+    """Folders 2, 10, 30, 100 are the classifier's classes 0 to 3 in their natural order."""
+    names = ["2", "10", "30", "100"]
+    pictures = open_images(str(data / "id"))
+    pixels = decode(pictures, np.arange(len(pictures)), classifier.config.transform).pixels
+    prediction = classifier(torch.from_numpy(pixels)).logits.argmax(dim=1).tolist()
+    for name in names:
+        (tmp_path / "set" / name).mkdir(parents=True)
+    for row, label in enumerate(prediction):
+        shutil.copy(data / "id" / pictures.names[row], tmp_path / "set" / names[label])
+    config = IndexConfig(batch_size=32)
+    found = build_index(tmp_path / "a", open_images(str(tmp_path / "set")), classifier, config)
+    assert found.results["accuracy"] < 0.9
+    (warning,) = found.results["warnings"]
+    assert "The natural order of the classes (2, 10, 30, ...) gives 100.00%" in warning
+    assert warning.endswith("index the folders with --class-order natural.")
+    images = open_images(str(tmp_path / "set"), class_order="natural")
+    found = build_index(tmp_path / "b", images, classifier, config)
+    assert found.results["accuracy"] == 1
+    assert found.results["classes"] == names
+    # a test set lists its folders in its own order, and is matched by name
+    others = relabel(open_images(str(tmp_path / "set")), found.results["classes"])
+    expected = [names.index(name.partition("/")[0]) for name in others.names]
+    assert others.labels.tolist() == expected
