@@ -1,4 +1,4 @@
-"""The detector as one file that needs no ood_heatmap to run: ONNX, or a program of torch.export."""
+"""Export of the detector to a single file that runs without ood_heatmap: ONNX or torch.export."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ood_heatmap import __version__
-from ood_heatmap.cache.files import replacing
+from ood_heatmap.cache.files import write_bytes
 from ood_heatmap.detector import HeatmapDetector, decode_heatmap
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import score
@@ -22,25 +22,28 @@ from ood_heatmap.heatmap import score
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OUTPUTS = ("score", "heatmap", "prediction", "p_value")
-TOLERANCE = 1e-4
-Arrays = dict[str, NDArray[Any]]
-Run = Callable[[NDArray[np.uint8]], Arrays]
+_OUTPUTS = ("score", "heatmap", "prediction", "p_value")
+# largest difference from the detector, in scores and in heatmaps
+_TOLERANCE = 1e-4
+# protobuf messages, such as a model in one ONNX file, end at 2 GB
+_MAX_ONNX_BYTES = 2**31 - 2**20
+_Arrays = dict[str, NDArray[Any]]
+_Run = Callable[[NDArray[np.uint8]], _Arrays]
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest between a file and its detector, in scores and in pixels of heatmaps."""
+    """Largest absolute differences between an exported file and its detector."""
 
     score: float
     heatmap: float
 
 
-class Exported(nn.Module):
-    """The whole way from pixels to p-values, in tensors alone.
+class ExportedDetector(nn.Module):
+    """The detector from pixels to p-values, in tensor operations alone.
 
     Args:
-        detector: On the CPU; its networks are copied.
+        detector: Its networks are copied, to the CPU.
     """
 
     held_out: Tensor | None
@@ -49,27 +52,29 @@ class Exported(nn.Module):
         super().__init__()
         self.classifier = copy.deepcopy(detector.classifier)
         self.decoder = copy.deepcopy(detector.decoder)
-        known = detector.calibration
-        self.register_buffer("held_out", torch.from_numpy(known.scores) if known else None)
-        # torch.export.save warns of weights in any other order
-        self.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+        calibration = detector.calibration
+        self.register_buffer(
+            "held_out", torch.from_numpy(calibration.scores) if calibration else None
+        )
+        # torch.export.save warns of weights in any other memory format
+        self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Detect on uint8 ``(B, 3, H, W)`` of the classifier's input size.
 
         Returns:
             ``score`` (B,) float32; ``heatmap`` (B, C, H, W) float32; ``prediction`` (B,) int64;
-            ``p_value`` (B,) float64, NaN when not calibrated.
+            ``p_value`` (B,) float64, NaN without a calibration.
         """
         output = self.classifier(images)
         prediction = output.logits.argmax(dim=1)
         heatmap = decode_heatmap(self.decoder, output, prediction)
         scores = score(heatmap)
         results = (scores, heatmap, prediction, self.p_value(scores))
-        return dict(zip(OUTPUTS, results, strict=True))
+        return dict(zip(_OUTPUTS, results, strict=True))
 
     def p_value(self, scores: Tensor) -> Tensor:
-        """Return what ``Calibration.p_value`` does; ONNX has no binary search, so it compares."""
+        """Compute ``Calibration.p_value`` by comparisons: ONNX has no binary search."""
         if self.held_out is None:
             return torch.full_like(scores, torch.nan, dtype=torch.float64)
         at_least = (self.held_out >= scores[:, None]).sum(dim=1).to(torch.float64)
@@ -77,10 +82,10 @@ class Exported(nn.Module):
 
 
 def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | None:
-    """Write the detector as one file, and compare it with the detector before it is put in place.
+    """Write the detector as one file; before that, the file's content is run and compared.
 
     Args:
-        detector: On the CPU.
+        detector: A trained detector.
         out: The file.
         kind: ``onnx`` or ``torch``.
 
@@ -89,19 +94,23 @@ def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | Non
         run the file, is not installed.
 
     Raises:
-        OodHeatmapError: A package is missing, the classifier cannot be exported, or the file says
-            something else than the detector. Nothing is left behind.
+        OodHeatmapError: A package is missing, the classifier cannot be exported, the file would
+            differ from the detector, or it cannot be written. Nothing is left behind.
     """
-    write = write_onnx if kind == "onnx" else write_torch
     about = metadata(detector)
-    with replacing(out) as scratch:
-        write(detector, scratch, about)
-        run = open_onnx(scratch) if kind == "onnx" else open_torch(scratch)
-        return None if run is None else compare(detector, run, out)
+    if kind == "onnx":
+        content = _to_onnx(detector, about)
+        run = _load_onnx(content)
+    else:
+        content = _to_torch_program(detector, about)
+        run = _load_torch_program(content)
+    differences = None if run is None else _compare(detector, run, out)
+    write_bytes(out, content)
+    return differences
 
 
 def metadata(detector: HeatmapDetector) -> dict[str, str]:
-    """Return what a user of the file has to know, as text; numbers and lists are JSON."""
+    """Return the metadata of the file, as text; numbers and lists are JSON."""
     content = {
         "class_names": list(detector.classes),
         "input_size": detector.classifier.config.transform.size,
@@ -124,8 +133,8 @@ def metadata(detector: HeatmapDetector) -> dict[str, str]:
     }
 
 
-def sample(detector: HeatmapDetector, count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Return random images: noise and flat ones by turns."""
+def _sample_images(detector: HeatmapDetector, count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Return random images at the input size, noise and constant ones in turn."""
     size = detector.classifier.config.transform.size
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, 3, size, size)).astype(np.uint8)
@@ -133,24 +142,26 @@ def sample(detector: HeatmapDetector, count: int, seed: int = 0) -> NDArray[np.u
     return images
 
 
-def traced(detector: HeatmapDetector) -> torch.export.ExportedProgram:
-    """Return the detector as a graph that takes any number of images.
+def _trace(detector: HeatmapDetector) -> torch.export.ExportedProgram:
+    """Return the detector as a graph with a dynamic batch size.
 
     Raises:
         OodHeatmapError: The classifier's code does what a graph cannot.
     """
-    module = Exported(detector)
-    images = torch.from_numpy(sample(detector, 2))
+    images = torch.from_numpy(_sample_images(detector, 2))
     try:
         with torch.no_grad():
             return torch.export.export(
-                module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+                ExportedDetector(detector),
+                (images,),
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             )
-    except Exception as error:  # whatever a user's own network provokes in the tracer
-        raise not_exported(detector, error) from error
+    except Exception as error:
+        # of any kind: a user's own network is traced
+        raise _export_error(detector, error) from error
 
 
-def not_exported(detector: HeatmapDetector, error: Exception) -> OodHeatmapError:
+def _export_error(detector: HeatmapDetector, error: Exception) -> OodHeatmapError:
     """Return the one line for a classifier that cannot be exported."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return OodHeatmapError(
@@ -159,28 +170,32 @@ def not_exported(detector: HeatmapDetector, error: Exception) -> OodHeatmapError
     )
 
 
-def write_torch(detector: HeatmapDetector, path: Path, about: dict[str, str]) -> None:
-    """Write a program of torch.export; ``torch.export.load(file).module()`` runs it."""
-    content = io.BytesIO()  # a path would have to end in .pt2
-    torch.export.save(
-        traced(detector), content, extra_files={"metadata.json": json.dumps(about, indent=1)}
-    )
-    path.write_bytes(content.getbuffer())
+def _to_torch_program(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
+    """Return the content of a ``.pt2`` file; ``torch.export.load(file).module()`` runs it."""
+    content = io.BytesIO()
+    extra = {"metadata.json": json.dumps(about, indent=1)}
+    torch.export.save(_trace(detector), content, extra_files=extra)
+    return content.getvalue()
 
 
-def open_torch(path: Path) -> Run:
+def _load_torch_program(content: bytes) -> _Run:
     """Return a program of torch.export as a function."""
-    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    module = torch.export.load(io.BytesIO(content)).module()
 
-    def run(images: NDArray[np.uint8]) -> Arrays:
+    def run(images: NDArray[np.uint8]) -> _Arrays:
         with torch.no_grad():
-            return {key: item.numpy() for key, item in module(torch.from_numpy(images)).items()}
+            outputs = module(torch.from_numpy(images))
+        return {name: values.numpy() for name, values in outputs.items()}
 
     return run
 
 
-def write_onnx(detector: HeatmapDetector, path: Path, about: dict[str, str]) -> None:
-    """Write an ONNX model with its metadata."""
+def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
+    """Return the content of an ONNX file.
+
+    Raises:
+        OodHeatmapError: A package is missing, or the networks cannot be converted or are too large.
+    """
     try:
         import onnx
         import onnxscript  # noqa: F401  (torch.onnx needs it)
@@ -188,79 +203,93 @@ def write_onnx(detector: HeatmapDetector, path: Path, about: dict[str, str]) -> 
         raise OodHeatmapError(
             f"{error.name} is not installed: pip install 'ood-heatmap[export]'."
         ) from None
-    program = traced(detector)
+    networks = (detector.classifier, detector.decoder)
+    num_bytes = sum(
+        values.nbytes for network in networks for values in network.state_dict().values()
+    )
+    if num_bytes > _MAX_ONNX_BYTES:
+        raise OodHeatmapError(
+            f"the weights have {num_bytes / 1e9:.1f} GB, a single ONNX file holds at most "
+            f"{_MAX_ONNX_BYTES / 1e9:.1f} GB. Use --format torch."
+        )
+    program = _trace(detector)
     try:
         converted = torch.onnx.export(
             program,
             dynamo=True,
             input_names=["images"],
-            output_names=list(OUTPUTS),
+            output_names=list(_OUTPUTS),
             verbose=False,
         )
-    except Exception as error:  # of many kinds, when ONNX lacks one of the network's operations
-        raise not_exported(detector, error) from error
+    except Exception as error:
+        # of many kinds, where ONNX lacks an operation of the network
+        raise _export_error(detector, error) from error
     assert converted is not None
     model = converted.model_proto
-    tidy(model)
+    _remove_traces(model)
     onnx.helper.set_model_props(model, about)
-    path.write_bytes(model.SerializeToString())
+    content: bytes = model.SerializeToString()
+    return content
 
 
-def tidy(model: "ModelProto") -> None:
-    """Call the number of images ``batch``; drop the exporter's notes on every node.
+def _remove_traces(model: "ModelProto") -> None:
+    """Remove the exporter's notes on every node, which hold paths of files on this machine.
 
-    Those tell the paths of the files on the machine that exported.
+    The batch dimension is named ``batch``.
     """
     graph = model.graph
     for node in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
         del node.metadata_props[:]
-    del graph.value_info[:]  # shapes in between, under the exporter's own name of the batch
+    # intermediate shapes, under the exporter's own name of the batch dimension
+    del graph.value_info[:]
     for value in [*graph.input, *graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
 
 
-def open_onnx(path: Path) -> Run | None:
+def _load_onnx(content: bytes) -> _Run | None:
     """Return an ONNX model as a function; None without ONNX Runtime."""
     try:
         import onnxruntime
     except ImportError:
         return None
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
-    def run(images: NDArray[np.uint8]) -> Arrays:
-        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"images": images}), strict=True))
+    def run(images: NDArray[np.uint8]) -> _Arrays:
+        outputs = session.run(list(_OUTPUTS), {"images": images})
+        return dict(zip(_OUTPUTS, outputs, strict=True))
 
     return run
 
 
-def compare(detector: HeatmapDetector, run: Run, out: Path) -> Differences:
+def _compare(detector: HeatmapDetector, run: _Run, out: Path) -> Differences:
     """Return how far a file is from its detector on a few random images.
 
     Raises:
-        OodHeatmapError: Scores or heatmaps differ by more than 1e-4, the predictions differ, or the
+        OodHeatmapError: Scores or heatmaps differ by more than 1e-4, predictions differ, or the
             p-values are not those of the scores.
     """
-    pairs = [
-        (detector.detect(images)[0], run(images))
-        for images in (sample(detector, count, seed=count) for count in (1, 15))
-    ]
-    scores = [np.abs(found["score"] - wanted.score).max() for wanted, found in pairs]
-    pixels = np.concatenate([np.abs(found["heatmap"] - wanted.heatmap) for wanted, found in pairs])
+    batches = [_sample_images(detector, count, seed=count) for count in (1, 15)]
+    pairs = [(detector.detect(images)[0], run(images)) for images in batches]
+    scores = [np.abs(outputs["score"] - result.score).max() for result, outputs in pairs]
+    pixels = np.concatenate(
+        [np.abs(outputs["heatmap"] - result.heatmap) for result, outputs in pairs]
+    )
     # A feature map's value that lies between two float16 numbers may be rounded either way, as the
     # last digit of a convolution falls; that moves single pixels by more (2.6e-4 in 256 images of
     # 32 px, 2e-5 at the 99.9th percentile).
-    most = np.quantile(pixels, 0.999 if detector.decoder.config.map_shapes else 1)
+    largest = np.quantile(pixels, 0.999 if detector.decoder.config.map_shapes else 1)
     same = all(
-        np.array_equal(found["prediction"], wanted.prediction)
-        # of its own scores: a score's last digit may lie on the other side of a held-out one
-        and np.allclose(found["p_value"], detector.p_value(found["score"]), 0, 1e-12, True)
-        for wanted, found in pairs
+        np.array_equal(outputs["prediction"], result.prediction)
+        # of its own scores: the last digit of a score may lie on the other side of a held-out one
+        and np.allclose(outputs["p_value"], detector.p_value(outputs["score"]), 0, 1e-12, True)
+        for result, outputs in pairs
     )
     differences = Differences(float(max(scores)), float(pixels.max()))
-    if not (same and max(*scores, most) <= TOLERANCE):  # so that NaN is refused too
+    # negated, so that NaN is refused too
+    if not (same and max(*scores, largest) <= _TOLERANCE):
         raise OodHeatmapError(
-            f"{out} would say something else than the detector (scores differ by up to "
-            f"{differences.score:.1e}, heatmaps {differences.heatmap:.1e}; predictions, p-values "
-            f"are {'the same' if same else 'others'}): not written. Try the other --format."
+            f"{out} would differ from the detector (scores by up to {differences.score:.1e}, "
+            f"heatmaps by {differences.heatmap:.1e}, predictions and p-values "
+            f"{'not at all' if same else 'as well'}): not written. Try the other --format."
         )
     return differences

@@ -1,9 +1,12 @@
 """Export: the file, run by another runtime, says what the detector says."""
 
 import builtins
+import errno
 import io
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -94,7 +97,9 @@ def test_feature_maps_are_rounded_to_float16_as_in_training(classifier, tmp_path
 def test_ties_have_the_p_value_of_the_calibration(classifier):
     detector = make_detector(classifier, "magnitude", 0)
     held_out = np.array([0.25, 0.5, 0.5, 0.75], np.float32)
-    module = export_module.Exported(detector.calibrated(Calibration.fit(held_out, held_out), 0.1))
+    module = export_module.ExportedDetector(
+        detector.calibrated(Calibration.fit(held_out, held_out), 0.1)
+    )
     scores = torch.tensor([0.1, 0.25, 0.5, 0.6, 0.75, 0.8])
     assert module.p_value(scores).tolist() == [1.0, 1.0, 0.8, 0.4, 0.4, 0.2]
 
@@ -144,7 +149,7 @@ def test_the_metadata_has_the_thresholds_where_there_are_any(classifier):
 def test_a_file_that_differs_is_not_left_behind(classifier, tmp_path, monkeypatch, kind):
     detector = make_detector(classifier, "magnitude", 0)
     monkeypatch.setattr(export_module, "score", lambda heatmap: heatmap.mean(dim=(1, 2, 3)))
-    with pytest.raises(OodHeatmapError, match="something else than the detector"):
+    with pytest.raises(OodHeatmapError, match="would differ from the detector"):
         export(detector, tmp_path / "detector", kind)
     assert list(tmp_path.iterdir()) == []
 
@@ -171,6 +176,28 @@ def without(monkeypatch, *missing: str) -> None:
         return real(name, *arguments, **more)
 
     monkeypatch.setattr(builtins, "__import__", guarded)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_refused_write_is_one_line_also_when_the_cleanup_is_refused(
+    classifier, tmp_path, monkeypatch, kind, code
+):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(OodHeatmapError, match=r"(cannot write|no space left for) .*detector"):
+        export(make_detector(classifier, "magnitude", 0), tmp_path / "detector", kind)
+
+
+def test_networks_too_large_for_onnx_are_refused_before_the_work(classifier, tmp_path, monkeypatch):
+    detector = make_detector(classifier, "magnitude", 0)
+    monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 10)
+    with pytest.raises(OodHeatmapError, match=r"holds at most .* GB\. Use --format torch"):
+        export(detector, tmp_path / "detector", "onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
