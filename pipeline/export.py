@@ -53,9 +53,8 @@ class ExportedDetector(nn.Module):
         self.classifier = copy.deepcopy(detector.classifier)
         self.decoder = copy.deepcopy(detector.decoder)
         calibration = detector.calibration
-        self.register_buffer(
-            "held_out", torch.from_numpy(calibration.scores) if calibration else None
-        )
+        held_out = torch.from_numpy(calibration.scores) if calibration else None
+        self.register_buffer("held_out", held_out)
         # torch.export.save warns of weights in any other memory format
         self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
@@ -289,7 +288,7 @@ def _compare(detector: HeatmapDetector, run: _Run, out: Path) -> Differences:
     if not (same and max(*scores, largest) <= _TOLERANCE):
         raise OodHeatmapError(
             f"{out} would differ from the detector (scores by up to {differences.score:.1e}, "
-            f"heatmaps by {differences.heatmap:.1e}, predictions and p-values "
-            f"{'not at all' if same else 'as well'}): not written. Try the other --format."
+            f"heatmaps by {differences.heatmap:.1e}, predictions and p-values are "
+            f"{'equal' if same else 'not equal'}): not written. Try the other --format."
         )
     return differences
