@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ood_heatmap.decoder import DCGAN, SIGNED, Decoder, DecoderConfig
+from ood_heatmap.decoder import Decoder, DecoderConfig, make_decoder
 from ood_heatmap.heatmap import weighted_squared_error
 from ood_heatmap.networks import cifar_resnet18
 from ood_heatmap.pipeline.config import TrainConfig
@@ -30,7 +30,7 @@ from ood_heatmap.pipeline.step import Step, adam, make_step
 from ood_heatmap.pipeline.train import with_noise
 
 PAPER = TrainConfig(
-    stack=DCGAN, target=SIGNED, feature_maps=0, noise=0, region_weight=0, schedule="constant"
+    stack="dcgan", target="signed", feature_maps=0, noise=0, region_weight=0, schedule="constant"
 )
 CONFIGS = {"the paper's decoder": PAPER, "the default decoder": TrainConfig()}
 BARS = {"resident": 0.98, "pinned": 0.95, "streaming": 0.95}
@@ -49,7 +49,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         shutil.rmtree(folder)
 
 
-def make_decoder(config: TrainConfig, device: torch.device) -> Decoder:
+def fresh_decoder(config: TrainConfig, device: torch.device) -> Decoder:
     """Return a fresh decoder for 32-pixel heatmaps."""
     torch.manual_seed(config.seed)
     shape = DecoderConfig(
@@ -61,14 +61,14 @@ def make_decoder(config: TrainConfig, device: torch.device) -> Decoder:
         map_shapes=(data.MAP_SHAPE,) * config.feature_maps,
         stack=config.stack,
     )
-    return Decoder(shape).to(device).train()
+    return make_decoder(shape).to(device).train()
 
 
 def prepared(
     config: TrainConfig, training_set: TrainingSet, device: torch.device
 ) -> tuple[str, Step, TrainingBatch, Decoder]:
     """Return the step that stage 3 takes, its kind, a batch on the device, and the decoder."""
-    decoder = make_decoder(config, device)
+    decoder = fresh_decoder(config, device)
     decoder.to(memory_format=torch.channels_last)
     rows = next(batches_of(len(training_set), config.batch_size, config.seed, [0]))
     batch = next(with_noise(iter([read_batch(training_set, rows, device)]), decoder, config, 0))
@@ -192,7 +192,7 @@ def reference_loop(
     )
     loader = DataLoader(pairs, batch_size=size, shuffle=True, num_workers=0)
     backbone, head = split_classifier(setting.device)
-    decoder = make_decoder(config, setting.device)
+    decoder = fresh_decoder(config, setting.device)
     optimizer = torch.optim.Adam(
         decoder.parameters(), config.lr, betas=(0.5, 0.999), foreach=False, fused=False
     )

@@ -1,96 +1,122 @@
-"""The decoder: features, predicted class and, as an option, feature maps in; a heatmap out."""
+"""Decoders: features, predicted class and optionally feature maps in, a heatmap out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 from ood_heatmap.distributed import world_size
+from ood_heatmap.errors import DamagedCacheError
 
-SIGNED, MAGNITUDE = "signed", "magnitude"
-PLAIN, DCGAN = "plain", "dcgan"
-HIDDEN = 256  # neurons of the plain stack
-PLACES = 64  # channels that tell places apart, in the plain stack
-Numbers: TypeAlias = float | NDArray[np.float32]
+Target: TypeAlias = Literal["signed", "magnitude"]
+Stack: TypeAlias = Literal["plain", "dcgan"]
+# what becomes 0 and what becomes 1: one number for all channels, or one for each
+Range: TypeAlias = tuple[float | NDArray[np.float32], float | NDArray[np.float32]]
+
+# neurons of the plain decoder's hidden layer, and channels of its spatial branches
+_HIDDEN_WIDTH, _SPATIAL_WIDTH = 256, 64
+_UNIT_RANGE = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder.
+    """Architecture of a decoder.
 
     Args:
         num_features: Width D of the features.
         num_classes: Classes L of the classifier.
-        size: Pixels of the square heatmap.
+        size: Height and width of the heatmap.
         target: ``signed`` (tanh, [-1, 1]) or ``magnitude`` (sigmoid, [0, 1]).
-        width: Channels of the first map; found from D when 0.
-        map_shapes: ``(C, h, w)`` of each of the classifier's feature maps that it takes.
+        width: Channels of the first map; derived from D when 0.
+        map_shapes: ``(C, h, w)`` of each feature map that the decoder takes.
         num_channels: Channels of the heatmap.
-        stack: ``dcgan``, the paper's: batch norm after each convolution; or ``plain``: no batch
-            norm, a hidden layer before the first map, the spread of the deepest feature map beside
-            the features, and feature maps that say where and not how much, see ``Places``. It
-            trains with noise on its inputs, which batch norm does not bear: its statistics would
-            be those of noisy inputs, and the images come without.
+        stack: ``dcgan`` for ``DcganDecoder``, ``plain`` for ``PlainDecoder``.
     """
 
     num_features: int
     num_classes: int
     size: int
-    target: str = MAGNITUDE
+    target: Target = "magnitude"
     width: int = 0
     map_shapes: tuple[tuple[int, int, int], ...] = ()
     num_channels: int = 3
-    stack: str = DCGAN
+    stack: Stack = "dcgan"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("target", self.target, get_args(Target)),
+            ("stack", self.stack, get_args(Stack)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} of a decoder must be one of {choices}, got {value!r}")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "DecoderConfig":
+        """Read a configuration from JSON, where tuples are lists."""
+        maps = tuple((shape[0], shape[1], shape[2]) for shape in content["map_shapes"])
+        return cls(**{**content, "map_shapes": maps})
 
     @property
     def num_inputs(self) -> int:
-        """Numbers that describe an image beside its class and maps: features, spread of a map."""
-        spread = self.map_shapes[0][0] if self.map_shapes and self.stack == PLAIN else 0
-        return self.num_features + spread
+        """Scaled inputs of an image beside the one-hot class: features and, if used, map stds."""
+        map_std = self.map_shapes[0][0] if self.map_shapes and self.stack == "plain" else 0
+        return self.num_features + map_std
 
     @property
     def num_doublings(self) -> int:
-        """How often the first map is doubled: as often as it stays at least 4 pixels wide."""
+        """Number of upsampling steps: the first map is at least 4 pixels wide."""
         return max(0, (self.size // 4).bit_length() - 1)
 
     @property
     def first_size(self) -> int:
-        """Pixels of the first map; doubled, they reach ``size`` or just over it."""
+        """Width of the first map; doubled ``num_doublings`` times it is at least ``size``."""
         return -(-self.size >> self.num_doublings)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels after each step: from D's power of two, twice D up to 256, then halves.
+    def sizes(self) -> tuple[int, ...]:
+        """Width of the first map and of the map after each step."""
+        return tuple(self.first_size << step for step in range(self.num_doublings + 1))
 
-        These are the reference's: 512-256-128-64 for D = 512 at 32 px, 256-128-64-32 for 128, and
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the first map and after each step: a power of two from D, then halved.
+
+        Those of the reference are 512-256-128-64 for D = 512 at 32 px, 256-128-64-32 for 128, and
         2048-1024-512-256-128 for 2048 at 64 px.
         """
         power = 1 << (self.num_features - 1).bit_length()
         first = self.width or min(2048, max(power, min(256, 2 * power)))
         return tuple(max(16, first >> step) for step in range(self.num_doublings + 1))
 
+    @property
+    def joins(self) -> tuple[int, ...]:
+        """Step at which each feature map joins: the one whose map is nearest to it in size."""
+        steps = range(len(self.sizes))
+        return tuple(
+            min(steps, key=lambda step: abs(self.sizes[step] - height))
+            for _, height, _ in self.map_shapes
+        )
+
 
 class Decoder(nn.Module):
-    """A stack of transposed convolutions.
-
-    Feature maps join at the step whose size is nearest to theirs, each through convolutions of its
-    own: beside what is there (``dcgan``), or to be added at the end (``plain``).
+    """What both decoders share: scaled inputs, resized feature maps, the range of the output.
 
     Args:
-        config: Its shape.
-        feature_range: What becomes 0 and what becomes 1: one number for all inputs or one for each;
-            the paper's are the minimum and the maximum over all ID training features.
-        map_ranges: The same for the channels of each feature map.
-
-    Source: Hornauer and Belagiannis, Heatmap-based Out-of-Distribution Detection, WACV 2023; the
-        stack is that of Radford et al., DCGAN, ICLR 2016.
+        config: The architecture.
+        feature_range: Range of the inputs; in the paper minimum and maximum over all ID training
+            features.
+        map_ranges: Range of the channels of each feature map.
     """
 
     feature_range: Tensor
@@ -98,66 +124,139 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        feature_range: tuple[Numbers, Numbers] = (0.0, 1.0),
-        map_ranges: Sequence[tuple[Numbers, Numbers]] = (),
+        feature_range: Range = _UNIT_RANGE,
+        map_ranges: Sequence[Range] = (),
     ) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("feature_range", as_range(feature_range, config.num_inputs))
+        self.register_buffer("feature_range", _to_range(feature_range, config.num_inputs))
         for number, shape in enumerate(config.map_shapes):
-            given = map_ranges[number] if map_ranges else (0.0, 1.0)
-            self.register_buffer(f"map_range_{number}", as_range(given, shape[0]))
+            given = map_ranges[number] if map_ranges else _UNIT_RANGE
+            self.register_buffer(f"map_range_{number}", _to_range(given, shape[0]))
+        # numbers of the feature maps that join at each step
+        self._joining = [
+            [number for number, joins_at in enumerate(config.joins) if joins_at == step]
+            for step in range(len(config.sizes))
+        ]
+
+    def _scale_inputs(self, inputs: Tensor, prediction: Tensor, noise: Tensor | None) -> Tensor:
+        """Return ``(B, num_inputs + L)``: scaled inputs, plus noise if any, and the one-hot class.
+
+        Args:
+            inputs: ``(B, num_inputs)``.
+            prediction: ``(B,)``.
+            noise: ``(B, num_inputs)`` or None.
+        """
+        low, high = self.feature_range
+        x = (inputs - low) / (high - low)
+        x = x if noise is None else x + noise
+        classes = torch.arange(self.config.num_classes, device=prediction.device)
+        one_hot = (prediction[:, None] == classes).to(inputs.dtype)
+        return torch.cat([x, one_hot], dim=1)
+
+    def _scale_map(self, feature_map: Tensor, number: int, size: int) -> Tensor:
+        """Return feature map ``number``, scaled and ``size`` pixels wide."""
+        low, high = self.get_buffer(f"map_range_{number}")[..., None, None]
+        return _resize((feature_map - low) / (high - low), size)
+
+    def _to_heatmap(self, logits: Tensor) -> Tensor:
+        """Crop the centre of ``(B, num_channels, h, w)`` and map it to the range of the target."""
+        size = self.config.size
+        start = (logits.shape[2] - size) // 2
+        logits = logits[:, :, start : start + size, start : start + size]
+        return torch.tanh(logits) if self.config.target == "signed" else torch.sigmoid(logits)
+
+
+class DcganDecoder(Decoder):
+    """The paper's decoder: transposed convolutions with batch norm.
+
+    A feature map goes through a 1x1 convolution and is concatenated to the decoder's map.
+
+    Source: Hornauer and Belagiannis, Heatmap-based Out-of-Distribution Detection, WACV 2023; the
+        architecture is that of Radford et al., DCGAN, ICLR 2016.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        feature_range: Range = _UNIT_RANGE,
+        map_ranges: Sequence[Range] = (),
+    ) -> None:
+        super().__init__(config, feature_range, map_ranges)
         widths = config.widths
-        sizes = [config.first_size << step for step in range(len(widths))]
-        self.joins = tuple(
-            min(range(len(sizes)), key=lambda step: abs(sizes[step] - height))
-            for _, height, _ in config.map_shapes
-        )
-        self.sizes = sizes
-        joined = [
-            (shape[0], widths[step])
-            for shape, step in zip(config.map_shapes, self.joins, strict=True)
-        ]
         self.maps = nn.ModuleList(
-            Places(*channels, config.num_channels)
-            if self.is_plain
-            else self.block(nn.Conv2d(*channels, 1, bias=False))
-            for channels in joined
+            _norm_block(nn.Conv2d(shape[0], widths[step], 1, bias=False))
+            for shape, step in zip(config.map_shapes, config.joins, strict=True)
         )
-        # what joins at a step goes on beside what was there
-        counts = [
-            1 + (0 if self.is_plain else self.joins.count(step)) for step in range(len(sizes))
+        num_inputs = config.num_inputs + config.num_classes
+        self.first = nn.Linear(num_inputs, widths[0] * config.first_size**2, bias=False)
+        self.first_norm = nn.Sequential(BatchNorm(widths[0]), nn.ReLU())
+        # each feature map that joins adds as many channels as were there
+        joined = [
+            width * (1 + len(joining)) for width, joining in zip(widths, self._joining, strict=True)
         ]
-        inputs, first = config.num_inputs + config.num_classes, widths[0] * config.first_size**2
-        self.hidden = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU()) if self.is_plain else None
-        self.first = nn.Linear(HIDDEN if self.is_plain else inputs, first, bias=self.is_plain)
-        norm = nn.Identity() if self.is_plain else BatchNorm(widths[0])
-        self.first_norm = nn.Sequential(norm, nn.ReLU())
         self.steps = nn.ModuleList(
-            self.block(
-                nn.ConvTranspose2d(before * counts[step], after, 4, 2, 1, bias=self.is_plain)
-            )
-            for step, (before, after) in enumerate(pairwise(widths))
+            _norm_block(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False))
+            for before, after in zip(joined[:-1], widths[1:], strict=True)
         )
-        self.last = nn.Conv2d(widths[-1] * counts[-1], config.num_channels, 1)
-        self.apply(initialise_plain if self.is_plain else initialise)
-        if self.is_plain:  # begin near the ID images' target, 0 everywhere
-            where = [places.last for places in self.maps if isinstance(places, Places)]
-            for last in (self.last, *where):
-                nn.init.normal_(last.weight, 0.0, 0.02)
-            assert self.last.bias is not None
-            nn.init.constant_(self.last.bias, 0.0 if config.target == SIGNED else -2.0)
+        self.last = nn.Conv2d(joined[-1], config.num_channels, 1)
+        self.apply(_init_dcgan)
 
-    @property
-    def is_plain(self) -> bool:
-        """Tell the stack."""
-        return self.config.stack == PLAIN
+    def forward(
+        self,
+        features: Tensor,
+        prediction: Tensor,
+        maps: Sequence[Tensor] = (),
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Return heatmaps: see ``PlainDecoder.forward``."""
+        x = self.first(self._scale_inputs(features, prediction, noise))
+        size = self.config.first_size
+        x = self.first_norm(x.unflatten(1, (-1, size, size)))
+        for step, joining in enumerate(self._joining):
+            for number in joining:
+                feature_map = self._scale_map(maps[number], number, x.shape[2])
+                x = torch.cat([x, self.maps[number](feature_map)], dim=1)
+            if step < len(self.steps):
+                x = self.steps[step](x)
+        return self._to_heatmap(self.last(x))
 
-    def block(self, convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
-        """Return a convolution with its ReLU, and the norm between them where the stack has it."""
-        if self.is_plain:
-            return nn.Sequential(convolution, nn.ReLU())
-        return nn.Sequential(convolution, BatchNorm(convolution.out_channels), nn.ReLU())
+
+class PlainDecoder(Decoder):
+    """Transposed convolutions without batch norm, trained with noise on the inputs.
+
+    With batch norm, noise would change the statistics, which at inference come without it. The
+    standard deviations of the deepest feature map are inputs beside the features. Feature maps say
+    where an image is OOD and not how much: see ``SpatialBranch``.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        feature_range: Range = _UNIT_RANGE,
+        map_ranges: Sequence[Range] = (),
+    ) -> None:
+        super().__init__(config, feature_range, map_ranges)
+        widths = config.widths
+        branches = [
+            SpatialBranch(shape[0], widths[step], config.num_channels)
+            for shape, step in zip(config.map_shapes, config.joins, strict=True)
+        ]
+        self.maps = nn.ModuleList(branches)
+        num_inputs = config.num_inputs + config.num_classes
+        self.hidden = nn.Sequential(nn.Linear(num_inputs, _HIDDEN_WIDTH), nn.ReLU())
+        self.first = nn.Linear(_HIDDEN_WIDTH, widths[0] * config.first_size**2)
+        self.steps = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose2d(before, after, 4, 2, 1), nn.ReLU())
+            for before, after in pairwise(widths)
+        )
+        self.last = nn.Conv2d(widths[-1], config.num_channels, 1)
+        self.apply(_init_he)
+        # start near the target of ID images, 0 everywhere
+        for last in (self.last, *(branch.last for branch in branches)):
+            nn.init.normal_(last.weight, 0.0, 0.02)
+        assert self.last.bias is not None
+        nn.init.constant_(self.last.bias, 0.0 if config.target == "signed" else -2.0)
 
     def forward(
         self,
@@ -172,88 +271,109 @@ class Decoder(nn.Module):
             features: ``(B, D)`` float32.
             prediction: ``(B,)`` predicted class.
             maps: ``(B, C, h, w)`` of each map in the configuration.
-            noise: ``(B, num_inputs)``, added to the scaled inputs in training.
+            noise: ``(B, num_inputs)`` added to the scaled inputs, in training only.
 
         Returns:
             ``(B, num_channels, size, size)`` in [-1, 1] (signed) or [0, 1] (magnitude).
         """
-        inputs = [features, maps[0].std(dim=(2, 3))] if self.is_plain and maps else [features]
-        low, high = self.feature_range
-        x = (torch.cat(inputs, dim=1) - low) / (high - low)
-        x = x if noise is None else x + noise
-        classes = torch.arange(self.config.num_classes, device=prediction.device)
-        one_hot = (prediction[:, None] == classes).to(features.dtype)
-        x = torch.cat([x, one_hot], dim=1)
-        x = self.first(x if self.hidden is None else self.hidden(x))
-        x = self.first_norm(x.unflatten(1, (-1, self.config.first_size, self.config.first_size)))
-        where: list[Tensor] = []
-        for step in range(len(self.sizes)):
-            for number in self.joining(step):
-                item = resized(self.scaled(maps[number], number), self.sizes[step])
-                if self.is_plain:
-                    where.append(resized(self.maps[number](item, x), self.sizes[-1]))
-                else:
-                    x = torch.cat([x, self.maps[number](item)], dim=1)
+        inputs = torch.cat([features, maps[0].std(dim=(2, 3))], dim=1) if maps else features
+        x = self.first(self.hidden(self._scale_inputs(inputs, prediction, noise)))
+        size = self.config.first_size
+        x = functional.relu(x.unflatten(1, (-1, size, size)))
+        corrections: list[Tensor] = []
+        for step, joining in enumerate(self._joining):
+            for number in joining:
+                feature_map = self._scale_map(maps[number], number, x.shape[2])
+                correction = self.maps[number](feature_map, x)
+                corrections.append(_resize(correction, self.config.sizes[-1]))
             if step < len(self.steps):
                 x = self.steps[step](x)
-        x = sum(where, start=self.last(x))
-        over = (x.shape[2] - self.config.size) // 2
-        x = x[:, :, over : over + self.config.size, over : over + self.config.size]
-        return torch.tanh(x) if self.config.target == SIGNED else torch.sigmoid(x)
-
-    def joining(self, step: int) -> list[int]:
-        """Return the numbers of the feature maps that join at a step."""
-        return [number for number, joins_at in enumerate(self.joins) if joins_at == step]
-
-    def scaled(self, item: Tensor, number: int) -> Tensor:
-        """Return a feature map with each channel in its range."""
-        low, high = self.get_buffer(f"map_range_{number}")[..., None, None]
-        scaled: Tensor = (item - low) / (high - low)
-        return scaled
+        return self._to_heatmap(sum(corrections, start=self.last(x)))
 
 
-class Places(nn.Module):
-    """Where in an image, from a feature map beside the decoder's own map of its size.
+def make_decoder(
+    config: DecoderConfig,
+    feature_range: Range = _UNIT_RANGE,
+    map_ranges: Sequence[Range] = (),
+) -> Decoder:
+    """Return an untrained decoder; for the arguments see ``Decoder``."""
+    if config.stack == "dcgan":
+        return DcganDecoder(config, feature_range, map_ranges)
+    return PlainDecoder(config, feature_range, map_ranges)
 
-    The mean over places is taken out, so that a feature map moves the heatmap about and makes it
-    neither stronger nor weaker: how much is for the features to say, which know it better.
+
+def decoder_metadata(config: DecoderConfig, index_fingerprint: str) -> dict[str, str]:
+    """Return the metadata of a decoder's safetensors file."""
+    # one entry: safetensors writes several in a different order every time
+    content = {"decoder": asdict(config), "index": index_fingerprint}
+    return {"ood_heatmap": json.dumps(content)}
+
+
+def load_decoder(content: bytes, path: Path) -> Decoder:
+    """Load a trained decoder, in evaluation mode.
 
     Args:
-        num_channels: Of the feature map.
-        num_beside: Of the decoder's map.
-        num_outputs: Of the heatmap.
+        content: A safetensors file with ``decoder_metadata``.
+        path: Its path, named in errors.
+
+    Raises:
+        DamagedCacheError: The file is not a decoder.
+    """
+    try:
+        # a safetensors file starts with the length of its JSON header
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header["__metadata__"]["ood_heatmap"])
+        decoder = make_decoder(DecoderConfig.from_json(about["decoder"]))
+        decoder.load_state_dict(load(content))
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedCacheError(f"{path} is not a decoder ({reason}). Train again.") from error
+    return decoder.eval()
+
+
+class SpatialBranch(nn.Module):
+    """Adds a zero-mean correction, so feature maps decide where and the features how much.
+
+    Takes a feature map beside the decoder's own map of the same size. The spatial mean is removed:
+    the features predict the strength of a heatmap better than a feature map does.
+
+    Args:
+        num_channels: Channels of the feature map.
+        decoder_width: Channels of the decoder's map.
+        num_outputs: Channels of the heatmap.
     """
 
-    def __init__(self, num_channels: int, num_beside: int, num_outputs: int) -> None:
+    def __init__(self, num_channels: int, decoder_width: int, num_outputs: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            nn.Conv2d(num_channels + num_beside, PLACES, 3, padding=1),
+            nn.Conv2d(num_channels + decoder_width, _SPATIAL_WIDTH, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(PLACES, PLACES, 3, padding=1),
+            nn.Conv2d(_SPATIAL_WIDTH, _SPATIAL_WIDTH, 3, padding=1),
             nn.ReLU(),
         )
-        self.last = nn.Conv2d(PLACES, num_outputs, 1, bias=False)  # a bias is taken out again
+        # no bias: removing the mean would cancel it
+        self.last = nn.Conv2d(_SPATIAL_WIDTH, num_outputs, 1, bias=False)
 
-    def forward(self, feature_map: Tensor, beside: Tensor) -> Tensor:
-        """Return what to add to the heatmap before its tanh or sigmoid.
+    def forward(self, feature_map: Tensor, decoder_map: Tensor) -> Tensor:
+        """Return the correction to the heatmap's logits.
 
         Args:
             feature_map: ``(B, C, h, w)``.
-            beside: ``(B, num_beside, h, w)``.
+            decoder_map: ``(B, decoder_width, h, w)``.
 
         Returns:
             ``(B, num_outputs, h, w)``, each channel with mean 0.
         """
-        x = self.last(self.convolutions(torch.cat([feature_map, beside], dim=1)))
+        x = self.last(self.convolutions(torch.cat([feature_map, decoder_map], dim=1)))
         centred: Tensor = x - x.mean(dim=(2, 3), keepdim=True)
         return centred
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm with the mean and variance of the batches of all processes together.
+    """Batch norm with the mean and variance over the batches of all ranks.
 
-    Several processes then train as one would at the same batch size. ``nn.SyncBatchNorm`` does so
-    between GPUs only.
+    Several ranks then train as one would with the same total batch size. ``nn.SyncBatchNorm`` does
+    this on GPUs only.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -261,14 +381,13 @@ class BatchNorm(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = input.float()
-        count, mean, variance = statistics_of_all(x)
-        self.track(mean.detach(), (variance * count / (count - 1)).detach())
+        count, mean, variance = _all_reduce_statistics(x)
+        self._update_running_statistics(mean.detach(), (variance * count / (count - 1)).detach())
         scale = self.weight * (variance + self.eps).rsqrt()
         centred = x - mean[:, None, None]
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
-    def track(self, mean: Tensor, variance: Tensor) -> None:
-        """Take a batch's statistics into the running ones."""
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -278,18 +397,18 @@ class BatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
 
 
-def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how many pixels all processes have together, and their mean and variance.
+def _all_reduce_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the number of pixels over all ranks, and their mean and variance.
 
     Args:
-        x: ``(B, C, H, W)`` float32 of this process; B may differ between processes.
+        x: ``(B, C, H, W)`` float32 of this rank; B may differ between ranks.
 
     Returns:
-        ``()`` and twice ``(C,)`` float32. Gradients flow back to every process.
+        ``()``, ``(C,)`` and ``(C,)`` float32. Gradients flow back to every rank.
     """
     variance, mean = (item.double() for item in torch.var_mean(x, (0, 2, 3), correction=0))
     count = torch.full_like(mean[:1], x.numel() // x.shape[1])
-    # in float64 the squares cost no digits, and these are a few numbers a channel
+    # in float64 the squares lose no digits, and these are a few numbers per channel
     parts = torch.cat([count, count * mean, count * (variance + mean.square())])
     sums: Tensor = all_reduce(parts)  # type: ignore[no-untyped-call]
     count, mean, square = sums[:1], *sums[1:].view(2, -1)
@@ -297,32 +416,39 @@ def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count[0].float(), mean.float(), (square - mean.square()).float()
 
 
-def resized(maps: Tensor, size: int) -> Tensor:
-    """Return maps ``(B, C, h, w)`` with ``size`` pixels a side."""
+def _norm_block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
+    """Return a convolution with batch norm and ReLU."""
+    return nn.Sequential(convolution, BatchNorm(convolution.out_channels), nn.ReLU())
+
+
+def _resize(maps: Tensor, size: int) -> Tensor:
+    """Interpolate maps ``(B, C, h, w)`` to ``(B, C, size, size)``."""
     if maps.shape[2] == maps.shape[3] == size:
         return maps
     return functional.interpolate(maps, (size, size), mode="bilinear")
 
 
-def as_range(ends: tuple[Numbers, Numbers], count: int) -> Tensor:
+def _to_range(ends: Range, count: int) -> Tensor:
     """Return ``(2, count)`` float32: what becomes 0, and what becomes 1."""
     low, high = (torch.as_tensor(end, dtype=torch.float32).expand(count) for end in ends)
-    return torch.stack([low, torch.where(high > low, high, low + 1)])  # one value alone: not by 0
+    # a constant input must not be divided by 0
+    return torch.stack([low, torch.where(high > low, high, low + 1)])
 
 
-def initialise(module: nn.Module) -> None:
-    """Draw weights as DCGAN does: normal, standard deviation 0.02; batch norms around 1."""
+def _init_dcgan(module: nn.Module) -> None:
+    """Initialise as DCGAN: weights N(0, 0.02), batch norm weights N(1, 0.02)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-def initialise_plain(module: nn.Module) -> None:
-    """Draw weights that keep the variance through a ReLU (He et al., ICCV 2015)."""
+def _init_he(module: nn.Module) -> None:
+    """Initialise weights to preserve variance through ReLUs (He et al., ICCV 2015); biases 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         fan_in = module.weight[0].numel()
-        if isinstance(module, nn.ConvTranspose2d):  # of 4x4 weights 2x2 meet in a pixel
+        if isinstance(module, nn.ConvTranspose2d):
+            # with stride 2, 2x2 of the 4x4 weights contribute to an output pixel
             fan_in = module.in_channels * module.weight[0, 0].numel() // 4
         nn.init.normal_(module.weight, 0.0, (2 / fan_in) ** 0.5)
         if module.bias is not None:

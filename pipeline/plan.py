@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import bytes_per_row
 from ood_heatmap.classifier import Classifier
-from ood_heatmap.decoder import Decoder
+from ood_heatmap.decoder import Decoder, make_decoder
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.embed import embed
@@ -126,7 +126,7 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     check_maps(data, config)
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"
-    decoder = Decoder(decoder_config(index, config)).to(device)  # its speed alone matters here
+    decoder = make_decoder(decoder_config(index, config)).to(device)  # its speed alone matters here
     num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
     rate = training_rate(decoder, data, device, config)
     weights = sum(item.nbytes for item in decoder.state_dict().values())

@@ -3,7 +3,6 @@
 Nothing here makes anything, so that inference loads no training code and no stage imports another.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate, differing_fields
@@ -23,11 +20,11 @@ from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write
 from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
-from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
 from ood_heatmap.distributed import is_main
-from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import SCALE
 from ood_heatmap.pipeline.patched import Pasting, draw_pasting
 from ood_heatmap.pipeline.results import (
@@ -370,28 +367,9 @@ def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDec
     targets = read_manifest(run, "targets")
     require_from(targets, index, run)
     require_from(manifest, targets, run)
-    content, path = read_file(run, manifest, DECODER), run / "decoder" / DECODER
-    try:
-        about = json.loads(_metadata(content)["ood_heatmap"])
-        decoder = Decoder(shape_from(about["decoder"]))
-        decoder.load_state_dict(load(content))
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DamagedCacheError(f"{path} is not a decoder ({error}). Train again.") from error
-    decoder.eval().to(device).to(memory_format=torch.channels_last)
+    decoder = load_decoder(read_file(run, manifest, DECODER), run / "decoder" / DECODER)
+    decoder.to(device).to(memory_format=torch.channels_last)
     return TrainedDecoder(decoder, manifest)
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """Return the metadata of a safetensors file: its header is JSON behind its length."""
-    header_length = int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = json.loads(content[8 : 8 + header_length])["__metadata__"]
-    return metadata
-
-
-def shape_from(content: Mapping[str, Any]) -> DecoderConfig:
-    """Return a decoder's shape from JSON."""
-    maps = tuple((shape[0], shape[1], shape[2]) for shape in content["map_shapes"])
-    return DecoderConfig(**{**content, "map_shapes": maps})
 
 
 def load_detector(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ood_heatmap.decoder import PLAIN, SIGNED
 from ood_heatmap.distributed import broadcast, world_size
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import region_weight, target_heatmap, weighted_squared_error
@@ -97,13 +96,13 @@ def training_step(
         compiled: Through ``torch.compile``; needs a C++ compiler.
     """
 
-    can_halve = config.stack == PLAIN and world_size() == 1
+    can_halve = config.stack == "plain" and world_size() == 1
 
     def loss_of(batch: TrainingBatch) -> Tensor:
         with autocast(device, config):
             maps = [item.float() for item in batch.maps]
             heatmap = decoder(batch.features, batch.prediction, maps, batch.noise)
-        target = target_heatmap(batch.heatmap, signed=config.target == SIGNED)
+        target = target_heatmap(batch.heatmap, signed=config.target == "signed")
         share = len(target) * world_size() / config.batch_size  # not 1 where the split is uneven
         weight = region_weight(batch.heatmap, config.region_weight)
         return weighted_squared_error(heatmap, target, weight) * share

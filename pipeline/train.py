@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ood_heatmap.cache.files import save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.decoder import DCGAN, Decoder, DecoderConfig
+from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import strength
@@ -123,14 +123,14 @@ def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
 def new_decoder(index: Index, config: TrainConfig) -> Decoder:
     """Return an untrained decoder with the ranges of an index's features and feature maps."""
     shape = decoder_config(index, config)
-    if config.stack == DCGAN:
-        return Decoder(shape, index.feature_range)
+    if config.stack == "dcgan":
+        return make_decoder(shape, index.feature_range)
     maps = [index.columns[f"feature_maps_{number + 1}"] for number in range(config.feature_maps)]
     inputs = [spread_of(index.columns["features"])]
     if maps:
         inputs.append(spread_of(maps[0], lambda rows: rows.std(axis=(2, 3), ddof=1)))
     low, high = (np.concatenate(ends) for ends in zip(*inputs, strict=True))
-    return Decoder(shape, (low, high), [spread_of(item, as_locations) for item in maps])
+    return make_decoder(shape, (low, high), [spread_of(item, as_locations) for item in maps])
 
 
 def as_locations(maps: Float32) -> Float32:
@@ -306,7 +306,7 @@ def with_noise(
 
     A function of seed and epoch alone: the same after a stop, and for any number of processes.
     """
-    if not (config.noise and decoder.is_plain):
+    if not (config.noise and config.stack == "plain"):
         yield from batches
         return
     device = decoder.feature_range.device
@@ -417,13 +417,11 @@ def finish(
     speed: Mapping[str, Any],
 ) -> Manifest:
     """Write the decoder with all it needs to be used, then the manifest."""
-    shape = asdict(decoder.config)
-    # one entry: safetensors writes several in a different order every time
-    metadata = {"ood_heatmap": json.dumps({"decoder": shape, "index": index.manifest.fingerprint})}
+    metadata = decoder_metadata(decoder.config, index.manifest.fingerprint)
     path, record = stage.directory / DECODER, partial(stage.record, DECODER)
     save_tensors(path, decoder.state_dict(), metadata, record=record)
     results = DecoderResults(
-        decoder=shape,
+        decoder=asdict(decoder.config),
         num_parameters=sum(item.numel() for item in decoder.parameters()),
         num_id=data.num_id,
         num_ood=len(data) - data.num_id,

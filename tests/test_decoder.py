@@ -1,13 +1,29 @@
-"""The decoder's shape, its input, and what it returns."""
+"""The decoder's shape, its input, what it returns, and its file."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from ood_heatmap import decoder as decoder_module
-from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.decoder import (
+    DcganDecoder,
+    DecoderConfig,
+    PlainDecoder,
+    decoder_metadata,
+    load_decoder,
+    make_decoder,
+)
+from ood_heatmap.errors import DamagedCacheError
+
+DATA = Path(__file__).parent / "data"
+KNOWN = asdict(DecoderConfig(4, 2, 8))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +52,7 @@ def test_any_size_is_reached_by_doubling(size):
 @pytest.mark.parametrize(("target", "low"), [("signed", -1), ("magnitude", 0)])
 def test_a_heatmap_has_the_images_shape_and_range(size, target, low):
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(8, 3, size, target, width=16)).eval()
+    decoder = make_decoder(DecoderConfig(8, 3, size, target, width=16)).eval()
     torch.nn.init.normal_(decoder.last.weight, 0, 1e6)  # far into the ends of tanh and sigmoid
     heatmap = decoder(torch.rand(5, 8), torch.tensor([0, 1, 2, 0, 1]))
     assert heatmap.shape == (5, 3, size, size)
@@ -46,8 +62,8 @@ def test_a_heatmap_has_the_images_shape_and_range(size, target, low):
 
 def test_features_are_scaled_by_the_range_over_all_id_features():
     torch.manual_seed(0)
-    plain = Decoder(DecoderConfig(4, 2, 8, width=16)).eval()
-    scaled = Decoder(DecoderConfig(4, 2, 8, width=16), (-2.0, 6.0)).eval()
+    plain = make_decoder(DecoderConfig(4, 2, 8, width=16)).eval()
+    scaled = make_decoder(DecoderConfig(4, 2, 8, width=16), (-2.0, 6.0)).eval()
     state = {**plain.state_dict(), "feature_range": scaled.feature_range}
     scaled.load_state_dict(state)
     features, prediction = torch.rand(3, 4), torch.tensor([0, 1, 1])
@@ -58,9 +74,10 @@ def test_features_are_scaled_by_the_range_over_all_id_features():
 
 def test_the_predicted_class_is_part_of_the_input():
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(4, 3, 8, width=16)).eval()
+    decoder = make_decoder(DecoderConfig(4, 3, 8, width=16)).eval()
     features = torch.rand(1, 4).expand(3, 4)
     heatmap = decoder(features, torch.arange(3))
+    assert isinstance(decoder, DcganDecoder)
     first = decoder.first(torch.cat([features, torch.eye(3)], dim=1))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(heatmap[0], heatmap[1])
@@ -69,8 +86,8 @@ def test_the_predicted_class_is_part_of_the_input():
 def test_feature_maps_join_where_they_fit_and_say_where():
     torch.manual_seed(0)
     shapes = ((6, 4, 4), (5, 7, 7), (2, 16, 16))
-    decoder = Decoder(DecoderConfig(4, 2, 16, width=32, map_shapes=shapes)).eval()
-    assert decoder.joins == (0, 1, 2)
+    decoder = make_decoder(DecoderConfig(4, 2, 16, width=32, map_shapes=shapes)).eval()
+    assert decoder.config.joins == (0, 1, 2)
     maps = [torch.zeros(2, *shape) for shape in shapes]
     maps[2][1, :, 3, 5] = 10
     heatmap = decoder(torch.rand(1, 4).expand(2, 4), torch.zeros(2, dtype=torch.int64), maps)
@@ -80,7 +97,7 @@ def test_feature_maps_join_where_they_fit_and_say_where():
 
 def test_one_image_is_decoded_as_it_is_in_a_batch():
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(4, 2, 8, width=16)).eval()
+    decoder = make_decoder(DecoderConfig(4, 2, 8, width=16)).eval()
     features, prediction = torch.rand(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
     whole = decoder(features, prediction)
     for i in range(6):
@@ -110,11 +127,11 @@ def test_batch_norm_of_two_processes_is_that_of_their_batches_together(monkeypat
             torch.testing.assert_close(ours.state_dict()[name], item)
 
 
-def test_the_plain_stack_sees_places_spread_and_noise():
+def test_the_plain_decoder_sees_where_a_map_is_high_its_deviation_and_noise():
     torch.manual_seed(0)
     config = DecoderConfig(4, 2, 16, width=32, map_shapes=((6, 4, 4), (5, 8, 8)), stack="plain")
     assert config.num_inputs == 4 + 6
-    decoder = Decoder(config).eval()
+    decoder = make_decoder(config).eval()
     torch.nn.init.normal_(decoder.last.weight)
     features, prediction = torch.rand(1, 4), torch.tensor([1])
     maps = [torch.rand(1, *shape) for shape in config.map_shapes]
@@ -134,10 +151,61 @@ def test_the_plain_stack_sees_places_spread_and_noise():
 def test_inputs_are_scaled_one_by_one_and_a_constant_one_stays_finite():
     config = DecoderConfig(2, 2, 8, width=16, stack="plain")
     low, high = np.array([1, 5], np.float32), np.array([3, 5], np.float32)
-    decoder = Decoder(config, (low, high))
+    decoder = make_decoder(config, (low, high))
+    assert isinstance(decoder, PlainDecoder)
     np.testing.assert_array_equal(decoder.feature_range, [[1, 5], [3, 6]])
     inputs = []
-    assert decoder.hidden is not None
     decoder.hidden.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     decoder(torch.tensor([[2.0, 5.0]]), torch.tensor([1]))
     assert inputs[0].tolist() == [[0.5, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("stack", ["plain", "dcgan"])
+def test_a_decoder_of_version_0_1_loads_and_returns_what_it_did(stack):
+    """The files and their float64 heatmaps were written by version 0.1.0."""
+    path = DATA / f"decoder-0.1-{stack}.safetensors"
+    decoder = load_decoder(path.read_bytes(), path)
+    assert not decoder.training
+    with np.load(DATA / f"decoder-0.1-{stack}.npz") as file:
+        inputs = {name: torch.from_numpy(file[name]) for name in file.files}
+    maps = [item for name, item in inputs.items() if name.startswith("feature_maps_")]
+    with torch.inference_mode():
+        found = decoder(inputs["features"], inputs["prediction"], maps)
+    # one forward pass in float32, of numbers that it holds exactly
+    torch.testing.assert_close(found.double(), inputs["heatmap"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stack", ["plain", "dcgan"])
+def test_a_saved_decoder_is_loaded_as_it_was(stack):
+    shapes = ((6, 4, 4), (5, 8, 8))
+    config = DecoderConfig(4, 2, 12, "signed", width=32, map_shapes=shapes, stack=stack)
+    decoder = make_decoder(config, (-1.0, 2.0), [(0.0, 3.0), (-2.0, 2.0)])
+    content = save(decoder.state_dict(), decoder_metadata(config, "0" * 64))
+    again = load_decoder(content, Path("decoder.safetensors"))
+    assert again.config == config
+    assert list(again.state_dict()) == list(decoder.state_dict())
+    for name, item in decoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], item), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no decoder at all",
+        save({"first.weight": torch.zeros(2)}),
+        save({"first.weight": torch.zeros(2)}, {"ood_heatmap": "{}"}),
+        save({"first.weight": torch.zeros(2)}, decoder_metadata(DecoderConfig(4, 2, 8), "0")),
+        save({}, {"ood_heatmap": json.dumps({"decoder": {**KNOWN, "stack": "other"}})}),
+        save({}, {"ood_heatmap": json.dumps({"decoder": {**KNOWN, "new": 1}})}),
+    ],
+)
+def test_a_file_that_is_not_a_decoder_is_one_line(content):
+    with pytest.raises(DamagedCacheError, match=r"run/decoder is not a decoder (.*)\. Train again"):
+        load_decoder(content, Path("run/decoder"))
+
+
+@pytest.mark.parametrize("option", [{"target": "both"}, {"stack": "unet"}])
+def test_an_unknown_choice_is_refused(option):
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} of a decoder must be one of"):
+        DecoderConfig(4, 2, 8, **option)

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from ood_heatmap import HeatmapDetector
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.cli import main
-from ood_heatmap.decoder import Decoder, DecoderConfig
+from ood_heatmap.decoder import DecoderConfig, make_decoder
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.pipeline import export as export_module
 from ood_heatmap.pipeline.export import export
@@ -32,7 +32,7 @@ def make_detector(classifier, target: str, num_maps: int) -> HeatmapDetector:
     shapes = classifier.map_shapes[:num_maps]
     config = DecoderConfig(8, 4, 16, target, width=32, map_shapes=shapes)
     torch.manual_seed(0)
-    decoder = Decoder(config, (0.0, 2.0)).eval()
+    decoder = make_decoder(config, (0.0, 2.0)).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ood_heatmap.decoder import DCGAN, PLAIN, Decoder, DecoderConfig
+from ood_heatmap.decoder import Decoder, DecoderConfig, make_decoder
 from ood_heatmap.errors import UsageError
 from ood_heatmap.pipeline import step as module
 from ood_heatmap.pipeline.config import TrainConfig
@@ -47,7 +47,7 @@ def example(device: torch.device = CPU, seed: int = 0) -> TrainingBatch:
 def fresh(device: torch.device = CPU) -> tuple[Decoder, torch.optim.Adam, module.Step]:
     """Return a decoder in float64, where steps that round differently stay together."""
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(8, 3, 8, width=16)).double().to(device).train()
+    decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).double().to(device).train()
     decoder.to(memory_format=torch.channels_last)
     optimizer = adam(decoder, CONFIG)
     return decoder, optimizer, training_step(decoder, optimizer, CONFIG, device)
@@ -168,7 +168,7 @@ class Small:
 
 def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(8, 3, 8, width=16, stack=PLAIN)).double().train()
+    decoder = make_decoder(DecoderConfig(8, 3, 8, width=16, stack="plain")).double().train()
     return decoder, adam(decoder, CONFIG)
 
 
@@ -185,7 +185,7 @@ def test_without_memory_for_a_step_its_halves_train_the_same(caplog):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("memory", "stack"), [(0, PLAIN), (5, DCGAN)])
+@pytest.mark.parametrize(("memory", "stack"), [(0, "plain"), (5, "dcgan")])
 def test_a_step_that_halves_would_not_help_is_an_error(memory, stack):
     decoder, optimizer = plain_stack()
     config = replace(CONFIG, stack=stack)
@@ -198,7 +198,7 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     """What a process of two does with an uneven part: its mean over both is that of the batch."""
     monkeypatch.setattr(module, "world_size", lambda: 2)
     config = TrainConfig(batch_size=size, lr=1e-30, precision="float32")
-    decoder = Decoder(DecoderConfig(8, 3, 8, width=16)).eval()  # images are independent
+    decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).eval()  # images are independent
     step = training_step(decoder, adam(decoder, config), config, CPU)
     whole, parts = example(), []
     for part in (slice(0, size - 1), slice(size - 1, size)):
