@@ -341,6 +341,13 @@ def test_examples_of_readme_and_help_are_commands_that_parse(line, tmp_path, mon
         assert context.params
 
 
+def test_the_demo_writes_nothing_for_a_device_that_is_not_there(tmp_path):
+    result = run_command("demo", tmp_path / "demo", "--device", "tpu")
+    assert result.exit_code == 2
+    assert "'tpu'" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demo_leaves_another_run_alone(run):
     before = sorted(run.rglob("*"))
     result = run_command("demo", run)
