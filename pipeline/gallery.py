@@ -12,6 +12,7 @@ from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.figures import Card
 from ood_heatmap.pipeline.config import EvaluateConfig
+from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import Index, read_manifest
 from ood_heatmap.pipeline.scoring import HEATMAP, ID, ScoredSet, Subset
 from ood_heatmap.pipeline.stage import Stage
@@ -93,12 +94,11 @@ def _write(stage: Stage, name: str, content: bytes) -> None:
 
 def _collect_warnings(stage: Stage, metrics: Mapping[str, Any]) -> list[str]:
     """Return the warnings of all stages that led to this evaluation, each once."""
-    before = (
-        read_manifest(stage.run, name).results.get("warnings", ())
-        for name in ("index", "targets", "decoder")
-    )
-    found = [text for warnings in (*before, metrics.get("warnings", ())) for text in warnings]
-    return list(dict.fromkeys(found))
+    results = [
+        Results.of(read_manifest(stage.run, name)) for name in ("index", "targets", "decoder")
+    ]
+    before = [text for result in results for text in result.warnings]
+    return list(dict.fromkeys([*before, *metrics["warnings"]]))
 
 
 def _steps(num_items: int, count: int) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import statistics
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import h5py
@@ -611,3 +612,18 @@ def test_the_terminals_table_names_both_conventions(finished_run):
     assert "FPR95 ID+" in text
     assert "FPR95 OOD+" in text
     assert len(text.splitlines()) == 1 + len(METHODS) * 5
+
+
+def test_the_report_begins_with_the_warnings_of_all_stages(finished_run):
+    """The test classifier is random, so that index and evaluate have something to say."""
+    manifests = {
+        name: json.loads((finished_run / name / "manifest.json").read_text())
+        for name in ("index", "targets", "decoder", "evaluation")
+    }
+    warnings = [text for one in manifests.values() for text in one["results"]["warnings"]]
+    assert manifests["index"]["results"]["warnings"]
+    assert manifests["evaluation"]["results"]["warnings"]
+    page = (finished_run / "evaluation" / "report.html").read_text()
+    box = page[page.index('class="warnings"') : page.index('id="metrics-title"')]
+    items = [unescape(text) for text in re.findall("<li>(.*?)</li>", box)]
+    assert items == list(dict.fromkeys(warnings))
