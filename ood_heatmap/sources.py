@@ -7,11 +7,11 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,25 +69,68 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffixes.split()) | avif
 
 
-def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the image files anywhere below a folder.
+def find_images(folder: Path, *, skip: Path | None = None) -> list[Path]:
+    """Return the image files anywhere below a folder, sorted; warn of files of other kinds.
 
     Links to folders are followed, except to a folder that they lie in. Hidden files and folders
-    are left out.
+    are left out silently.
 
-    Returns:
-        The files, sorted; and how many other files there are, by suffix.
+    Args:
+        folder: The folder.
+        skip: A folder that is left out if it lies below, such as one for results.
 
     Raises:
-        OodHeatmapError: A folder cannot be listed.
+        OodHeatmapError: There are no images, or a folder cannot be listed.
     """
-    left_out = Counter[str]()
+    shown = printable(str(folder))
+    walk = _Walk(frozenset() if skip is None or not skip.exists() else {_identity(skip)})
     above = frozenset(_identity(parent) for parent in folder.resolve().parents)
     try:
-        return sorted(_walk(folder, above, left_out)), left_out
+        paths = sorted(walk.images_below(folder, above))
     except OSError as error:
         name = printable(str(error.filename or folder))
         raise OodHeatmapError(f"{name} cannot be listed ({error.strerror}).") from error
+    left_out = ", ".join(f"{kind} {count}" for kind, count in sorted(walk.left_out.items()))
+    if not paths:
+        suffixes = ", ".join(sorted(image_suffixes()))
+        found = f"; found: {printable(left_out)}" if left_out else ""
+        raise OodHeatmapError(
+            f"{shown} holds no images (looked for {suffixes}{found}). Name the folder that does."
+        )
+    if left_out:
+        log.warning("%s: files left out: %s", shown, printable(left_out))
+    return paths
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Walks through a folder; counts by suffix what is left out.
+
+    Args:
+        skip: Identity of folders to leave out.
+        left_out: Number of other files, by suffix or by what else they are.
+    """
+
+    skip: Set[tuple[int, int]]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def images_below(self, folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+        above |= {_identity(folder)}
+        for entry in _visible(folder):
+            path = Path(entry.path)
+            kind = _kind_of(entry)
+            if kind == "folder":
+                identity = _identity(path)
+                if identity in above:
+                    self.left_out["link to a folder above"] += 1
+                elif identity not in self.skip:
+                    yield from self.images_below(path, above)
+            elif kind == "other":
+                self.left_out["broken link or special file"] += 1
+            elif path.suffix.lower() in image_suffixes():
+                yield path
+            else:
+                self.left_out[path.suffix.lower() or "no suffix"] += 1
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -96,38 +139,19 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk(
-    folder: Path, above: frozenset[tuple[int, int]], left_out: Counter[str]
-) -> Iterator[Path]:
-    """Yield image files below a folder, and count the others."""
-    above |= {_identity(folder)}
-    for entry in _visible(folder):
-        path = Path(entry.path)
-        if _is_folder(entry):
-            if _identity(path) in above:
-                left_out["link to a folder above"] += 1
-            else:
-                yield from _walk(path, above, left_out)
-        elif not path.is_file():
-            left_out["broken link or special file"] += 1
-        elif path.suffix.lower() in image_suffixes():
-            yield path
-        else:
-            left_out[path.suffix.lower() or "no suffix"] += 1
-
-
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:
     """Return what is in a folder and not hidden."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Tell folders and links to folders; a link to itself is none."""
+def _kind_of(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
+    """Tell folders and files, links to them included, from anything else."""
     try:
-        return entry.is_dir()
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     except OSError:
-        return False
+        # a link to itself
+        return "other"
 
 
 def open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
@@ -139,15 +163,7 @@ def open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
     Raises:
         OodHeatmapError: There are no images, or images beside class folders.
     """
-    paths, left_out = find_images(root)
-    if left_out:
-        counts = ", ".join(f"{suffix} {count}" for suffix, count in sorted(left_out.items()))
-        log.warning("%s: files left out: %s", printable(str(root)), printable(counts))
-    if not paths:
-        raise OodHeatmapError(
-            f"{printable(str(root))} holds no images (looked for "
-            f"{', '.join(sorted(image_suffixes()))}). Name the folder that does."
-        )
+    paths = find_images(root)
     flat = [path for path in paths if path.parent == root]
     if len(flat) == len(paths):
         return from_paths(paths, root=root)
@@ -180,7 +196,7 @@ def open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
 def _subfolders(root: Path) -> list[str]:
     """Return the names of the folders that may be classes: not hidden, and not around the root."""
     around = {_identity(parent) for parent in (root.resolve(), *root.resolve().parents)}
-    folders = [Path(entry.path) for entry in _visible(root) if _is_folder(entry)]
+    folders = [Path(entry.path) for entry in _visible(root) if _kind_of(entry) == "folder"]
     return sorted(folder.name for folder in folders if _identity(folder) not in around)
 
 

@@ -31,7 +31,7 @@ from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import classified
 from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.sources import find_images, from_paths, image_suffixes
+from ood_heatmap.sources import find_images, from_paths
 
 log = logging.getLogger(__name__)
 
@@ -109,24 +109,11 @@ def list_images(places: Sequence[Path], out: Path) -> list[Path]:
         if place == STANDARD_INPUT:
             paths += _read_list(out)
         elif place.is_dir():
-            paths += _images_in(place, out)
+            paths += find_images(place, skip=out)
         elif place.is_file():
             paths.append(place)
         else:
             raise OodHeatmapError(f"there is no image or folder {place}.")
-    return paths
-
-
-def _images_in(folder: Path, out: Path) -> list[Path]:
-    """Return the image files anywhere below a folder, without those in the output folder."""
-    resolved, resolved_out = folder.resolve(), out.resolve()
-    inside = resolved in resolved_out.parents
-    own = folder / resolved_out.relative_to(resolved) if inside else None
-    paths = [path for path in find_images(folder)[0] if own not in path.parents]
-    if not paths:
-        raise OodHeatmapError(
-            f"{folder} holds no images (looked for {', '.join(sorted(image_suffixes()))})."
-        )
     return paths
 
 
@@ -137,7 +124,7 @@ def _read_list(out: Path) -> Iterator[Path]:
         raise OodHeatmapError("standard input lists no images: write one path a line.")
     for path in map(Path, filter(None, lines)):
         if path.is_dir():
-            yield from _images_in(path, out)
+            yield from find_images(path, skip=out)
         else:
             yield path
 

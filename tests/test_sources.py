@@ -335,12 +335,20 @@ def test_paths_as_a_set(tmp_path):
         images.digest(1)
 
 
-def test_images_anywhere_below_a_folder_are_found(tmp_path):
+def test_images_anywhere_below_a_folder_are_found(tmp_path, caplog):
     root = write_pictures(tmp_path, "b.png", "a/c.png", "a/d/e.png")
     (root / "a" / "notes.txt").write_text("")
-    found, left_out = find_images(root)
-    assert found == [root / "a" / "c.png", root / "a" / "d" / "e.png", root / "b.png"]
-    assert left_out == {".txt": 1}
+    assert find_images(root) == [root / "a" / "c.png", root / "a" / "d" / "e.png", root / "b.png"]
+    assert "files left out: .txt 1" in caplog.text
+    assert find_images(root, skip=root / "a" / "d") == [root / "a" / "c.png", root / "b.png"]
+    assert len(find_images(root / "a", skip=root)) == len(find_images(root / "a", skip=root / "a"))
+
+
+def test_a_folder_of_other_files_says_what_it_found(tmp_path):
+    for name in ("a.heic", "b.heic", "c.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(OodHeatmapError, match=r"no images \(.*; found: \.heic 2, \.txt 1\)"):
+        open_images(str(tmp_path))
 
 
 def png_header(width: int, height: int) -> bytes:
