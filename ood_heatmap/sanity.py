@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from ood_heatmap.calibration import num_needed
 from ood_heatmap.images import class_orders
 
 Int64 = NDArray[np.int64]
@@ -309,12 +310,6 @@ def check_scores(scores: Mapping[str, Mapping[str, NDArray[np.floating[Any]]]]) 
     return findings
 
 
-def num_calibration_needed(level: float) -> int:
-    """Return how many held-out ID images a threshold at a false-alarm level takes at least."""
-    # the tolerance: 1 / 0.07 * 0.07 and the like are not whole numbers in floating point
-    return max(1, math.ceil(1 / level - 1 - 1e-9))
-
-
 def check_calibration(num_images: int, level: float) -> list[Finding]:
     """Check that there are enough held-out ID images for a false-alarm level.
 
@@ -322,7 +317,7 @@ def check_calibration(num_images: int, level: float) -> list[Finding]:
         num_images: Held-out ID images.
         level: Share of ID images that may be called OOD.
     """
-    needed = num_calibration_needed(level)
+    needed = num_needed(level)
     if num_images >= needed:
         return []
     return [

@@ -4,6 +4,7 @@ How well the heatmap detects, beside other scores of the same classifier, in num
 and from which score on an image is called OOD, found on held-out ID images alone.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,26 +14,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import replacing, sha256_of, write_json
+from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, fingerprint_of
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import barrier, broadcast, is_main
-from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
 from ood_heatmap.pipeline.results import EvaluationResults
-from ood_heatmap.pipeline.run import Index, open_index, read_manifest
+from ood_heatmap.pipeline.run import Index, check_files, open_index, read_manifest
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
     ID,
     ScoredSet,
     Subset,
-    finished_scores,
+    current_content,
     make_detection_methods,
     open_detectors,
     score_set,
+    scores_name,
 )
 from ood_heatmap.pipeline.stage import Stage, run_lock
 from ood_heatmap.pipeline.tables import decisions, metrics_json, metrics_table
@@ -92,11 +94,18 @@ def evaluate(
         subsets = _choose_images(id_images, ood_sets, calibration_images, classes, config)
         detectors = open_detectors([run, *more_runs], index, device)
         stage = Stage(run, "evaluation", _inputs(decoders, subsets, config))
-        complete = stage.resume_or_start(overwrite=config.overwrite)
+        # as rank 0 sees them: all ranks must score the same sets
+        complete, scored = broadcast(
+            _resume_or_start(stage, subsets, config) if is_main() else (None, {})
+        )
         if complete is not None:
             log.info("%s is already complete", stage.directory)
             return complete
-        scored = _score_sets(stage, subsets, detectors, index, config)
+        missing = [name for name in subsets if name not in scored]
+        if missing:
+            methods = make_detection_methods(index, detectors, config)
+            scored |= {name: score_set(stage, name, subsets[name], methods) for name in missing}
+        scored = {name: scored[name] for name in subsets}
         if is_main():
             _publish(stage, scored, subsets, decoders, detectors[0], index, config)
         barrier()
@@ -126,7 +135,8 @@ def _publish(
         metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
     findings = _check(scored, subsets, index, config)
     metrics["warnings"] = [finding.text for finding in findings]
-    write_json(stage.directory / "metrics.json", metrics)
+    with stage.writing("metrics.json") as scratch:
+        scratch.write_bytes(to_json(metrics))
     write_report(stage, metrics, subsets, shown, detector, index, calibration, config)
     _finish(stage, scored, calibration, findings, config)
 
@@ -285,37 +295,53 @@ def _inputs(
     }
 
 
-def _score_sets(
-    stage: Stage,
-    subsets: Mapping[str, Subset],
-    detectors: Sequence[HeatmapDetector],
-    index: Index,
-    config: EvaluateConfig,
-) -> dict[str, ScoredSet]:
-    """Return the scores of all sets; those that a stopped run has finished are read back."""
-    # as rank 0 sees them: all ranks must score the same sets
-    found = broadcast({name: finished_scores(stage, name) for name in subsets} if is_main() else {})
-    scored = {name: item for name, item in found.items() if item is not None}
-    missing = [name for name in subsets if name not in scored]
-    if missing:
-        methods = make_detection_methods(index, detectors, config)
-        scored |= {name: score_set(stage, name, subsets[name], methods) for name in missing}
-    return {name: scored[name] for name in subsets}
+def _resume_or_start(
+    stage: Stage, subsets: Mapping[str, Subset], config: EvaluateConfig
+) -> tuple[Manifest | None, dict[str, ScoredSet]]:
+    """Return the manifest of a complete stage, and the sets that are already scored; on rank 0.
+
+    Raises:
+        StaleCacheError: The images of a scored set have changed since.
+        OodHeatmapError: The stage was made from something else, or is damaged.
+    """
+    complete = stage.prepare(overwrite=config.overwrite)
+    files = {name: scores_name(name) for name in subsets}
+    if complete is not None:
+        skip = [name for name in complete.files if name not in files.values()]
+        check_files(stage.run, complete, skip=skip)
+    scored = {
+        name: ScoredSet.load(stage.directory / file)
+        for name, file in files.items()
+        if complete is not None or stage.is_intact(file)
+    }
+    for name, item in scored.items():
+        if item.content == current_content(subsets[name], item.row):
+            continue
+        if config.overwrite:
+            stage.discard()
+            stage.prepare(overwrite=False)
+            return None, {}
+        raise StaleCacheError(
+            f"{stage.directory} was made from other images (images.{name}.content differs in "
+            f"{subsets[name].images.source}). Add --overwrite to make this stage again."
+        )
+    return complete, scored
 
 
 def _write_names(stage: Stage, name: str, images: ImageSet, scored: ScoredSet) -> dict[str, Any]:
     """Write the names of a set's images; return what the set was, for ``metrics.json``."""
-    path = stage.directory / f"images-{name}.txt"
+    file = f"images-{name}.txt"
+    # a file name that is not UTF-8 reaches Python as lone surrogates
     text = "".join(f"{images.names[row]}\n" for row in scored.row)
-    with replacing(path) as scratch:
-        # a file name that is not UTF-8 reaches Python as lone surrogates
-        scratch.write_bytes(text.encode("utf-8", "surrogateescape"))
+    content = text.encode("utf-8", "surrogateescape")
+    with stage.writing(file) as scratch:
+        scratch.write_bytes(content)
     return {
         "source": images.source,
         "num_images": len(scored),
         "content": scored.content,
-        "names": path.name,
-        "names_sha256": sha256_of(path),
+        "names": file,
+        "names_sha256": hashlib.sha256(content).hexdigest(),
     }
 
 
@@ -343,7 +369,7 @@ def _finish(
 ) -> Manifest:
     """Write the manifest."""
     content = fingerprint_of({name: item.content for name, item in scored.items()})
-    names = [f"scores-{name}.npz" for name in scored]
+    names = [scores_name(name) for name in scored]
     names += [f"images-{name}.txt" for name in scored]
     sets = [name for name in scored if name not in (ID, CALIBRATION)]
     if calibration is not None:

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ood_heatmap import figures
-from ood_heatmap.cache.files import replacing, write_json
+from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, fingerprint_of
-from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet, Transform, iter_batches
 from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
@@ -51,6 +51,8 @@ from ood_heatmap.pipeline.tables import (
 
 log = logging.getLogger(__name__)
 UInt8 = NDArray[np.uint8]
+
+TABLE, FIGURE = "localization.json", "figures/localization.png"
 
 
 def localize(
@@ -88,26 +90,47 @@ def localize(
             "options": result_options(config),
         }
         stage = Stage(run, "localization", inputs)
-        complete = stage.resume_or_start(overwrite=config.overwrite)
+        transform = index.classifier_config.transform
+        samples = {name: read_sample(images, transform, config) for name, images in sets.items()}
+        content = fingerprint_of({name: sample.content for name, sample in samples.items()})
+        complete = _resume_or_start(stage, content, config)
         if complete is not None:
             log.info("%s is already complete", stage.directory)
             return complete
         methods = make_localization_methods(index, trained.decoder, device, config)
-        transform = methods.forward.classifier.config.transform
-        samples = {name: read_sample(images, transform, config) for name, images in sets.items()}
         cells, examples = _measure(samples, methods, config)
         table = with_means(cells, list(ood_sets))
-        content = _localization_json(table, sets, samples, config)
-        write_json(stage.directory / "localization.json", content)
-        (stage.directory / "figures").mkdir(exist_ok=True)
-        color_max = trained.results.color_max
-        picture = "figures/localization.png"
-        with replacing(stage.directory / picture) as scratch:
+        with stage.writing(TABLE) as scratch:
+            scratch.write_bytes(to_json(_localization_json(table, sets, samples, config)))
+        with stage.writing(FIGURE) as scratch:
+            color_max = trained.results.color_max
             scratch.write_bytes(figures.to_png(_sheet(examples, color_max)))
         log_event(run, "localize", cells=len(cells), device=str(device))
-        images_hash = fingerprint_of({name: sample.content for name, sample in samples.items()})
         results = LocalizationResults(lowered_pixel_auroc=_check_sanity(table))
-        return stage.commit(results, ["localization.json", picture], content=images_hash)
+        return stage.commit(results, [TABLE, FIGURE], content=content)
+
+
+def _resume_or_start(stage: Stage, content: str, config: LocalizeConfig) -> Manifest | None:
+    """Return the manifest of a complete stage.
+
+    Args:
+        stage: The stage.
+        content: Hash of the images as they are now.
+        config: Settings of the stage.
+
+    Raises:
+        StaleCacheError: The images have changed since.
+    """
+    complete = stage.resume_or_start(overwrite=config.overwrite)
+    if complete is None or complete.content == content:
+        return complete
+    if not config.overwrite:
+        raise StaleCacheError(
+            f"{stage.directory} was made from other images (images.content differs). "
+            "Add --overwrite to make this stage again."
+        )
+    stage.discard()
+    return stage.resume_or_start(overwrite=False)
 
 
 @dataclass(frozen=True)

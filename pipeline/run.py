@@ -219,6 +219,11 @@ class Index:
         features = read_index(path, len(row), self.results.num_features)
         return Bank(features, prediction[order], row[order], device=device)
 
+    @property
+    def classifier_config(self) -> ClassifierConfig:
+        """All that builds the classifier again, but for its weights."""
+        return ClassifierConfig.from_json(self.results.classifier)
+
     def classifier(self, device: torch.device, num_maps: int | None = None) -> Classifier:
         """Return the classifier the index was made with, from the run's own copy of its weights.
 
@@ -229,7 +234,7 @@ class Index:
         Raises:
             StaleCacheError: The user's own code makes another network by now; names what differs.
         """
-        config = ClassifierConfig.from_json(self.results.classifier)
+        config = self.classifier_config
         classifier = restore_classifier(config, self.run / "index" / WEIGHTS)
         for name, before, now in differing_fields(
             self.manifest.inputs["classifier"], classifier.fingerprint()

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, unit_length
-from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.manifest import fingerprint_of
 from ood_heatmap.cache.neighbours import Bank, k_nearest
 from ood_heatmap.classifier import Classifier, Output
@@ -29,7 +27,7 @@ from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
 from ood_heatmap.pipeline.forward import Forward
 from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
-from ood_heatmap.pipeline.stage import Stage, log_event
+from ood_heatmap.pipeline.stage import Stage, content_hash, log_event
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -111,13 +109,8 @@ class ScoredSet:
             fingerprint_of([part.content for part in parts]),
         )
 
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Write the set atomically, the same bytes every time.
-
-        Args:
-            path: The ``.npz`` file.
-            fingerprint: Of the settings that it was made with.
-        """
+    def save(self, path: Path) -> None:
+        """Save to an ``.npz`` file, the same bytes every time; not atomic."""
         arrays = {
             **self.scores,
             "peak": self.max_pixel_score,
@@ -125,20 +118,15 @@ class ScoredSet:
             "label": self.label,
             "row": self.row,
             "content": np.array(self.content),
-            "fingerprint": np.array(fingerprint),
         }
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        with replacing(path) as scratch:
-            scratch.write_bytes(buffer.getbuffer())
+        with path.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @staticmethod
-    def load(path: Path, fingerprint: str) -> "ScoredSet | None":
-        """Return what ``save`` wrote, or None if it was made with other settings."""
+    def load(path: Path) -> "ScoredSet":
+        """Load what ``save`` wrote; check its checksum first."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        if str(arrays.pop("fingerprint")) != fingerprint:
-            return None
         content = str(arrays.pop("content"))
         peak, prediction, label, row = (
             arrays.pop(key) for key in ("peak", "prediction", "label", "row")
@@ -245,7 +233,6 @@ def fit_data(index: Index, classifier: Classifier, seed: int) -> FitData:
     features, prediction, label = (
         columns[name].take(rows) for name in ("features", "prediction", "label")
     )
-    known = bool(index.results.classes) and bool((label >= 0).all())
     auxiliary = open_targets(index.run, index).columns
     # patched images are ID images in part
     paired = np.flatnonzero(auxiliary["patched"].read() == 0)
@@ -253,7 +240,7 @@ def fit_data(index: Index, classifier: Classifier, seed: int) -> FitData:
     assert isinstance(head, nn.Linear), "what find_head looks for"
     return FitData(
         features,
-        label if known else prediction,
+        np.where(label >= 0, label, prediction) if index.results.classes else prediction,
         auxiliary["features"].take(_sample(paired, seed)),
         head,
         seed,
@@ -267,22 +254,45 @@ def _sample(rows: Int64, seed: int) -> Int64:
     return np.sort(np.random.default_rng(seed).choice(rows, _MAX_FIT, replace=False))
 
 
-def scores_path(stage: Stage, name: str) -> Path:
-    """Return where the scores of a set are."""
-    return stage.directory / f"scores-{name}.npz"
+def scores_name(name: str) -> str:
+    """Return the name of the file with the scores of a set."""
+    return f"scores-{name}.npz"
 
 
-def finished_scores(stage: Stage, name: str) -> ScoredSet | None:
-    """Return the scores of a set that a stopped run has finished."""
-    path = scores_path(stage, name)
-    return ScoredSet.load(path, stage.fingerprint) if path.is_file() else None
+def _chunks(subset: Subset) -> list[Int64]:
+    """Return the rows that are scored at once: the same for any batch size and number of ranks.
+
+    The content hash of a set depends on them.
+    """
+    return [subset.rows[start : start + _CHUNK] for start in range(0, len(subset.rows), _CHUNK)]
+
+
+def current_content(subset: Subset, rows: Int64) -> str | None:
+    """Return what ``ScoredSet.content`` is for the images as they are now.
+
+    Args:
+        subset: The images.
+        rows: Those of its rows that were readable.
+
+    Returns:
+        None when an image is gone.
+    """
+    digest = subset.images.digest
+    try:
+        return fingerprint_of(
+            [
+                content_hash(b"".join(digest(int(row)) for row in np.intersect1d(chunk, rows)))
+                for chunk in _chunks(subset)
+            ]
+        )
+    except (OSError, OodHeatmapError):
+        return None
 
 
 def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods) -> ScoredSet:
     """Score a set and write its scores; the ranks share its images."""
     config, classifier = methods.config, methods.detectors[0].classifier
-    # the same for any batch size, as the content hash depends on it
-    chunks = [subset.rows[start : start + _CHUNK] for start in range(0, len(subset.rows), _CHUNK)]
+    chunks = _chunks(subset)
     mine = range(len(chunks))[rank() :: world_size()]
     meter = Meter(sum(len(chunks[number]) for number in mine), f"evaluate {name}")
     embedded = embed(
@@ -303,7 +313,8 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods
     scored = ScoredSet.concatenate([done[number] for number in range(len(chunks))])
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
-        scored.save(scores_path(stage, name), stage.fingerprint)
+        with stage.writing(scores_name(name)) as scratch:
+            scored.save(scratch)
     return scored
 
 

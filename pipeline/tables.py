@@ -1,6 +1,5 @@
 """The tables of an evaluation and of a localisation: rows, means, intervals, JSON and terminal."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from ood_heatmap.baselines import METHODS
-from ood_heatmap.calibration import Calibration
+from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.localization import METRICS as PIXEL_METRICS
 from ood_heatmap.metrics import (
     METRICS,
@@ -25,7 +24,6 @@ from ood_heatmap.metrics import (
 from ood_heatmap.patches import EDGES, SIDES
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.scoring import HEATMAP, ID, SHUFFLED, SWAPPED, ScoredSet, name_of_run
-from ood_heatmap.sanity import num_calibration_needed
 
 _HEADS = {
     "auroc": "AUROC",
@@ -188,16 +186,16 @@ def decisions(
     content: dict[str, Any] = {
         "level": level,
         "num_calibration": len(calibration.scores),
-        "num_needed": num_calibration_needed(level),
+        "num_needed": num_needed(level),
         "threshold": None,
         "pixel_threshold": None,
         "false_alarm": None,
         "pixel_false_alarm": None,
         "detection": None,
     }
-    threshold, pixel_threshold = calibration.threshold(level), calibration.pixel_threshold(level)
-    if not math.isfinite(threshold):  # too few images for the level: no decision, not "ID"
+    if not calibration.has_threshold(level):  # no decision, not "ID"
         return content
+    threshold, pixel_threshold = calibration.threshold(level), calibration.pixel_threshold(level)
     flagged = {name: _share(item.scores[HEATMAP] > threshold) for name, item in scored.items()}
     return content | {
         "threshold": threshold,

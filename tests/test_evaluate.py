@@ -152,7 +152,7 @@ def test_controls_do_not_take_patched_id_images_for_ood(data, run):
 def test_a_method_that_is_computed_is_shown(finished_run):
     shown = {method for method, _ in table(finished_run)[1]}
     computed = set(scores(finished_run, "id").files)
-    assert computed - shown == {"peak", "prediction", "label", "row", "content", "fingerprint"}
+    assert computed - shown == {"peak", "prediction", "label", "row", "content"}
     assert shown <= computed
     assert set(table(finished_run)[0]["methods"]) == shown - {"heatmap"}
 
@@ -584,6 +584,93 @@ def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, monk
     assert not (folder / "manifest.json").is_file()
     evaluate(run, test, sets_of(data), CPU, CONFIG)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
+
+
+@pytest.fixture
+def copied_data(data, tmp_path):
+    """Return a copy of the image sets, to be changed."""
+    return Path(shutil.copytree(data, tmp_path / "data"))
+
+
+def change_pixels(path):
+    """Write another image of the same name, size and number of bytes."""
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    Image.fromarray(pixels).save(path.with_suffix(".bmp"))
+    before = path.with_suffix(".bmp").read_bytes()
+    Image.fromarray(255 - pixels).save(path.with_suffix(".bmp"))
+    assert len(before) == path.with_suffix(".bmp").stat().st_size
+    return before
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_images_that_changed_with_the_same_size_are_noticed(copied_data, run, unfinished):
+    folder = run / "evaluation"
+    first = sorted((copied_data / "far").iterdir())[7]
+    now = change_pixels(first)
+    first.unlink()
+    other = first.with_suffix(".bmp").read_bytes()
+    first.with_suffix(".bmp").write_bytes(now)
+
+    def again(**options):
+        test = open_images(str(copied_data / "test"))
+        return evaluate(run, test, sets_of(copied_data), CPU, replace(CONFIG, **options))
+
+    before = again(overwrite=True)
+    first.with_suffix(".bmp").write_bytes(other)
+    if unfinished:
+        (folder / "unfinished.json").write_text(
+            json.dumps({"format": before.format, "inputs": dict(before.inputs)})
+        )
+        lines = [
+            json.dumps({"name": name, "sha256": one.sha256, "num_bytes": one.num_bytes})
+            for name, one in before.files.items()
+        ]
+        (folder / "checksums-00000.jsonl").write_text("\n".join(lines))
+        (folder / "manifest.json").unlink()
+    with pytest.raises(
+        StaleCacheError, match=r"other images \(images\.far\.content differs in .*far\)"
+    ):
+        again()
+    after = again(overwrite=True)
+    assert after.content != before.content
+    assert len(scores(run, "far")["row"]) == 25
+    assert again().content == after.content
+
+
+def test_the_content_hash_does_not_depend_on_the_batch_size(data, run, monkeypatch):
+    monkeypatch.setattr("ood_heatmap.pipeline.scoring._CHUNK", 10)
+    test = open_images(str(data / "test"))
+    contents = {
+        evaluate(
+            run, test, sets_of(data), CPU, replace(CONFIG, batch_size=size, overwrite=True)
+        ).content
+        for size in (3, 64)
+        if not shutil.rmtree(run / "evaluation")
+    }
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_damaged_scores_of_a_stopped_evaluation_are_made_again(data, run, monkeypatch, damage):
+    folder, test = run / "evaluation", open_images(str(data / "test"))
+    wanted = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("ood_heatmap.pipeline.evaluate.metrics_table", raise_keyboard_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, test, sets_of(data), CPU, CONFIG)
+    path = folder / "scores-far.npz"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"flip": content, "cut": content[:-50], "empty": b""}[damage])
+    evaluate(run, test, sets_of(data), CPU, CONFIG)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
+
+
+def raise_keyboard_interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_another_test_set_is_refused_by_name(data, run):

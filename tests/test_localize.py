@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,6 +196,21 @@ def test_made_again_it_is_the_same_byte_for_byte_and_verified(measured, data, tm
     assert (run / "localization" / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(StaleCacheError, match=r"another options\.seed"):
         measure(run, data, LocalizeConfig(count=12, seed=1))
+
+
+def test_images_that_changed_with_the_same_listing_are_noticed(measured, data, tmp_path):
+    run = shutil.copytree(measured, tmp_path / "run")
+    images = open_images(str(data / "test"))
+    other = open_images(str(data / "far"))
+    swapped = replace(images, reader=other.reader)  # other bytes behind the same names and sizes
+    sets = {name: open_images(str(data / name)) for name in ("far", "ood")}
+    config = replace(CONFIG, count=10)
+    localize(run, images, sets, CPU, replace(config, overwrite=True))
+    before = table(run)[1]
+    with pytest.raises(StaleCacheError, match=r"other images \(images\.content differs\)"):
+        localize(run, swapped, sets, CPU, config)
+    localize(run, swapped, sets, CPU, replace(config, overwrite=True))
+    assert table(run)[1] != before
 
 
 def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch):
