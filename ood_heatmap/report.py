@@ -249,7 +249,7 @@ def _render_summary(
     ]
     if metrics.get("id_accuracy") is not None:
         lines.append(
-            f"The classifier is right on {_format_percent(metrics['id_accuracy'])} % of the ID set."
+            f"Classifier accuracy on the ID set: {_format_percent(metrics['id_accuracy'])} %."
         )
     lines.append("Scores: larger is more out-of-distribution (OOD).</p>")
     if classes:

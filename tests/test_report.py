@@ -100,7 +100,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def arguments():
-    return make_arguments()
+    return make_arguments(warnings=["accuracy 10.00 % is that of chance", "x" * 300])
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +411,15 @@ def test_it_draws_every_set(opened, arguments):
         get(opened, "document.querySelector('#histograms .swatch:not(.id)').textContent") == "far"
     )
     assert NASTY in get(opened, "document.getElementById('histograms').textContent")
+
+
+@pytest.mark.browser
+def test_warnings_are_in_sight_when_the_page_opens(opened):
+    box = "document.querySelector('.warnings')"
+    assert get(opened, f"{box}.innerText").splitlines()[:2] == [
+        "Warnings", "accuracy 10.00 % is that of chance"
+    ]  # fmt: skip
+    assert get(opened, f"{box}.getBoundingClientRect().top < window.innerHeight")
 
 
 @pytest.mark.browser
