@@ -62,7 +62,7 @@ def replacing(path: Path, *, record: Callable[[Path], None] | None = None) -> It
         sync(path.parent)
         log.debug("wrote %s", path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        refused = refused_write(error)
+        refused = system_error(error)
         if refused is None:
             raise
         raise write_error(path, refused) from error
@@ -79,20 +79,22 @@ def scratch_name(name: str) -> str:
     return f".{name}.tmp"
 
 
-def refused_write(error: BaseException) -> OSError | None:
+def system_error(error: BaseException) -> OSError | None:
     """Return what the operating system said when a library wraps it in an error of its own.
 
     HDF5, FAISS and PyTorch raise RuntimeError and safetensors its own class, with the errno in the
     text alone. None for every other error.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error
     text = str(error)
     quoted = _QUOTED_ERRNO.search(text)
     code = int(quoted[1]) if quoted else None
     if code is None:
         code = next((code for words, code in _QUOTED_TEXT.items() if words in text), None)
-    return None if code is None else OSError(code, os.strerror(code))
+    if code is not None:
+        return OSError(code, os.strerror(code))
+    return error if isinstance(error, OSError) else None
 
 
 def write_error(path: Path, error: OSError) -> OodHeatmapError:
@@ -227,17 +229,22 @@ def remove_scratch(directory: Path) -> None:
                 scratch.unlink(missing_ok=True)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a log; a log that cannot be written is a warning, not the end of the work.
+def append_text(path: Path, text: str) -> None:
+    """Append text to a file and wait until it is on the disk.
 
     A symbolic link is not followed: a run directory may come from somebody else.
+
+    Raises:
+        OodHeatmapError: The disk is full or read-only, or the path is a link.
     """
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        log.warning("cannot write %s: %s", path, error.strerror or error)
+        raise write_error(path, error) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_heatmap.cache.files import read_error, replacing, reserve
+from ood_heatmap.cache.files import read_error, replacing, reserve, system_error
 from ood_heatmap.errors import DamagedCacheError
 
 FORMAT = 1
@@ -146,10 +146,13 @@ def _layout_of(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dt
             }
     # a header with a fitting checksum can still hold anything
     except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):
-            raise read_error(path, error) from error
+        refused = system_error(error)
+        # what the system refuses to read is not damaged: never advise to delete it
+        if refused is not None and refused.errno not in (None, errno.ENOENT):
+            raise read_error(path, refused) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedCacheError(
-            f"{path} cannot be read as a shard ({error}). Delete it and start the stage again."
+            f"{path} cannot be read as a shard ({reason}). Delete it and start the stage again."
         ) from error
 
 

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap import __version__
 from ood_heatmap.cache.files import (
-    append_line,
+    append_text,
     locked,
     make_directory,
     remove_directory,
@@ -32,7 +31,6 @@ from ood_heatmap.cache.files import (
     replacing,
     require_space,
     sync,
-    write_error,
     write_json,
 )
 from ood_heatmap.cache.manifest import (
@@ -219,13 +217,7 @@ class Stage:
         """Put the size and checksum of a file on record under the name that it will have."""
         record = FileRecord.of(path)
         journal = self.directory / _JOURNAL.format(rank())
-        try:
-            with journal.open("a", encoding="utf-8") as file:
-                file.write(_journal_line(name, record))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(journal, error) from error
+        append_text(journal, _journal_line(name, record))
         if self._records is not None:
             self._records.setdefault(name, []).append(record)
 
@@ -302,7 +294,11 @@ def log_event(run: Path, command: str, **stats: Any) -> None:
         "version": __version__,
         **stats,
     }
-    append_line(run / "log.jsonl", json.dumps(line, ensure_ascii=False))
+    try:
+        append_text(run / "log.jsonl", json.dumps(line, ensure_ascii=False) + "\n")
+    except OodHeatmapError as error:
+        # the work is done: a log is no reason to fail
+        log.warning("%s", error)
 
 
 @dataclass(frozen=True)

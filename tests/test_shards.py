@@ -162,6 +162,19 @@ def test_a_file_cut_short_is_refused(tmp_path, keep):
         map_shard(path)
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_what_the_system_refuses_to_read_is_not_called_damaged(tmp_path, monkeypatch, code):
+    write_shard(tmp_path / "a.h5", example())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(f"Unable to open file (file read failed: errno = {code}, flags = 0)")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(OodHeatmapError, match=f"cannot read .*: {os.strerror(code)}") as caught:
+        map_shard(tmp_path / "a.h5")
+    assert "elete" not in str(caught.value)
+
+
 def test_a_chunked_dataset_is_refused(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.attrs["format"] = shards.FORMAT

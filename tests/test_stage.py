@@ -182,6 +182,16 @@ def test_a_link_in_a_run_directory_is_not_written_through(tmp_path, target, capl
     assert (tmp_path / "precious").read_text() == "precious"
 
 
+def test_a_link_in_place_of_the_list_of_checksums_is_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    stage = start(tmp_path / "run")
+    (stage.directory / "checksums-00000.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(OodHeatmapError, match=r"cannot write .*checksums-00000"):
+        write(stage, "data.bin", b"content")
+    assert not (stage.directory / "data.bin").exists()
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def shard_of(stage: Stage, rows: list[int], num_skipped: int) -> ShardTask:
     arrays = {"row": np.array(rows, np.int64)}
     write_shard(stage.directory / "a.h5", arrays, attributes={"num_skipped": num_skipped})
