@@ -113,6 +113,7 @@ class Stopwatch:
         self.nearest = Bank.nearest
 
     def __call__(self, bank: Bank, *arguments: object) -> Nearest:
+        """Search, and add the seconds."""
         start = time.perf_counter()
         try:
             return self.nearest(bank, *arguments)  # type: ignore[arg-type]

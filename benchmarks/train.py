@@ -199,8 +199,8 @@ def reference_loop(
 
     def work() -> int:
         total = 0.0
-        for images, nearest in loader:
-            images, nearest = images.to(setting.device), nearest.to(setting.device)
+        for batch in loader:
+            images, nearest = (item.to(setting.device) for item in batch)
             with torch.no_grad():
                 features = backbone(images)
                 prediction = head(features).argmax(dim=1)

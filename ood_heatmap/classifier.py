@@ -254,7 +254,8 @@ def load_classifier(
         spec: See ``ClassifierConfig``.
         weights: Its weights; without them the network's own.
         num_classes: Its classes; the network's default otherwise.
-        mean, std: Of each channel in [0, 1] units; the network's own otherwise.
+        mean: Of each channel in [0, 1] units; the network's own otherwise.
+        std: Likewise.
         size: Pixels of its input; the network's own otherwise.
         head: Name of the last linear layer, found otherwise.
         num_maps: How many spatial feature maps it shall return.

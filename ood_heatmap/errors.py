@@ -30,10 +30,10 @@ class DamagedCacheError(OodHeatmapError):
 
 
 def printable(text: str) -> str:
-    """Return text as a single line for messages, figures and pages.
+    r"""Return text as a single line for messages, figures and pages.
 
     Names of files and classes may hold anything. Line breaks, control characters and bytes that
-    are not UTF-8 are escaped as in a Python string: ``a\\nb``, ``\\udcff``.
+    are not UTF-8 are escaped as in a Python string: ``a\nb``, ``\udcff``.
     """
     return "".join(
         character.encode("unicode_escape").decode("ascii")

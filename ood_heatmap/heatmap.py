@@ -9,8 +9,7 @@ SCALE = 1 / 255  # a stored target is int16 steps of this
 
 
 def difference(nearest: NDArray[np.uint8], images: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """Return the change that would turn each OOD image into its nearest ID image, in steps of
-    1/255.
+    """Return the change from OOD images to their nearest ID images, in steps of 1/255.
 
     Args:
         nearest: ``(B, C, H, W)`` uint8, the nearest ID image of each row.

@@ -232,7 +232,7 @@ def _set_level(level: int) -> None:
 def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
     """Return the callback of a flag that sets the level, before or after the verb."""
 
-    def callback(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    def callback(ctx: click.Context, _param: click.Parameter, given: bool) -> None:
         if given:
             ctx.meta[_LEVEL] = level
             _set_level(level)

@@ -189,8 +189,7 @@ class Feed(Protocol):
     """Brings batches to the device."""
 
     def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
-        """Yield a batch for each array of ascending rows; it is valid until the next is asked
-        for."""
+        """Yield a batch for each array of ascending rows, valid until the next is asked for."""
 
 
 def open_feed(data: TrainingSet, device: torch.device, wanted: str, size: int) -> tuple[str, Feed]:

@@ -95,7 +95,6 @@ def training_step(
         device: Where all of it is.
         compiled: Through ``torch.compile``; needs a C++ compiler.
     """
-
     can_halve = config.stack == "plain" and world_size() == 1
 
     def loss_of(batch: TrainingBatch) -> Tensor:

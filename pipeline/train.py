@@ -88,7 +88,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         decoder, speed = train(stage, data, index, device, config)
         manifest = None
         if is_main():
-            manifest = finish(stage, decoder, data, index, targets.manifest, config, speed)
+            manifest = finish(stage, decoder, data, index, targets.manifest, speed)
         return broadcast(manifest)
 
 
@@ -413,7 +413,6 @@ def finish(
     data: TrainingSet,
     index: Index,
     targets: Manifest,
-    config: TrainConfig,
     speed: Mapping[str, Any],
 ) -> Manifest:
     """Write the decoder with all it needs to be used, then the manifest."""
@@ -426,13 +425,13 @@ def finish(
         num_id=data.num_id,
         num_ood=len(data) - data.num_id,
         pairing=TargetsResults.of(targets).pairing,
-        color_max=color_max(decoder, data, config),
+        color_max=color_max(decoder, data),
     )
     return stage.commit(results, [DECODER, HISTORY], speed=speed)
 
 
 @torch.inference_mode()
-def color_max(decoder: Decoder, data: TrainingSet, config: TrainConfig) -> float:
+def color_max(decoder: Decoder, data: TrainingSet) -> float:
     """Return the top of the one colour scale.
 
     The 99th percentile of heatmaps of OOD training images.

@@ -1,5 +1,4 @@
-"""Is what is on disk what was written, and is it right? Checksums, and a sample of targets by
-brute force."""
+"""Check a run: every checksum, and a sample of targets by brute force."""
 
 import logging
 from pathlib import Path
@@ -32,8 +31,7 @@ Int64 = NDArray[np.int64]
 def verify(
     run: Path, *, num_samples: int = VerifyConfig.samples, seed: int = VerifyConfig.seed
 ) -> list[str]:
-    """Reread every checksum of a run, check the chain of fingerprints, and re-derive a sample of
-    targets.
+    """Check every checksum and the chain of fingerprints, and recompute a sample of targets.
 
     Args:
         run: The run directory.

@@ -44,8 +44,7 @@ def read_by(images, read):
 
 
 def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplog):
-    """A slow network is its own ceiling; decoding that is slower still shows as what was waited
-    for."""
+    # a slow network is its own ceiling; decoding that is slower still shows as what was waited for
     forward = classifier.network.forward
     monkeypatch.setattr(
         classifier.network, "forward", lambda images: (time.sleep(0.02), forward(images))[1]

@@ -99,7 +99,8 @@ def test_a_network_that_cannot_be_copied_is_used_as_it_is(classifier, threads, c
         classifier.network.lock = threading.Lock()
     else:
         own = classifier.network.forward
-        classifier.network.forward = lambda images: own(images)
+        # a function of its own, which a copy would share with the original
+        classifier.network.forward = lambda images: own(images)  # noqa: PLW0108
     with caplog.at_level(logging.INFO):
         forward = Forward(classifier, 4 * module.PIECE)
     assert "cannot be copied" in caplog.text

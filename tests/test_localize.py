@@ -215,7 +215,7 @@ def test_images_that_changed_with_the_same_listing_are_noticed(measured, data, t
 
 def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch):
     measure(run, data, LocalizeConfig(count=2, batch_size=16))
-    assert set(row["method"] for row in table(run)[0]["table"]) == set(METHODS)
+    assert {row["method"] for row in table(run)[0]["table"]} == set(METHODS)
 
     def none(network: nn.Module, probe: torch.Tensor, count: int):
         raise OodHeatmapError("no spatial feature maps")

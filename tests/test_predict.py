@@ -69,8 +69,8 @@ def test_json_lines_say_the_same_as_csv(detector, paths, tmp_path):
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [".lock", "scores.csv", "scores.jsonl"]  # no pictures
     text = (tmp_path / "out" / "scores.jsonl").read_text()
-    for line, record in zip(read_csv(tmp_path / "out"), text.splitlines(), strict=True):
-        record = json.loads(record)
+    for line, text_line in zip(read_csv(tmp_path / "out"), text.splitlines(), strict=True):
+        record = json.loads(text_line)
         assert record["score"] == float(line["score"])
         assert record["p_value"] == float(line["p_value"])
         assert json.dumps(record["is_ood"]) == line["is_ood"]
