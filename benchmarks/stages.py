@@ -16,7 +16,7 @@ from ood_heatmap.cache.neighbours import Bank, Nearest
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.images import ImageSet, iter_batches
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
-from ood_heatmap.pipeline.forward import Forward
+from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.targets import build_targets
@@ -57,7 +57,7 @@ class Stages:
 
     def forward(self) -> int:
         """Run the classifier on images that are on its device, as the stages run it."""
-        forward = Forward(self.classifier, BATCH)
+        forward = BatchedClassifier(self.classifier, BATCH)
         batch = torch.from_numpy(data.random_images(forward.size, seed=0))
         images, passes = batch.to(self.classifier.device), len(self.ood_images) // forward.size
         forward.repeat(images, passes)
@@ -90,7 +90,7 @@ def compare(setting: Setting, kind: str, stages: Stages, about: str) -> Iterator
     variants: dict[str, Callable[[], int]] = {"forward": stages.forward, "decode": stages.decode}
     variants |= {"index": stages.index, "targets": stages.targets}
     # a stage ends with a measurement of the classifier, a second or two: much of so short a run
-    with patch.object(Forward, "rate", lambda *_: 0.0):
+    with patch.object(BatchedClassifier, "rate", lambda *_: 0.0):
         times = interleaved(variants, setting.windows, setting.device)
     forward, decode = (np.array(times[name].wall) for name in ("forward", "decode"))
     share = f"decoding takes {np.median(decode / forward):.2g} of the classifier's time"

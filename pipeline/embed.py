@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ood_heatmap.classifier import Classifier, Output, check_finite
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Batch, ImageSet, Transform, iter_batches
-from ood_heatmap.pipeline.forward import Forward, Pending
+from ood_heatmap.pipeline.forward import BatchedClassifier, PendingOutputs
 from ood_heatmap.pipeline.meter import Meter as Meter
 from ood_heatmap.pipeline.run import map_column
 from ood_heatmap.pipeline.stage import content_hash
@@ -99,7 +99,7 @@ def embed(
         workers=workers,
         skip_unreadable=skip_unreadable,
     )
-    done = classified(decoded, Forward(classifier, batch_size), meter, images.names)
+    done = classified(decoded, BatchedClassifier(classifier, batch_size), meter, images.names)
     for rows, pieces in zip(shards, split, strict=True):
         shard = joined(islice(done, len(pieces)), len(rows), classifier)
         if not len(shard.rows):
@@ -110,7 +110,7 @@ def embed(
 
 
 def classified(
-    decoded: Iterable[Batch], forward: Forward, meter: Meter, names: Sequence[str] | None
+    decoded: Iterable[Batch], forward: BatchedClassifier, meter: Meter, names: Sequence[str] | None
 ) -> Iterator[tuple[Batch, Sequence[Output]]]:
     """Yield each batch with what the classifier says of it.
 
@@ -123,7 +123,7 @@ def classified(
         names: Of all images, for the error that features are not finite; None to let them pass.
     """
     meter.forward = forward
-    behind: deque[tuple[Batch, Pending]] = deque()
+    behind: deque[tuple[Batch, PendingOutputs]] = deque()
 
     def oldest() -> tuple[Batch, Sequence[Output]]:
         batch, pending = behind[

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ood_heatmap.distributed import all_gather, is_main
 from ood_heatmap.images import Batch, Unreadable
-from ood_heatmap.pipeline.forward import Forward
+from ood_heatmap.pipeline.forward import BatchedClassifier
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -43,7 +43,7 @@ class Meter:
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     taken: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-    forward: Forward | None = None
+    forward: BatchedClassifier | None = None
 
     def __post_init__(self) -> None:
         self.bar = tqdm(

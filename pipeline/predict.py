@@ -29,7 +29,7 @@ from ood_heatmap.figures import add_legend, overlay
 from ood_heatmap.images import Batch, Unreadable, iter_batches, prefetch
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import classified
-from ood_heatmap.pipeline.forward import Forward
+from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.sources import find_images, from_paths
 
@@ -161,7 +161,7 @@ def predict(
         workers=config.workers,
         skip_unreadable=True,
     )
-    forward = Forward(detector.classifier, config.batch_size)
+    forward = BatchedClassifier(detector.classifier, config.batch_size)
 
     def iter_scored() -> Iterator[_Scored]:
         for batch, outputs in classified(batches, forward, meter, None):

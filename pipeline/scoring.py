@@ -25,7 +25,7 @@ from ood_heatmap.heatmap import strength
 from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, Meter, embed
-from ood_heatmap.pipeline.forward import Forward
+from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
 from ood_heatmap.pipeline.stage import Stage, content_hash, log_event
 
@@ -336,8 +336,8 @@ class LocalizationMethods:
     index: Index
     bank: Bank
     decoder: Decoder
-    forward: Forward
-    shuffled: Forward
+    forward: BatchedClassifier
+    shuffled: BatchedClassifier
     locations: Float32 | None
     batch_size: int
 
@@ -407,13 +407,13 @@ def make_localization_methods(
             classifier = index.classifier(device, 1)
     shuffled = index.classifier(device, num_maps)
     _shuffle_weights(shuffled, config.seed)
-    forward = Forward(classifier, config.batch_size)
+    forward = BatchedClassifier(classifier, config.batch_size)
     return LocalizationMethods(
         index,
         index.bank(device),
         decoder,
         forward,
-        Forward(shuffled, config.batch_size),
+        BatchedClassifier(shuffled, config.batch_size),
         _draw_locations(index, forward, config) if classifier.map_names else None,
         config.batch_size,
     )
@@ -436,7 +436,7 @@ def _locations(maps: Tensor) -> Float32:
     return locations
 
 
-def _draw_locations(index: Index, forward: Forward, config: LocalizeConfig) -> Float32:
+def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeConfig) -> Float32:
     """Return features of random locations in random ID training images, of the deepest map.
 
     Returns:

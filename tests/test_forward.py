@@ -13,7 +13,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform, iter_batches
 from ood_heatmap.pipeline import forward as module
 from ood_heatmap.pipeline.embed import classified
-from ood_heatmap.pipeline.forward import Forward, copies_of, cores
+from ood_heatmap.pipeline.forward import BatchedClassifier, make_copies, pinned_thread_pool
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.sources import from_array
 
@@ -67,9 +67,9 @@ def of(network: nn.Module) -> Classifier:
 def test_each_core_has_a_copy_whose_attributes_are_its_own(threads):
     threads(2)
     classifier = of(Forgetful())
-    images = pixels(4 * module.PIECE)
+    images = pixels(4 * module.IMAGES_PER_CORE)
     wanted = classifier(torch.from_numpy(images))
-    forward = Forward(classifier, len(images))
+    forward = BatchedClassifier(classifier, len(images))
     both, meet = [forward.idle.get(), forward.idle.get()], threading.Barrier(2)
     for copy in both:
         copy.network.meet = meet  # breaks unless two pieces are inside at once
@@ -81,7 +81,7 @@ def test_each_core_has_a_copy_whose_attributes_are_its_own(threads):
 
 
 def test_copies_share_all_weights(classifier):
-    first, *others = copies_of(classifier, 3)
+    first, *others = make_copies(classifier, 3)
     assert first is classifier
     assert len(others) == 2
     for other in others:
@@ -102,9 +102,9 @@ def test_a_network_that_cannot_be_copied_is_used_as_it_is(classifier, threads, c
         # a function of its own, which a copy would share with the original
         classifier.network.forward = lambda images: own(images)  # noqa: PLW0108
     with caplog.at_level(logging.INFO):
-        forward = Forward(classifier, 4 * module.PIECE)
+        forward = BatchedClassifier(classifier, 4 * module.IMAGES_PER_CORE)
     assert "cannot be copied" in caplog.text
-    assert forward.num_lanes == 1
+    assert forward.num_workers == 1
     images = pixels(40)
     found, wanted = forward(images), classifier(torch.from_numpy(images))
     torch.testing.assert_close(found.logits, wanted.logits)
@@ -112,15 +112,18 @@ def test_a_network_that_cannot_be_copied_is_used_as_it_is(classifier, threads, c
 
 def test_no_more_images_are_inside_at_once_than_asked_for(classifier, threads):
     threads(16)
-    for batch_size, size, lanes in ((256, 32, 8), (1024, 32, 16), (64, 32, 2), (40, 32, 1)):
-        forward = Forward(classifier, batch_size)
-        assert (forward.size, forward.num_lanes) == (size, lanes)
-    assert (Forward(classifier, 7).size, Forward(classifier, 7).num_lanes) == (7, 1)
+    for batch_size, size, num_workers in ((256, 32, 8), (1024, 32, 16), (64, 32, 2), (40, 32, 1)):
+        forward = BatchedClassifier(classifier, batch_size)
+        assert (forward.size, forward.num_workers) == (size, num_workers)
+    assert (
+        BatchedClassifier(classifier, 7).size,
+        BatchedClassifier(classifier, 7).num_workers,
+    ) == (7, 1)
 
 
 def test_a_core_computes_with_its_own_number_of_threads_and_nobody_else_does():
     before = torch.get_num_threads()
-    pool, others = cores(2, 1), []
+    pool, others = pinned_thread_pool(2, 1), []
     assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
     thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
     thread.start()
@@ -141,17 +144,17 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
         return forward(images)
 
     monkeypatch.setattr(classifier.network, "forward", gated)
-    images = from_array(pixels(6 * module.PIECE))
+    images = from_array(pixels(6 * module.IMAGES_PER_CORE))
     rows = np.split(np.arange(len(images)), 3)
     decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
-    lane = Forward(classifier, 2 * module.PIECE)
-    done = classified(decoded, lane, Meter(len(images), "test"), images.names)
+    batched = BatchedClassifier(classifier, 2 * module.IMAGES_PER_CORE)
+    done = classified(decoded, batched, Meter(len(images), "test"), images.names)
     batch, _ = next(done)
     assert inside.wait(timeout=60)  # the third piece is inside, and the fourth waits
     np.testing.assert_array_equal(batch.rows, rows[0])
     done.close()
     gate.set()
-    lane.pool.submit(int).result()  # behind all that was left
+    batched.executor.submit(int).result()  # behind all that was left
     assert len(calls) == 3
 
 
@@ -166,23 +169,23 @@ def test_the_rest_of_a_batch_is_left_out_when_a_part_of_it_fails(classifier, mon
         raise ValueError("broken network")
 
     monkeypatch.setattr(classifier.network, "forward", failing)
-    images = from_array(pixels(8 * module.PIECE))
+    images = from_array(pixels(8 * module.IMAGES_PER_CORE))
     rows = np.split(np.arange(len(images)), 2)
     decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
-    lane = Forward(classifier, 4 * module.PIECE)
-    done = classified(decoded, lane, Meter(len(images), "test"), images.names)
+    batched = BatchedClassifier(classifier, 4 * module.IMAGES_PER_CORE)
+    done = classified(decoded, batched, Meter(len(images), "test"), images.names)
     with pytest.raises(ValueError, match="broken network"):
         next(done)
     gate.set()
-    lane.pool.submit(int).result()  # behind all that was left
+    batched.executor.submit(int).result()  # behind all that was left
     assert len(calls) <= 2  # the second part may have begun, of six more none
 
 
 def test_a_halved_batch_is_remembered(classifier, monkeypatch, caplog):
     images = pixels(64)
-    wanted = Forward(classifier, 16)(images)
+    wanted = BatchedClassifier(classifier, 16)(images)
     sizes = limited(classifier, monkeypatch, 5)
-    forward = Forward(classifier, 16)
+    forward = BatchedClassifier(classifier, 16)
     found = [forward(images[:32]), forward(images[32:])]
     assert sizes == [16, 8] + [4] * 16  # each size that does not fit is tried once in a run
     assert caplog.text.count("out of memory") == 2
@@ -193,8 +196,8 @@ def test_a_halved_batch_is_remembered(classifier, monkeypatch, caplog):
 
 def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
     threads(4)
-    images = pixels(8 * module.PIECE)
-    wanted = Forward(classifier, len(images))(images)
+    images = pixels(8 * module.IMAGES_PER_CORE)
+    wanted = BatchedClassifier(classifier, len(images))(images)
     whole = Classifier.forward
 
     def small(self, images):
@@ -203,9 +206,9 @@ def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
         return whole(self, images)
 
     monkeypatch.setattr(Classifier, "forward", small)
-    forward = Forward(classifier, len(images))
+    forward = BatchedClassifier(classifier, len(images))
     found = forward(images)
-    assert (forward.num_lanes, forward.size) == (4, 4)
+    assert (forward.num_workers, forward.size) == (4, 4)
     assert caplog.text.count("out of memory") == 3  # for 32, 16 and 8, and not for each core
     torch.testing.assert_close(found.features, wanted.features, rtol=1e-5, atol=1e-6)
 
@@ -213,12 +216,15 @@ def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
 def test_a_device_without_memory_for_one_image_is_refused(classifier, monkeypatch):
     limited(classifier, monkeypatch, 0)
     with pytest.raises(OodHeatmapError, match="no memory for a single image"):
-        Forward(classifier, 4)(pixels(4))
+        BatchedClassifier(classifier, 4)(pixels(4))
 
 
 def test_every_batch_has_the_same_size_so_a_row_does_not_depend_on_its_neighbours(classifier):
     images = pixels(16)
-    whole, part = Forward(classifier, 16)(images), Forward(classifier, 16)(images[:3])
+    whole, part = (
+        BatchedClassifier(classifier, 16)(images),
+        BatchedClassifier(classifier, 16)(images[:3]),
+    )
     assert len(part.features) == 3
     torch.testing.assert_close(part.features, whole.features[:3], rtol=0, atol=0)
 
@@ -233,5 +239,5 @@ def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypat
 
     monkeypatch.setattr(classifier.network, "forward", half_a_second)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
-    assert Forward(classifier, 32).rate(seconds=2.0) == 32 / 0.5
+    assert BatchedClassifier(classifier, 32).rate(seconds=2.0) == 32 / 0.5
     assert clock[0] == 2.0

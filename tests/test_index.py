@@ -190,7 +190,7 @@ def test_a_device_out_of_memory_gets_smaller_batches(
     monkeypatch.setattr(classifier.network, "forward", limited)
     build_index(tmp_path / "run", open_images(str(data / "id")), classifier, CONFIG)
     assert {16, 8, 4} <= set(sizes)
-    assert "going on with batches of 4" in caplog.text
+    assert "batch size reduced to 4" in caplog.text
     assert len(open_index(tmp_path / "run").columns["row"]) == 80
 
 

@@ -171,7 +171,7 @@ def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
 
     monkeypatch.setattr(detector.classifier, "forward", small)
     predict(detector, paths, tmp_path, PredictConfig(batch_size=16))
-    assert "going on with batches of 4" in caplog.text
+    assert "batch size reduced to 4" in caplog.text
     for line, other in zip(read_csv(tmp_path), wanted, strict=True):
         assert float(line.pop("score")) == pytest.approx(float(other.pop("score")), abs=2e-6)
         assert line == other
