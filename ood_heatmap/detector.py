@@ -20,7 +20,6 @@ from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import score, strength
 from ood_heatmap.images import Transform, apply_transform
-from ood_heatmap.sources import read_file
 
 log = logging.getLogger(__name__)
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | NDArray[np.uint8] | Tensor
@@ -254,6 +253,9 @@ def _name(image: ImageLike, row: int) -> str:
 def _to_picture(image: ImageLike) -> Image.Image:
     """Return one image as a PIL image of any mode."""
     if isinstance(image, str | os.PathLike):
+        # image sources are for files alone: not every detector reads them
+        from ood_heatmap.sources import read_file
+
         return read_file(Path(image))[0]
     if isinstance(image, Image.Image):
         if 0 in image.size:

@@ -96,6 +96,9 @@ def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | Non
         OodHeatmapError: A package is missing, the classifier cannot be exported, the file would
             differ from the detector, or it cannot be written. Nothing is left behind.
     """
+    # before the work, which takes minutes for a large classifier
+    if not out.parent.is_dir():
+        raise OodHeatmapError(f"cannot write {out}: there is no folder {out.parent}.")
     about = metadata(detector)
     if kind == "onnx":
         content = _to_onnx(detector, about)

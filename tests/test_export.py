@@ -192,6 +192,12 @@ def test_a_refused_write_is_one_line_also_when_the_cleanup_is_refused(
         export(make_detector(classifier, "magnitude", 0), tmp_path / "detector", kind)
 
 
+def test_a_missing_folder_is_found_before_the_work(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "metadata", None)
+    with pytest.raises(OodHeatmapError, match=r"cannot write .*there is no folder .*gone"):
+        export(make_detector(classifier, "magnitude", 0), tmp_path / "gone" / "d.onnx", "onnx")
+
+
 def test_networks_too_large_for_onnx_are_refused_before_the_work(classifier, tmp_path, monkeypatch):
     detector = make_detector(classifier, "magnitude", 0)
     monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 10)
