@@ -4,13 +4,9 @@ The reference's are CIFAR ResNet-18, ResNet-50 for 64 pixels, and WRN-40-2. Name
 their parameters are those of its released checkpoints, so that they load.
 """
 
-import importlib
-import importlib.util
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -18,6 +14,7 @@ from torch.nn import functional
 
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import Transform
+from ood_heatmap.user_code import UserCode, describe_error
 
 
 class ResidualBlock(nn.Module):
@@ -206,12 +203,21 @@ def build(spec: str, num_classes: int | None, *, pretrained: bool) -> Built:
         return _build_torchvision(name, num_classes, pretrained)
     if family == "timm":
         return _build_timm(name, num_classes, pretrained)
-    if ":" in spec:
-        return _build_users(spec, num_classes)
+    code = code_of(spec)
+    if code is not None:
+        return _build_from_code(code, num_classes)
     raise UsageError(
         f"there is no classifier {spec!r}: use {', '.join(BUILT_IN)}, torchvision/NAME, timm/NAME, "
         "path/to/file.py:function or package.module:function."
     )
+
+
+def code_of(spec: str) -> UserCode | None:
+    """Return the user's code that a SPEC names; None for networks of this package and libraries."""
+    place, colon, function = spec.rpartition(":")
+    if not colon or spec.startswith(("torchvision/", "timm/")):
+        return None
+    return UserCode(place, function)
 
 
 def _build_own(spec: str, num_classes: int | None, pretrained: bool) -> Built:
@@ -236,6 +242,8 @@ def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> 
     preset = weights.transforms()
     transform = Transform.from_torchvision(preset)
     arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if not pretrained:
+        arguments |= _arguments_of_pretrained(name, weights)
     try:
         network = models.get_model(name, weights=weights if pretrained else None, **arguments)
     except (OSError, RuntimeError) as error:
@@ -243,8 +251,28 @@ def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> 
             f"the weights {weights} cannot be fetched ({error}). Add --weights FILE."
         ) from error
     except ValueError as error:
-        raise UsageError(f"torchvision/{name}: {error}.") from error
+        raise UsageError(
+            f"torchvision/{name}: {error} Add --weights FILE for other classes."
+        ) from error
+    if name == "inception_v3":
+        # as torchvision does for GoogLeNet by itself
+        network.aux_logits, network.AuxLogits = False, None
     return network, transform, tuple(preset.mean), tuple(preset.std)
+
+
+def _arguments_of_pretrained(name: str, weights: Any) -> dict[str, Any]:
+    """Return the arguments that torchvision sets when it loads weights itself.
+
+    Without them the same weights make another network: GoogLeNet and Inception v3 normalize their
+    input again, and vision transformers have as many positions as the images of their weights.
+    """
+    if name in ("googlenet", "inception_v3"):
+        return {"transform_input": True, "aux_logits": False, "init_weights": False}
+    if name.startswith("vit_"):
+        return {"image_size": weights.meta["min_size"][0]}
+    if name.startswith("maxvit_"):
+        return {"input_size": weights.meta["min_size"]}
+    return {}
 
 
 def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
@@ -254,52 +282,25 @@ def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
         import timm.data
     except ImportError:
         raise UsageError("timm is not installed: pip install 'ood-heatmap[timm]'.") from None
-    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
     try:
         network = timm.create_model(name, pretrained=pretrained, **arguments)
-    except (OSError, RuntimeError) as error:
+    # unknown names, missing packages and networks, each with an exception of its own
+    except Exception as error:
+        way_out = "Add --weights FILE." if pretrained else "Check --classifier and --num-classes."
         raise OodHeatmapError(
-            f"timm/{name} cannot be loaded ({error}). Add --weights FILE."
+            f"timm/{name} cannot be made ({describe_error(error)}). {way_out}"
         ) from error
     preset = timm.data.config.resolve_data_config({}, model=network)
     transform = Transform.from_timm(preset)
     return network, transform, tuple(preset["mean"]), tuple(preset["std"])
 
 
-def _build_users(spec: str, num_classes: int | None) -> Built:
-    """Return what the user's own function makes; it may take ``num_classes``."""
-    place, _, name = spec.rpartition(":")
-    function = getattr(_import_place(place), name, None)
-    if not callable(function):
-        raise UsageError(f"{place} has no function {name}.")
-    takes = inspect.signature(function).parameters
-    try:
-        network = function(num_classes) if num_classes is not None and takes else function()
-    except TypeError as error:
-        raise UsageError(f"{spec} cannot be called ({error}). Try --num-classes.") from error
+def _build_from_code(code: UserCode, num_classes: int | None) -> Built:
+    """Return what the user's own function makes, which takes pixels in [0, 1] unless told."""
+    network = code.make(num_classes)
     if not isinstance(network, nn.Module):
-        raise UsageError(f"{spec} returned {type(network).__name__}, not a torch.nn.Module.")
+        raise UsageError(f"{code} returned {type(network).__name__}, not a torch.nn.Module.")
     size = getattr(network, "input_size", None)
-    return (
-        network,
-        Transform(size) if isinstance(size, int) else None,
-        (0.0, 0.0, 0.0),
-        (1.0, 1.0, 1.0),
-    )
-
-
-def _import_place(place: str) -> Any:
-    """Import a Python file by its path, or a module by its name."""
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        if not Path(place).is_file():
-            raise UsageError(f"there is no file {place}.")
-        spec = importlib.util.spec_from_file_location(f"classifier_{Path(place).stem}", place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise UsageError(f"{place} cannot be imported: {error}.") from error
-    return module
+    transform = Transform(size) if isinstance(size, int) else None
+    return network, transform, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
