@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ood_heatmap.classifier import Classifier, Output, check_finite
+from ood_heatmap.checks import check_finite
+from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Batch, ImageSet, Transform, iter_batches
 from ood_heatmap.pipeline.forward import BatchedClassifier, PendingOutputs
@@ -134,10 +135,11 @@ def classified(
         behind.popleft()
         at = 0
         for output in outputs:
-            features = output.features.numpy()
+            rows = batch.rows[at : at + len(output.features)]
             if names is not None:
-                check_finite(features, batch.rows[at:], names)
-            at += len(features)
+                check_finite(output.features.numpy(), rows, names)
+                check_finite(output.logits.numpy(), rows, names, "logits")
+            at += len(rows)
         return batch, outputs
 
     try:

@@ -5,7 +5,7 @@ Nothing here makes anything, so that inference loads no training code and no sta
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ood_heatmap.cache import manifest as manifests
-from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate, differing_fields
+from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate
 from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write_index
 from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.calibration import Calibration
@@ -232,20 +232,15 @@ class Index:
             num_maps: How many feature maps it shall return; as many as the index holds when None.
 
         Raises:
-            StaleCacheError: The user's own code makes another network by now; names what differs.
+            StaleCacheError: It is another classifier by now; names what differs.
+            OodHeatmapError: It is code that the user does not trust, see ``user_code``.
         """
-        config = self.classifier_config
-        classifier = restore_classifier(config, self.run / "index" / WEIGHTS)
-        for name, before, now in differing_fields(
-            self.manifest.inputs["classifier"], classifier.fingerprint()
-        ):
-            raise StaleCacheError(
-                f"{self.run / 'index'} was made with another classifier: {name} was "
-                f"{abbreviate(before)}, is "
-                f"now {abbreviate(now)}. Run `ood-heatmap index` again with --overwrite."
-            )
-        if num_maps is not None and num_maps != config.num_maps:
-            classifier = Classifier(classifier.network, replace(config, num_maps=num_maps))
+        classifier = restore_classifier(
+            self.classifier_config,
+            self.run / "index" / WEIGHTS,
+            self.manifest.inputs["classifier"],
+            num_maps,
+        )
         return classifier.to(device)
 
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, unit_length
@@ -236,8 +236,7 @@ def fit_data(index: Index, classifier: Classifier, seed: int) -> FitData:
     auxiliary = open_targets(index.run, index).columns
     # patched images are ID images in part
     paired = np.flatnonzero(auxiliary["patched"].read() == 0)
-    head = copy.deepcopy(classifier.network.get_submodule(classifier.head)).cpu()
-    assert isinstance(head, nn.Linear), "what find_head looks for"
+    head = copy.deepcopy(classifier.last_layer()).cpu()
     return FitData(
         features,
         np.where(label >= 0, label, prediction) if index.results.classes else prediction,

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parent.parent
@@ -61,6 +61,14 @@ def write_images(folder: Path, count: int, seed: int, *, size: int = SIZE) -> Pa
         coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
         Image.fromarray(coarse).resize((size, size)).save(folder / f"{number:03d}.png")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests write of a user's trust in code out of the home directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

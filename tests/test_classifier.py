@@ -11,7 +11,6 @@ from torch import nn
 from ood_heatmap.classifier import (
     Classifier,
     ClassifierConfig,
-    check_finite,
     load_classifier,
     restore_classifier,
 )
@@ -73,9 +72,7 @@ def test_the_head_and_the_ends_of_stages_of_known_networks_are_found(
 
 def test_a_network_without_a_linear_head_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(
-        OodHeatmapError, match=r"no linear layer .* \(linear layers: none\).*--head"
-    ):
+    with pytest.raises(OodHeatmapError, match=r"no linear layer .* \(the last are 0\): .*pooling"):
         Classifier(network, PLAIN)
 
 
@@ -85,7 +82,7 @@ def test_a_network_that_returns_no_logits_is_refused():
 
 
 def test_a_wrong_head_lists_the_linear_layers(data, spec):
-    with pytest.raises(UsageError, match="--head fc is no linear layer; there are: linear"):
+    with pytest.raises(UsageError, match="fc is not a linear layer; the last ones are linear"):
         load_classifier(spec, weights=data / "weights.safetensors", head="fc")
 
 
@@ -101,9 +98,11 @@ def test_too_many_feature_maps_are_refused(data, spec):
         ("torchvision/resnet999", "torchvision has no such classifier"),
         ("torchvision/resnet18:NONE", "torchvision has no such classifier"),
         ("nowhere.py:network", r"there is no file .*/nowhere\.py"),
-        ("no_such_module:network", "no_such_module cannot be imported"),
+        ("no_such_module:network", "there is no module no_such_module: .*PYTHONPATH"),
         ("json:nothing", "json has no function nothing"),
-        ("json:dumps", "returned|required|argument"),
+        ("json:dumps", r"cannot be called \(missing a required argument.*--num-classes"),
+        ("os:system", "os:system is defined in posix"),
+        ("torchvision/fcn_resnet50", "not of an image classifier"),
         ("cifar-resnet18", "comes without weights: add --weights"),
     ],
 )
@@ -126,11 +125,6 @@ def test_a_wrong_number_of_classes_is_refused(tmp_path):
     assert classifier.num_features == 3
 
 
-def test_an_input_size_the_network_cannot_take_is_one_line(data, spec):
-    with pytest.raises(UsageError, match="--mean and --std"):
-        load_classifier(spec, weights=data / "weights.safetensors", std=(1.0, 0.0, 1.0))
-
-
 def test_a_restored_classifier_says_the_same(data, spec, tmp_path, classifier):
     state = {name: item.contiguous() for name, item in classifier.network.state_dict().items()}
     save_file(state, tmp_path / "copy.safetensors")
@@ -149,13 +143,14 @@ def test_the_fingerprint_knows_all_that_matters(data, spec, tmp_path, field):
     changed = {
         "weights": {"weights": tmp_path / "w.safetensors"},
         "mean": {"mean": (0.0, 0.0, 0.1)},
-        "std": {"std": (1.0, 1.0, 1.1)},
+        "std": {"std": (1.0, 1.0, 0.9)},
         "transform": {"size": 20},
         "num_maps": {"num_maps": 1},
     }[field]
     before = load_classifier(spec, **base).fingerprint()
     now = load_classifier(spec, **{**base, **changed}).fingerprint()
-    assert [name for name in before if before[name] != now[name]] == [field]
+    differing = [name for name in before if before[name] != now[name]]
+    assert differing == [field, *(["maps"] if field == "num_maps" else [])]
 
 
 def test_a_counter_of_training_steps_is_no_weight():
@@ -169,13 +164,6 @@ def test_a_counter_of_training_steps_is_no_weight():
     before = one.fingerprint()
     one.network[0].num_batches_tracked += 5
     assert one.fingerprint() == before
-
-
-def test_nan_features_name_the_image():
-    features = np.zeros((3, 2), np.float32)
-    features[1, 0] = np.nan
-    with pytest.raises(OodHeatmapError, match=r"NaN or infinite features for b\.png"):
-        check_finite(features, np.array([4, 7, 9]), {7: "b.png"})
 
 
 def test_a_file_keeps_working_from_another_directory(data, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def make_detector(classifier, target: str, num_maps: int) -> HeatmapDetector:
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(3)
-    classifier.map_names = classifier.map_names[:num_maps]
+    classifier.maps = classifier.maps[:num_maps]
     calibration = CALIBRATION if target == "magnitude" else None
     return HeatmapDetector(classifier, decoder, classes="abcd", calibration=calibration)
 

@@ -1,0 +1,174 @@
+"""What a classifier must do to be used, and do again when it is restored."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+
+
+def rounding_bound(autocast: bool) -> float:
+    """Return the relative distance that rounding explains in one process.
+
+    Another batch size may choose other kernels: about 1e-6 for float32 and 1e-2 for bfloat16.
+    """
+    return 5e-2 if autocast else 1e-3
+
+
+def device_bound(autocast: bool) -> float:
+    """Return the relative distance that rounding explains between devices.
+
+    A GPU multiplies float32 with the 10-bit mantissa of TF32.
+    """
+    return 1e-1 if autocast else 1e-2
+
+
+def relative_distance(values: Tensor, expected: Tensor) -> float:
+    """Return the largest ``||values - expected|| / ||expected||`` of all rows ``(B, ...)``."""
+    values, expected = values.double().flatten(1), expected.double().flatten(1)
+    distance = (values - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
+    return float(distance.max())
+
+
+def check_logits(spec: str, logits: Tensor) -> None:
+    """Refuse logits ``(B, L)`` that cannot be those of a classifier."""
+    if logits.shape[1] == 1:
+        raise OodHeatmapError(
+            f"{spec} returns one logit for each image, which a softmax makes 1. Give its last "
+            "layer two outputs, with weight and bias 0 for the first class."
+        )
+    if not logits.isfinite().all():
+        label = int((~logits.isfinite()).any(dim=0).nonzero()[0])
+        raise OodHeatmapError(
+            f"{spec} returns NaN or infinite logits, for class {label} first. Check its weights, "
+            "--mean and --std."
+        )
+
+
+def check_finite_outputs(
+    spec: str, logits: Tensor, features: Tensor, maps: Sequence[Tensor]
+) -> None:
+    """Refuse NaN and infinity."""
+    check_logits(spec, logits)
+    if not all(values.isfinite().all() for values in (features, *maps)):
+        raise OodHeatmapError(
+            f"{spec} returns NaN or infinite features. Check its weights, --mean and --std."
+        )
+
+
+def check_head(head: str, logits: Tensor, expected: Tensor, bound: float) -> None:
+    """Refuse a network whose logits are not those of its head.
+
+    Args:
+        head: What is called, for the message.
+        logits: What the head returns for the features, ``(B, L)``.
+        expected: What the network returns.
+        bound: The relative distance that rounding explains.
+    """
+    if not relative_distance(logits, expected) <= bound:
+        raise OodHeatmapError(
+            f"{head} is not what the network returns: something follows, such as a log_softmax, or "
+            "the mean of several heads or views. Name with --classifier a function whose network "
+            "ends in one linear layer."
+        )
+
+
+def check_repeatable(spec: str, features: Tensor, alone: Tensor, bound: float) -> None:
+    """Refuse features that are random, or that depend on the rest of the batch.
+
+    Args:
+        spec: Of the classifier.
+        features: ``(3, D)`` of two images and the first again.
+        alone: ``(1, D)`` of the second image in a batch of its own.
+        bound: The relative distance that rounding explains.
+    """
+    if not relative_distance(features[2:], features[:1]) <= bound:
+        raise OodHeatmapError(
+            f"{spec} returns other features for the same image twice: something in it is random in "
+            "eval mode, such as F.dropout without training=self.training."
+        )
+    if not relative_distance(alone, features[1:2]) <= bound:
+        raise OodHeatmapError(
+            f"{spec} returns other features for an image alone than in a batch: they depend on the "
+            "other images, as with batch norm that uses the statistics of the batch."
+        )
+
+
+def check_same_outputs(
+    spec: str,
+    outputs: Mapping[str, Tensor],
+    expected: Sequence[NDArray[np.floating]],
+    bound: float,
+    versions: Mapping[str, str],
+) -> None:
+    """Refuse a restored classifier that returns something else than when the run was indexed.
+
+    Args:
+        spec: Of the classifier.
+        outputs: What it returns now, ``(n, ...)`` each, by name.
+        expected: What it returned, in the same order; there may be fewer or more.
+        bound: The relative distance that rounding explains.
+        versions: ``library_versions()`` of then.
+
+    Raises:
+        StaleCacheError: Something differs.
+    """
+    for (name, values), before in zip(outputs.items(), expected, strict=False):
+        if values.shape != before.shape:
+            difference = f"shape {before.shape} then, {tuple(values.shape)} now"
+        else:
+            distance = relative_distance(values.cpu(), torch.from_numpy(before))
+            if distance <= bound:
+                continue
+            difference = f"a relative difference of {distance:.2g}, rounding gives up to {bound:g}"
+        now = library_versions()
+        upgrades = [
+            f"{library} {version} then, {now.get(library, 'none')} now"
+            for library, version in versions.items()
+            if version != now.get(library)
+        ]
+        raise StaleCacheError(
+            f"{spec} returns other {name} than when the run was indexed: "
+            f"{'; '.join([difference, *upgrades])}. Restore what changed, or run `ood-heatmap "
+            "index` again with --overwrite."
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the installed libraries that features depend on."""
+    versions = {}
+    for name in ("torch", "torchvision", "timm", "pillow"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def check_finite(
+    values: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    names: Sequence[str],
+    kind: str = "features",
+) -> None:
+    """Refuse NaN and infinity, and name the image.
+
+    Args:
+        values: ``(B, D)`` what the classifier returned.
+        rows: ``(B,)`` rows of the set.
+        names: Of all images of the set.
+        kind: What the values are, for the message.
+
+    Raises:
+        OodHeatmapError: A value is not finite.
+    """
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        row = int(rows[int(finite.argmin())])
+        raise OodHeatmapError(
+            f"the classifier returns NaN or infinite {kind} for {names[row]}. "
+            "Check its weights, --mean and --std."
+        )
