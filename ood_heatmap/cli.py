@@ -53,6 +53,25 @@ device_option = click.option(
     default="auto",
     help="Device to compute on: auto, cpu, cuda or cuda:N.",
 )
+
+
+def _trust_code(context: click.Context, _: click.Parameter, trust: bool) -> None:
+    """Let the command run code that RUN names."""
+    if trust:
+        from ood_heatmap.user_code import trusting_code
+
+        context.with_resource(trusting_code())
+
+
+trust_option = click.option(
+    "--trust-code",
+    cls=GroupedOption,
+    group="Other",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust_code,
+    help="Run the model code that RUN names, even if you have not run it here before.",
+)
 index_options = options(data=IndexData, classifier=ClassifierOptions, config=IndexConfig)
 targets_options = options(data=TargetsData, config=TargetsConfig)
 train_options = options(config=TrainConfig)
@@ -142,6 +161,7 @@ def index(
 @existing_run
 @targets_options
 @device_option
+@trust_option
 def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Stage 2: pair OOD images with their nearest ID images in RUN and store the target heatmaps.
 
@@ -196,6 +216,7 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
 @existing_run
 @options(data=EvaluateData, config=EvaluateConfig)
 @device_option
+@trust_option
 def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str) -> None:
     """Stage 4: measure how well RUN detects, beside baselines, in tables and pictures.
 
@@ -247,6 +268,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(given=PredictOptions, config=PredictConfig)
 @device_option
+@trust_option
 def predict(
     run: Path,
     images: tuple[Path, ...],
@@ -286,6 +308,7 @@ def predict(
 @existing_run
 @options(data=TestData, config=LocalizeConfig)
 @device_option
+@trust_option
 def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> None:
     """Measure how well the heatmaps of RUN locate patches of OOD images pasted into ID images.
 
@@ -313,6 +336,7 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
 @main.command()
 @existing_run
 @options(given=ExportOptions)
+@trust_option
 def export(run: Path, given: ExportOptions) -> None:
     """Write the detector of RUN as one file that needs no ood_heatmap to run.
 
@@ -376,6 +400,7 @@ def plan_index(
 @existing_run
 @targets_options
 @device_option
+@trust_option
 def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Estimate what `targets` would take; nothing is written or downloaded.
 

@@ -20,6 +20,7 @@ from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import score, strength
 from ood_heatmap.images import Transform, apply_transform
+from ood_heatmap.user_code import trusting_code
 
 log = logging.getLogger(__name__)
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | NDArray[np.uint8] | Tensor
@@ -104,26 +105,30 @@ class HeatmapDetector:
 
     @staticmethod
     def load(
-        run: str | Path, device: str = "auto", false_alarm: float | None = None
+        run: str | Path,
+        device: str = "auto",
+        false_alarm: float | None = None,
+        *,
+        trust_code: bool = False,
     ) -> "HeatmapDetector":
         """Load the detector of a run directory, calibrated if the run has been evaluated.
-
-        A run names the user's own model code by its path, and that code is executed: load only runs
-        you trust.
 
         Args:
             run: The run directory.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             false_alarm: The share of ID images that may be called OOD; as evaluated when None.
+            trust_code: Run the model code that the run names even if you have not run it here
+                before.
 
         Raises:
-            OodHeatmapError: A stage is missing, unfinished, damaged or stale; or a level is given
-                and the run is not calibrated.
+            OodHeatmapError: A stage is missing, unfinished, damaged or stale; its model code is not
+                trusted; or a level is given and the run is not calibrated.
         """
         # not at the top: a detector in memory needs nothing that reads run directories
         from ood_heatmap.pipeline.run import load_detector
 
-        return load_detector(Path(run), device, false_alarm)
+        with trusting_code(trust_code):
+            return load_detector(Path(run), device, false_alarm)
 
     def at(self, false_alarm: float) -> "HeatmapDetector":
         """Return the same detector deciding at another level; nothing is fitted or loaded again."""
