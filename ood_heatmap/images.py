@@ -508,7 +508,8 @@ def apply_transform(transform: Transform, image: Decoded, name: str) -> UInt8:
     """
     try:
         return transform(image)
-    except MemoryError:
+    except (MemoryError, RuntimeError):
+        # the machine's fault (PyTorch raises RuntimeError for lack of memory), not the image's
         raise
     except Exception as error:
         raise unreadable(name, error) from error

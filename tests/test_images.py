@@ -229,3 +229,15 @@ def test_labels_without_names_are_positions():
     images = from_array(np.zeros((4, 4, 4, 3), np.uint8), np.array([0, 10, 2, -1]))
     assert relabel(images, ["0", "1", "10", "2"]).labels.tolist() == [0, -1, 2, -1]
     assert relabel(images, [str(n) for n in range(11)]).labels.tolist() == [0, 10, 2, -1]
+
+
+@pytest.mark.parametrize("fault", [MemoryError, RuntimeError])
+def test_a_lack_of_memory_is_not_taken_for_an_unreadable_image(tmp_path, monkeypatch, fault):
+    picture().save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise fault("cannot allocate memory")
+
+    monkeypatch.setattr(Transform, "__call__", fail)
+    with pytest.raises(fault):
+        decode(open_images(str(tmp_path)), np.arange(1), Transform(8), skip_unreadable=True)
