@@ -1,4 +1,4 @@
-"""Images through the classifier: decoding runs ahead in threads, and whole shards come out."""
+"""Images through the classifier: threads decode ahead of it, and whole shards come out."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Batch, ImageSet, Transform, iter_batches
 from ood_heatmap.pipeline.forward import BatchedClassifier, PendingOutputs
-from ood_heatmap.pipeline.meter import Meter as Meter
+from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_column
 from ood_heatmap.pipeline.stage import content_hash
 
@@ -24,7 +24,7 @@ UInt8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images of one shard with all that the classifier says of them, on the host.
+    """Images of one shard with the classifier's outputs, on the host.
 
     Args:
         rows: ``(B,)`` int64 rows of the set.
@@ -63,24 +63,22 @@ class Embedded:
 def embed(
     images: ImageSet,
     shards: Sequence[Int64],
-    classifier: Classifier,
+    forward: BatchedClassifier,
     meter: Meter,
     *,
-    batch_size: int,
     workers: int,
     skip_unreadable: bool,
     transform: Transform | None = None,
 ) -> Iterator[Embedded]:
     """Yield the images of each shard with their embedding.
 
-    Decoding goes on across the shards' borders.
+    Decoding continues across the shards' borders.
 
     Args:
         images: The set.
         shards: Rows of each shard, ascending.
-        classifier: On its device.
-        meter: Counts what was read, and what was waited for.
-        batch_size: Images the classifier takes at once.
+        forward: The classifier on its device.
+        meter: Accumulates image counts and wait times.
         workers: Threads that decode.
         skip_unreadable: Leave unreadable images out.
         transform: The classifier's when None.
@@ -89,77 +87,80 @@ def embed(
         OodHeatmapError: An image is unreadable, features are not finite, or no image of a shard is
             left.
     """
-    split = [
-        [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        for rows in shards
+    size = forward.batch_size
+    chunks = [
+        [rows[start : start + size] for start in range(0, len(rows), size)] for rows in shards
     ]
     decoded = iter_batches(
         images,
-        [piece for pieces in split for piece in pieces],
-        transform or classifier.config.transform,
+        [chunk for of_shard in chunks for chunk in of_shard],
+        transform or forward.classifier.config.transform,
         workers=workers,
         skip_unreadable=skip_unreadable,
     )
-    done = classified(decoded, BatchedClassifier(classifier, batch_size), meter, images.names)
-    for rows, pieces in zip(shards, split, strict=True):
-        shard = joined(islice(done, len(pieces)), len(rows), classifier)
+    done = iter_outputs(decoded, forward, meter, images.names)
+    for rows, of_shard in zip(shards, chunks, strict=True):
+        shard = _concatenate(islice(done, len(of_shard)), len(rows), forward.classifier)
         if not len(shard.rows):
             raise OodHeatmapError(
-                f"none of {len(pieces[0])} images in a row of {images.source} is readable."
+                f"none of {len(rows)} images in a row of {images.source} is readable."
             )
         yield shard
 
 
-def classified(
-    decoded: Iterable[Batch], forward: BatchedClassifier, meter: Meter, names: Sequence[str] | None
+def iter_outputs(
+    decoded: Iterable[Batch],
+    forward: BatchedClassifier,
+    meter: Meter,
+    names: Sequence[str] | None,
 ) -> Iterator[tuple[Batch, Sequence[Output]]]:
-    """Yield each batch with what the classifier says of it.
+    """Yield each batch with the classifier's outputs.
 
-    One batch behind: the device computes while this process puts away the batch before.
+    Pipelined by one batch: the device computes batch n while the host stores batch n-1.
 
     Args:
         decoded: Batches of images.
         forward: The classifier.
-        meter: Accumulates counts and wait times.
+        meter: Accumulates image counts and wait times.
         names: Of all images, for the error that features are not finite; None to let them pass.
     """
-    meter.forward = forward
-    behind: deque[tuple[Batch, PendingOutputs]] = deque()
+    pipeline: deque[tuple[Batch, PendingOutputs]] = deque()
 
     def oldest() -> tuple[Batch, Sequence[Output]]:
-        batch, pending = behind[
-            0
-        ]  # stays there while it is waited for: it may have to be cancelled
+        # peek, do not pop: if waiting fails, `finally` still cancels it
+        batch, pending = pipeline[0]
         with meter.waiting("embed"):
             outputs = pending.wait()
-        behind.popleft()
-        at = 0
+        pipeline.popleft()
+        start = 0
         for output in outputs:
-            rows = batch.rows[at : at + len(output.features)]
+            rows = batch.rows[start : start + len(output.features)]
             if names is not None:
                 check_finite(output.features.numpy(), rows, names)
                 check_finite(output.logits.numpy(), rows, names, "logits")
-            at += len(rows)
+            start += len(rows)
         return batch, outputs
 
     try:
         for batch in meter.each(decoded, "decode"):
             with meter.waiting("embed"):
-                behind.append((batch, forward.start(batch.pixels)))
-            meter.add(batch, len(batch.rows) + len(batch.skipped))
-            if len(behind) > 1:
+                pipeline.append((batch, forward.start(batch.pixels)))
+            # on a CPU both share the cores
+            stolen = 0.0 if forward.on_gpu else batch.cpu_seconds / forward.num_threads
+            meter.add(batch, stolen_seconds=stolen)
+            if len(pipeline) > 1:
                 yield oldest()
-        while behind:
+        while pipeline:
             yield oldest()
     finally:
-        for _, pending in behind:
+        for _, pending in pipeline:
             pending.cancel()
 
 
-def joined(
+def _concatenate(
     parts: Iterable[tuple[Batch, Sequence[Output]]], num_rows: int, classifier: Classifier
 ) -> Embedded:
-    """Return the batches of a shard as one; memory for ``num_rows`` is taken once."""
+    """Return the batches of a shard as one; memory for ``num_rows`` is allocated once."""
     size = classifier.config.transform.size
     rows = np.empty(num_rows, np.int64)
     images = np.empty((num_rows, 3, size, size), np.uint8)

@@ -69,6 +69,7 @@ class BatchedClassifier:
 
     def __init__(self, classifier: Classifier, batch_size: int) -> None:
         self.classifier = classifier
+        self.batch_size = batch_size
         self.on_gpu = classifier.device.type == "cuda"
         self.size = batch_size if self.on_gpu else min(batch_size, IMAGES_PER_CORE)
         self.num_threads = torch.get_num_threads()

@@ -21,7 +21,8 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.forward import BatchedClassifier
+from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.results import IndexResults
 from ood_heatmap.pipeline.run import INDEX, WEIGHTS, index_columns
 from ood_heatmap.pipeline.stage import (
@@ -38,7 +39,7 @@ from ood_heatmap.sanity import Finding, check_classification, texts
 
 log = logging.getLogger(__name__)
 
-SHARDS = "images"
+_SHARDS = "images"
 
 
 def build_index(
@@ -77,7 +78,7 @@ def build_index(
         schedule = schedule_shards(
             stage,
             images,
-            {SHARDS: np.arange(len(images))},
+            {_SHARDS: np.arange(len(images))},
             bytes_per_row(columns_of(classifier)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
@@ -85,11 +86,12 @@ def build_index(
         if schedule.manifest is not None:
             return schedule.manifest
         meter = Meter(schedule.num_own_rows, "index")
-        embed_shards(stage, schedule.own[SHARDS], images, classifier, config, meter)
+        forward = BatchedClassifier(classifier, config.batch_size)
+        _embed_shards(stage, schedule.own[_SHARDS], images, forward, config, meter)
         with meter.waiting("finish"):
             barrier()
-            results = write_derived(stage, schedule, images, classifier) if is_main() else None
-        speed = {**report(meter), "device": str(classifier.device)}
+            results = _write_derived(stage, schedule, images, classifier) if is_main() else None
+        speed = {**meter.close(forward.rate), "device": str(classifier.device)}
         manifest = None
         if results is not None:
             names = [*schedule.names, INDEX, WEIGHTS]
@@ -98,11 +100,11 @@ def build_index(
         return broadcast(manifest)
 
 
-def embed_shards(
+def _embed_shards(
     stage: Stage,
     tasks: Sequence[ShardTask],
     images: ImageSet,
-    classifier: Classifier,
+    forward: BatchedClassifier,
     config: IndexConfig,
     meter: Meter,
 ) -> None:
@@ -110,16 +112,15 @@ def embed_shards(
     embedded = embed(
         images,
         [task.source_rows for task in tasks],
-        classifier,
+        forward,
         meter,
-        batch_size=config.batch_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )
-    columns = columns_of(classifier)
+    columns = columns_of(forward.classifier)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            writer.write(task, arrays_of(shard, images), columns, content=shard.content)
+            writer.write(task, _arrays(shard, images), columns, content=shard.content)
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
@@ -136,7 +137,7 @@ def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig)
         )
 
 
-def arrays_of(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
+def _arrays(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard."""
     return {
         "images": shard.images,
@@ -154,11 +155,11 @@ def columns_of(classifier: Classifier) -> dict[str, Column]:
     return index_columns(size, classifier.num_features, classifier.map_shapes)
 
 
-def write_derived(
+def _write_derived(
     stage: Stage, schedule: Schedule, images: ImageSet, classifier: Classifier
 ) -> IndexResults:
     """Write what is derived from the shards, and return the results of the stage."""
-    require_rows(stage, schedule.tasks[SHARDS])
+    require_rows(stage, schedule.tasks[_SHARDS])
     columns = open_rows([stage.directory / name for name in schedule.names])
     prediction, label, row = (columns[name].read() for name in ("prediction", "label", "row"))
     write_index(

@@ -1,9 +1,9 @@
-"""How fast a stage is, how close that comes to the classifier alone, and what holds it back."""
+"""Progress of a stage, where its time goes, and how close it comes to the classifier alone."""
 
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,25 +12,29 @@ from tqdm import tqdm
 
 from ood_heatmap.distributed import all_gather, is_main
 from ood_heatmap.images import Batch, Unreadable
-from ood_heatmap.pipeline.forward import BatchedClassifier
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-MAX_PROBE_SECONDS, PROBE_SHARE = 1.5, 0.2  # of the ceiling: at most, and of the stage's own time
+_Item = TypeVar("_Item")
+# how long the ceiling is measured: at most, and as a share of the stage's own time
+_MAX_PROBE_SECONDS, _PROBE_SHARE = 1.5, 0.2
 
 
 @dataclass
 class Meter:
-    """Progress of a stage, what each part of it took, and what is worth saying at its end.
+    """Progress bar and time accounting of a stage.
 
     Args:
-        total: Images there are to do.
+        total: Images to process.
         label: Name of the stage.
-        waited: Seconds the main loop waited for each part: ``decode``, ``embed``, ``search``,
-            ``write``, ``finish``.
-        busy: Seconds of work in the threads that decode and write.
-        taken: Seconds that decoding kept the classifier from running on a core of its CPU.
-        forward: The classifier as it was run.
+        done: Images processed.
+        modes: Images converted to RGB, by their mode.
+        notes: Images with something else to be said of them, by what it is.
+        skipped: Images left out as unreadable.
+        wait_seconds: Seconds that the main loop waited for each part: ``decode``, ``embed``,
+            ``search``, ``write``, ``finish``.
+        thread_seconds: Seconds of work in the threads that decode and write.
+        stolen_seconds: Seconds for which decoding kept the classifier from all cores of a CPU.
+        started: When the stage started.
     """
 
     total: int
@@ -39,11 +43,10 @@ class Meter:
     modes: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     skipped: list[Unreadable] = field(default_factory=list)
-    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    taken: float = 0.0
+    wait_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    thread_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stolen_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-    forward: BatchedClassifier | None = None
 
     def __post_init__(self) -> None:
         self.bar = tqdm(
@@ -54,18 +57,19 @@ class Meter:
             leave=False,
         )
 
-    def add(self, batch: Batch, count: int) -> None:
-        """Count a batch of ``count`` images asked for."""
+    def add(self, batch: Batch, *, stolen_seconds: float = 0.0) -> None:
+        """Count a decoded batch.
+
+        Args:
+            batch: The batch.
+            stolen_seconds: For which decoding it kept the classifier from all cores.
+        """
         self.modes.update(batch.modes)
         self.notes.update(batch.notes)
         self.skipped.extend(batch.skipped)
-        self.busy["decode"] += batch.seconds
-        if self.forward is not None and not self.forward.on_gpu:
-            self.taken += batch.cpu_seconds / self.forward.num_threads
-        self.advance(count)
-
-    def advance(self, count: int) -> None:
-        """Count images."""
+        self.thread_seconds["decode"] += batch.seconds
+        self.stolen_seconds += stolen_seconds
+        count = len(batch.rows) + len(batch.skipped)
         self.done += count
         self.bar.update(count)
 
@@ -76,9 +80,9 @@ class Meter:
         try:
             yield
         finally:
-            self.waited[part] += time.perf_counter() - started
+            self.wait_seconds[part] += time.perf_counter() - started
 
-    def each(self, items: Iterable[Item], part: str) -> Iterator[Item]:
+    def each(self, items: Iterable[_Item], part: str) -> Iterator[_Item]:
         """Yield the items; waiting for the next one counts as spent on one part."""
         iterator, nothing = iter(items), object()
         while True:
@@ -88,116 +92,114 @@ class Meter:
                 return
             yield item
 
-    def close(self) -> dict[str, Any]:
-        """Say what all processes did, and return it; nothing in any but the first."""
-        self.bar.close()
-        everyone = all_gather(self.figures())
-        return say(self.label, everyone) if is_main() else {}
+    def close(self, ceiling: Callable[[float], float] | None = None) -> dict[str, Any]:
+        """Log the totals over all ranks and return them (``{}`` except on rank 0).
 
-    def figures(self) -> dict[str, Any]:
-        """Return what this process did so far."""
+        Args:
+            ceiling: Returns the images/s of the classifier alone, measured over some seconds. It
+                is called on all ranks at once, as they may share a machine.
+        """
+        self.bar.close()
+        stats = self.stats()
+        if ceiling is not None:
+            all_gather(None)
+            seconds = min(_MAX_PROBE_SECONDS, _PROBE_SHARE * stats["seconds"])
+            stats["ceiling"] = ceiling(seconds)
+        ranks = all_gather(stats)
+        return _log_summary(self.label, ranks) if is_main() else {}
+
+    def stats(self) -> dict[str, Any]:
+        """Return what this rank did so far."""
         return {
             "images": self.done,
             "seconds": time.perf_counter() - self.started,
             "modes": self.modes,
             "notes": self.notes,
             "skipped": self.skipped,
-            "waited": dict(self.waited),
-            "busy": dict(self.busy),
-            "taken": self.taken,
+            "wait_seconds": dict(self.wait_seconds),
+            "thread_seconds": dict(self.thread_seconds),
+            "stolen_seconds": self.stolen_seconds,
             "ceiling": 0.0,
         }
 
 
-def report(meter: Meter) -> dict[str, Any]:
-    """Say how fast all processes were, beside the classifier alone, and return it.
-
-    The classifier alone is measured now, in every process at once: they may share a machine.
-
-    Args:
-        meter: Of this process; its clock ends here.
-    """
-    meter.bar.close()
-    figures = meter.figures()
-    all_gather(None)  # all begin together
-    if meter.forward is not None:
-        seconds = min(MAX_PROBE_SECONDS, PROBE_SHARE * figures["seconds"])
-        figures["ceiling"] = meter.forward.rate(seconds)
-    everyone = all_gather(figures)
-    return say(meter.label, everyone) if is_main() else {}
-
-
-def say(label: str, everyone: list[dict[str, Any]]) -> dict[str, Any]:
-    """Say in words what all processes did together, and return the figures."""
-    modes: Counter[str] = sum((one["modes"] for one in everyone), Counter())
+def _log_summary(label: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Log what all ranks did together, and return it."""
+    modes: Counter[str] = sum((stats["modes"] for stats in ranks), Counter())
     if modes:
         kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(modes.items()))
         log.warning("%s: converted to RGB: %s", label, kinds)
-    notes: Counter[str] = sum((one["notes"] for one in everyone), Counter())
+    notes: Counter[str] = sum((stats["notes"] for stats in ranks), Counter())
     for note, count in sorted(notes.items()):
         log.warning("%s: %s: %d images", label, note, count)
-    num_skipped = sum(len(one["skipped"]) for one in everyone)
+    num_skipped = sum(len(stats["skipped"]) for stats in ranks)
     if num_skipped:
         log.warning("%s: skipped %d unreadable images", label, num_skipped)
-    figures = together(everyone)
-    if figures["images"]:
-        log.info("%s: %s", label, in_words(figures))
-    return figures
+    merged = merge_ranks(ranks)
+    if merged["images"]:
+        log.info("%s: %s", label, format_summary(merged))
+    return merged
 
 
-def together(everyone: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of all processes as one: what was waited for is their mean."""
-    images = sum(one["images"] for one in everyone)
-    seconds = max(one["seconds"] for one in everyone)
-    figures = {
+def merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the stats of all ranks as one: counts are summed, wait times averaged."""
+    images = sum(stats["images"] for stats in ranks)
+    seconds = max(stats["seconds"] for stats in ranks)
+    merged = {
         "images": images,
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1),
-        "processes": len(everyone),
+        "processes": len(ranks),
     }
-    for kind in ("waited", "busy"):
-        parts = sorted(set().union(*(one[kind] for one in everyone)))
-        figures[kind] = {
-            part: mean([one[kind].get(part, 0.0) for one in everyone]) for part in parts
+    for kind in ("wait_seconds", "thread_seconds"):
+        parts = sorted(set().union(*(stats[kind] for stats in ranks)))
+        merged[kind] = {
+            part: _mean([stats[kind].get(part, 0.0) for stats in ranks]) for part in parts
         }
-    ceiling = sum(one["ceiling"] for one in everyone)
+    ceiling = sum(stats["ceiling"] for stats in ranks)
     if ceiling:
-        figures["ceiling_images_per_second"] = round(ceiling, 1)
-        figures["share_of_ceiling"] = round(images / seconds / ceiling, 4)
-        taken = mean([one["taken"] for one in everyone])
-        part, lost = held_back_by(figures["waited"], images / ceiling, taken)
-        figures |= {"held_back_by": part, "held_back_seconds": round(lost, 3)}
-    return figures
+        merged["ceiling_images_per_second"] = round(ceiling, 1)
+        merged["share_of_ceiling"] = round(images / seconds / ceiling, 4)
+        stolen = _mean([stats["stolen_seconds"] for stats in ranks])
+        part, lost = find_bottleneck(merged["wait_seconds"], images / ceiling, stolen)
+        merged |= {"bottleneck": part, "bottleneck_seconds": round(lost, 3)}
+    return merged
 
 
-def mean(seconds: list[float]) -> float:
+def _mean(seconds: list[float]) -> float:
     """Return the mean to a millisecond."""
     return round(sum(seconds) / len(seconds), 3)
 
 
-def held_back_by(waited: dict[str, float], alone: float, taken: float) -> tuple[str, float]:
-    """Return the part that cost the most, and how many seconds.
+def find_bottleneck(
+    wait_seconds: dict[str, float], alone: float, stolen: float
+) -> tuple[str, float]:
+    """Return the part that cost the most, and its seconds.
 
-    Of the classifier only what is beyond the ``alone`` seconds that it needs, and beyond what
-    decoding has ``taken`` of its cores.
+    Args:
+        wait_seconds: By part.
+        alone: Seconds that the classifier alone needs; only what is beyond them counts as
+            ``embed``.
+        stolen: Seconds that decoding took from the classifier's cores: they count as decoding.
     """
     cost = {
-        **waited,
-        "embed": waited.get("embed", 0.0) - alone - taken,
-        "decode": waited.get("decode", 0.0) + taken,
+        **wait_seconds,
+        "embed": wait_seconds.get("embed", 0.0) - alone - stolen,
+        "decode": wait_seconds.get("decode", 0.0) + stolen,
     }
     part = max(cost, key=lambda part: cost[part])
     return part, cost[part]
 
 
-def in_words(figures: dict[str, Any]) -> str:
-    """Return the one line for the figures of a stage."""
-    rate = figures["images_per_second"]
-    text = f"{figures['images']} images in {figures['seconds']:.1f} s, {rate:.0f} images/s"
-    if "ceiling_images_per_second" not in figures:
+def format_summary(stats: dict[str, Any]) -> str:
+    """Return the stats of a stage as one line."""
+    rate = stats["images_per_second"]
+    digits = 0 if rate >= 10 else 1
+    text = f"{stats['images']} images in {stats['seconds']:.1f} s, {rate:.{digits}f} images/s"
+    if "ceiling_images_per_second" not in stats:
         return text
     return (
-        f"{text}, {figures['share_of_ceiling']:.0%} of the classifier alone "
-        f"({figures['ceiling_images_per_second']:.0f} images/s); held back by "
-        f"{figures['held_back_by']} ({figures['held_back_seconds']:.1f} s)"
+        f"{text}, {stats['share_of_ceiling']:.0%} of the classifier alone "
+        f"({stats['ceiling_images_per_second']:.0f} images/s); bottleneck: "
+        f"{stats['bottleneck']} ({stats['bottleneck_seconds']:.1f} s)"
     )

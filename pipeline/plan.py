@@ -27,6 +27,7 @@ from ood_heatmap.pipeline.feed import (
     choose_feed,
     read_batch,
 )
+from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import check_classes
 from ood_heatmap.pipeline.index import columns_of as index_columns_of
 from ood_heatmap.pipeline.meter import Meter
@@ -149,14 +150,14 @@ def embedding_rate(
 ) -> float:
     """Return the images/s from the disk through the classifier, over about two seconds."""
     size, meter = config.batch_size, Meter(0, "probe")
+    forward = BatchedClassifier(classifier, size)
     began, done = time.perf_counter(), 0
     for number, batch in enumerate(
         embed(
             images,
             [rows[start : start + size] for start in range(0, len(rows), size)],
-            classifier,
+            forward,
             meter,
-            batch_size=size,
             workers=config.workers,
             skip_unreadable=config.skip_unreadable,
         )

@@ -28,7 +28,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay
 from ood_heatmap.images import Batch, Unreadable, iter_batches, prefetch
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.embed import classified
+from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.sources import find_images, from_paths
@@ -164,7 +164,7 @@ def predict(
     forward = BatchedClassifier(detector.classifier, config.batch_size)
 
     def iter_scored() -> Iterator[_Scored]:
-        for batch, outputs in classified(batches, forward, meter, None):
+        for batch, outputs in iter_outputs(batches, forward, meter, None):
             _skip(batch.skipped, results)
             for scored in _decode_outputs(detector, batch, outputs):
                 rows = scored.rows[~scored.is_finite].tolist()

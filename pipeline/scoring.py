@@ -24,8 +24,9 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import strength
 from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
-from ood_heatmap.pipeline.embed import Embedded, Meter, embed
+from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
+from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
 from ood_heatmap.pipeline.stage import Stage, content_hash, log_event
 
@@ -297,9 +298,8 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods
     embedded = embed(
         subset.images,
         [chunks[number] for number in mine],
-        classifier,
+        BatchedClassifier(classifier, config.batch_size),
         meter,
-        batch_size=config.batch_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )

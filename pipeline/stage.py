@@ -555,7 +555,7 @@ class BackgroundWriter:
             columns=columns,
             record=lambda scratch: self.stage.record(name, scratch),
         )
-        self.meter.busy["write"] += time.perf_counter() - started
+        self.meter.thread_seconds["write"] += time.perf_counter() - started
 
     def wait(self) -> None:
         """Wait for the shard that is being written."""

@@ -23,7 +23,6 @@ from ood_heatmap.cache.neighbours import (
     squared_distances,
 )
 from ood_heatmap.cache.shards import Column, bytes_per_row, open_rows
-from ood_heatmap.classifier import Classifier
 from ood_heatmap.distributed import barrier, is_main, main_process_first
 from ood_heatmap.distributed import broadcast as broadcast
 from ood_heatmap.errors import OodHeatmapError
@@ -31,7 +30,8 @@ from ood_heatmap.heatmap import difference
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.meter import Meter, report
+from ood_heatmap.pipeline.forward import BatchedClassifier
+from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.patched import Pasting, pasted_images
 from ood_heatmap.pipeline.results import TargetsResults
 from ood_heatmap.pipeline.run import Index, drawn_rows, open_index, pasting_of, target_columns
@@ -49,8 +49,10 @@ from ood_heatmap.pipeline.stage import (
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
-QUERIES_PER_CLASS, WAITING_BYTES = 256, 512 << 20  # of a search: as many, or as much in memory
-PAIRED, PATCHED = "targets", "targets-patched"  # what the shards' names begin with
+# search once this many queries per class, or this many bytes, are pending
+_QUERIES_PER_CLASS, _PENDING_BYTES = 256, 512 << 20
+# filename prefixes of the shards
+_PAIRED, _PATCHED = "targets", "targets-patched"
 
 
 def build_targets(
@@ -87,7 +89,7 @@ def build_targets(
         schedule = schedule_shards(
             stage,
             images,
-            {PAIRED: rows, PATCHED: pasting.row},
+            {_PAIRED: rows, _PATCHED: pasting.row},
             bytes_per_row(columns_of(index)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
@@ -97,12 +99,13 @@ def build_targets(
         with main_process_first():  # a lost index.faiss is made again once
             classifier, bank = index.classifier(device), index.bank(device)
         meter = Meter(schedule.num_own_rows, "targets")
-        pair_all(stage, schedule.own[PAIRED], images, classifier, index, bank, config, meter)
-        paste_all(stage, schedule.own[PATCHED], images, classifier, index, pasting, config, meter)
+        forward = BatchedClassifier(classifier, config.batch_size)
+        _pair_all(stage, schedule.own[_PAIRED], images, forward, index, bank, config, meter)
+        _paste_all(stage, schedule.own[_PATCHED], images, forward, index, pasting, config, meter)
         with meter.waiting("finish"):
             barrier()
-            results = collect(stage, schedule, images, bank, config) if is_main() else None
-        speed = {**report(meter), "device": str(device)}
+            results = _collect(stage, schedule, images, bank, config) if is_main() else None
+        speed = {**meter.close(forward.rate), "device": str(device)}
         manifest = None
         if results is not None:
             content = stage_content(stage, schedule.names)
@@ -129,11 +132,11 @@ def columns_of(index: Index) -> dict[str, Column]:
     return target_columns(index.size, results.num_features, results.map_shapes)
 
 
-def pair_all(
+def _pair_all(
     stage: Stage,
     tasks: Sequence[ShardTask],
     images: ImageSet,
-    classifier: Classifier,
+    forward: BatchedClassifier,
     index: Index,
     bank: Bank,
     config: TargetsConfig,
@@ -143,29 +146,27 @@ def pair_all(
     embedded = embed(
         images,
         [task.source_rows for task in tasks],
-        classifier,
+        forward,
         meter,
-        batch_size=config.batch_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )
     shards = zip(tasks, embedded, strict=True)
     with BackgroundWriter(stage, meter) as writer:
-        for group in grouped(shards, QUERIES_PER_CLASS * len(bank.classes)):
+        for group in _group_shards(shards, _QUERIES_PER_CLASS * len(bank.classes)):
             with meter.waiting("search"):
-                pairs = pair([shard for _, shard in group], index, bank, config)
+                pairs = _pair([shard for _, shard in group], index, bank, config)
             for (task, shard), found in zip(group, pairs, strict=True):
-                arrays = arrays_of(shard, shard.rows, found, index, patched=False)
+                arrays = _arrays(shard, shard.rows, found, index, patched=False)
                 writer.write(task, arrays, columns_of(index), content=shard.content)
 
 
-def grouped(
+def _group_shards(
     shards: Iterable[tuple[ShardTask, Embedded]], num_queries: int
 ) -> Iterator[list[tuple[ShardTask, Embedded]]]:
     """Yield shards in groups of ``num_queries`` images at least, as far as memory allows.
 
-    A search for a handful of queries in each of many classes waits for its own starts and reads
-    the whole bank for little.
+    Searching a few queries per class is launch-bound and rereads the whole bank.
     """
     group: list[tuple[ShardTask, Embedded]] = []
     for item in shards:
@@ -173,7 +174,7 @@ def grouped(
         waiting = [shard for _, shard in group]
         if (
             sum(len(shard.rows) for shard in waiting) >= num_queries
-            or sum(shard.num_bytes for shard in waiting) >= WAITING_BYTES
+            or sum(shard.num_bytes for shard in waiting) >= _PENDING_BYTES
         ):
             yield group
             group = []
@@ -181,24 +182,23 @@ def grouped(
         yield group
 
 
-def paste_all(
+def _paste_all(
     stage: Stage,
     tasks: Sequence[ShardTask],
     images: ImageSet,
-    classifier: Classifier,
+    forward: BatchedClassifier,
     index: Index,
     pasting: Pasting,
     config: TargetsConfig,
     meter: Meter,
 ) -> None:
-    """Paste, embed and write, shard by shard, as ``pair_all`` does."""
-    transform = classifier.config.transform
+    """Paste, embed and write, shard by shard, as ``_pair_all`` does."""
+    transform = forward.classifier.config.transform
     embedded = embed(
         pasted_images(images, index.columns["images"], pasting, transform),
         [task.positions for task in tasks],
-        classifier,
+        forward,
         meter,
-        batch_size=config.batch_size,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
         # they come at the input size already
@@ -208,12 +208,12 @@ def paste_all(
         for task, shard in zip(tasks, embedded, strict=True):
             row = index.columns["row"].read()[pasting.position[shard.rows]]
             same_class = np.ones(len(row), dtype=bool)
-            pairs = Nearest(row, distances_to(index, row, shard), same_class)
-            arrays = arrays_of(shard, pasting.row[shard.rows], pairs, index, patched=True)
+            pairs = Nearest(row, _distances_to(index, row, shard), same_class)
+            arrays = _arrays(shard, pasting.row[shard.rows], pairs, index, patched=True)
             writer.write(task, arrays, columns_of(index), content=shard.content)
 
 
-def pair(
+def _pair(
     shards: Sequence[Embedded], index: Index, bank: Bank, config: TargetsConfig
 ) -> list[Nearest]:
     """Return the ID partner of each OOD image of each shard."""
@@ -231,26 +231,26 @@ def pair(
         found.subset(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
     if config.pairing == "scrambled":
-        return [scrambled(part, shard, index) for part, shard in zip(parts, shards, strict=True)]
+        return [_scramble(part, shard, index) for part, shard in zip(parts, shards, strict=True)]
     return parts
 
 
-def scrambled(found: Nearest, shard: Embedded, index: Index) -> Nearest:
+def _scramble(found: Nearest, shard: Embedded, index: Index) -> Nearest:
     """Return partners as the released code confuses them, within a shard.
 
     It lists the partners class by class, and reads them in the order of the images.
     """
     row = found.row[np.argsort(shard.prediction, kind="stable")]
-    return replace(found, row=row, distance=distances_to(index, row, shard))
+    return replace(found, row=row, distance=_distances_to(index, row, shard))
 
 
-def distances_to(index: Index, row: Int64, shard: Embedded) -> NDArray[np.float64]:
+def _distances_to(index: Index, row: Int64, shard: Embedded) -> NDArray[np.float64]:
     """Return the distance of each image's features to those of an ID row, float64."""
     features = index.columns["features"].take(index.positions(row))
     return np.sqrt(squared_distances(shard.features, features))
 
 
-def arrays_of(
+def _arrays(
     shard: Embedded, row: Int64, pairs: Nearest, index: Index, *, patched: bool
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard; ``row`` is of the OOD set."""
@@ -268,7 +268,7 @@ def arrays_of(
     }
 
 
-def collect(
+def _collect(
     stage: Stage, schedule: Schedule, images: ImageSet, bank: Bank, config: TargetsConfig
 ) -> TargetsResults:
     """Return the results of the stage from its shards."""
@@ -277,7 +277,7 @@ def collect(
     columns = open_rows([stage.directory / name for name in schedule.names])
     paired = columns["patched"].read() == 0
     kept = columns["row"].read()[paired]
-    wanted = np.concatenate([task.source_rows for task in schedule.tasks[PAIRED]])
+    wanted = np.concatenate([task.source_rows for task in schedule.tasks[_PAIRED]])
     return TargetsResults(
         source=images.source,
         num_images=len(kept),

@@ -1,16 +1,15 @@
 """Images through the classifier: each with its own output, and what the meter says of a stage."""
 
 import logging
-import time
-from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
-from ood_heatmap.pipeline import meter as module
-from ood_heatmap.pipeline.embed import embed
-from ood_heatmap.pipeline.meter import Meter, held_back_by, report, together
+from ood_heatmap.images import Batch
+from ood_heatmap.pipeline.embed import embed, iter_outputs
+from ood_heatmap.pipeline.forward import BatchedClassifier
+from ood_heatmap.pipeline.meter import Meter, find_bottleneck, format_summary, merge_ranks
 from ood_heatmap.sources import from_array
 
 
@@ -18,12 +17,12 @@ def pixels(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
 
 
-def embedded(classifier, count: int, *, batch_size: int, shard: int, meter: Meter | None = None):
+def embedded(classifier, count: int, *, batch_size: int, shard: int):
     rows = np.arange(count)
     shards = [rows[start : start + shard] for start in range(0, count, shard)]
-    meter = meter or Meter(count, "test")
-    options = {"batch_size": batch_size, "workers": 2, "skip_unreadable": False}
-    return list(embed(from_array(pixels(count)), shards, classifier, meter, **options))
+    forward, meter = BatchedClassifier(classifier, batch_size), Meter(count, "test")
+    options = {"workers": 2, "skip_unreadable": False}
+    return list(embed(from_array(pixels(count)), shards, forward, meter, **options))
 
 
 def test_shards_hold_each_image_with_its_own_output(classifier):
@@ -38,66 +37,55 @@ def test_shards_hold_each_image_with_its_own_output(classifier):
         np.testing.assert_allclose(found, item, rtol=2e-3, atol=1e-4)
 
 
-def read_by(images, read):
-    """Return the images as a set that is read one by one, by a function."""
-    return replace(images, array=None, reader=SimpleNamespace(read=read, digest=images.digest))
-
-
-def test_the_meter_finds_what_held_the_stage_back(classifier, monkeypatch, caplog):
-    # a slow network is its own ceiling; decoding that is slower still shows as what was waited for
-    forward = classifier.network.forward
-    monkeypatch.setattr(
-        classifier.network, "forward", lambda images: (time.sleep(0.02), forward(images))[1]
-    )
-    monkeypatch.setattr(module, "PROBE_SHARE", 1.0)
-    quick = from_array(pixels(64))
-    images = read_by(quick, lambda row: (time.sleep(0.01), quick.read(row))[1])
-    meter, options = Meter(64, "test"), {"workers": 1, "skip_unreadable": False}
-    with caplog.at_level(logging.INFO):
-        list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
-        figures = report(meter)
-    assert figures["held_back_by"] == "decode"
-    assert figures["waited"]["decode"] > 0.3  # 0.64 s of decoding, 0.16 s of it hidden
-    assert figures["busy"]["decode"] > 0.6
-    assert 0.1 < figures["share_of_ceiling"] < 0.5
-    assert "held back by decode" in caplog.text
-    assert "% of the classifier alone" in caplog.text
-
-
 def test_embedding_counts_only_beyond_the_classifier_alone():
-    waited = {"decode": 2.0, "embed": 10.0, "write": 1.0}
-    assert held_back_by(waited, alone=9.5, taken=0.0) == ("decode", 2.0)
-    assert held_back_by(waited, alone=5.0, taken=0.0) == ("embed", 5.0)
+    waits = {"decode": 2.0, "embed": 10.0, "write": 1.0}
+    assert find_bottleneck(waits, alone=9.5, stolen=0.0) == ("decode", 2.0)
+    assert find_bottleneck(waits, alone=5.0, stolen=0.0) == ("embed", 5.0)
 
 
-def test_the_cores_that_decoding_takes_from_the_classifier_are_decodings():
-    waited = {"decode": 0.5, "embed": 10.0, "write": 1.0}
-    assert held_back_by(waited, alone=6.0, taken=0.0) == ("embed", 4.0)
-    assert held_back_by(waited, alone=6.0, taken=3.0) == ("decode", 3.5)
+def test_the_cores_that_decoding_takes_from_the_classifier_count_as_decoding():
+    waits = {"decode": 0.5, "embed": 10.0, "write": 1.0}
+    assert find_bottleneck(waits, alone=6.0, stolen=0.0) == ("embed", 4.0)
+    assert find_bottleneck(waits, alone=6.0, stolen=3.0) == ("decode", 3.5)
 
 
-def test_decoding_on_the_classifiers_own_cores_is_measured(classifier):
-    quick = from_array(pixels(64))
-
-    def read(row: int):
-        until = time.thread_time() + 0.005
-        while time.thread_time() < until:
-            pass
-        return quick.read(row)
-
-    images, meter = read_by(quick, read), Meter(64, "test")
-    options = {"workers": 2, "skip_unreadable": False}
-    list(embed(images, [np.arange(64)], classifier, meter, batch_size=8, **options))
-    assert meter.taken >= 64 * 0.005 / torch.get_num_threads()
+def test_cpu_time_of_decoding_is_spread_over_the_classifiers_threads(classifier):
+    images = pixels(8).transpose(0, 3, 1, 2)
+    batches = [Batch(np.arange(8), images, b"", seconds=3.0, cpu_seconds=2.0) for _ in range(3)]
+    forward, meter = BatchedClassifier(classifier, 8), Meter(24, "test")
+    assert len(list(iter_outputs(batches, forward, meter, None))) == 3
+    assert meter.done == 24
+    assert meter.thread_seconds["decode"] == 9.0
+    assert meter.stolen_seconds == pytest.approx(3 * 2.0 / torch.get_num_threads())
 
 
-def test_several_processes_are_reported_as_one():
-    one = Meter(10, "test")
-    one.done, one.waited = 10, {"decode": 1.0, "embed": 3.0}
-    first = {**one.figures(), "seconds": 4.0, "ceiling": 5.0}
-    second = {**first, "images": 30, "seconds": 5.0, "waited": {"embed": 5.0}, "ceiling": 11.0}
-    figures = together([first, second])
-    assert figures["images_per_second"] == 8.0
-    assert figures["share_of_ceiling"] == 0.5
-    assert figures["waited"] == {"decode": 0.5, "embed": 4.0}
-    assert figures["processes"] == 2
+def test_a_summary_names_the_ceiling_and_the_bottleneck(caplog):
+    meter = Meter(40, "index", done=40, wait_seconds={"decode": 3.0, "embed": 5.0})
+    with caplog.at_level(logging.INFO):
+        stats = meter.close(ceiling=lambda _: 10.0)
+    assert stats["ceiling_images_per_second"] == 10.0
+    # 40 images take the classifier alone 4 s
+    assert (stats["bottleneck"], stats["bottleneck_seconds"]) == ("decode", 3.0)
+    assert "of the classifier alone (10 images/s); bottleneck: decode (3.0 s)" in caplog.text
+
+
+def test_several_ranks_are_reported_as_one():
+    meter = Meter(10, "test", done=10, wait_seconds={"decode": 1.0, "embed": 3.0})
+    first = {**meter.stats(), "seconds": 4.0, "ceiling": 5.0}
+    second = {
+        **first,
+        "images": 30,
+        "seconds": 5.0,
+        "wait_seconds": {"embed": 5.0},
+        "ceiling": 11.0,
+    }
+    merged = merge_ranks([first, second])
+    assert merged["images_per_second"] == 8.0
+    assert merged["share_of_ceiling"] == 0.5
+    assert merged["wait_seconds"] == {"decode": 0.5, "embed": 4.0}
+    assert merged["processes"] == 2
+
+
+def test_a_slow_rate_is_not_shown_as_none():
+    stats = {"images": 1, "seconds": 1.9, "images_per_second": 0.5}
+    assert format_summary(stats) == "1 images in 1.9 s, 0.5 images/s"

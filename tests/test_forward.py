@@ -12,7 +12,7 @@ from ood_heatmap.classifier import Classifier, ClassifierConfig
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform, iter_batches
 from ood_heatmap.pipeline import forward as module
-from ood_heatmap.pipeline.embed import classified
+from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier, make_copies, pinned_thread_pool
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.sources import from_array
@@ -148,7 +148,7 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
     rows = np.split(np.arange(len(images)), 3)
     decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
     batched = BatchedClassifier(classifier, 2 * module.IMAGES_PER_CORE)
-    done = classified(decoded, batched, Meter(len(images), "test"), images.names)
+    done = iter_outputs(decoded, batched, Meter(len(images), "test"), images.names)
     batch, _ = next(done)
     assert inside.wait(timeout=60)  # the third piece is inside, and the fourth waits
     np.testing.assert_array_equal(batch.rows, rows[0])
@@ -173,7 +173,7 @@ def test_the_rest_of_a_batch_is_left_out_when_a_part_of_it_fails(classifier, mon
     rows = np.split(np.arange(len(images)), 2)
     decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
     batched = BatchedClassifier(classifier, 4 * module.IMAGES_PER_CORE)
-    done = classified(decoded, batched, Meter(len(images), "test"), images.names)
+    done = iter_outputs(decoded, batched, Meter(len(images), "test"), images.names)
     with pytest.raises(ValueError, match="broken network"):
         next(done)
     gate.set()

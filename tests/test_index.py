@@ -205,7 +205,7 @@ def test_the_log_and_the_manifest_say_how_fast_it_was(finished_run):
         speed["images_per_second"] / speed["ceiling_images_per_second"], rel=0.01
     )
     for part in ("decode", "embed", "write"):
-        assert speed["waited"][part] >= 0
+        assert speed["wait_seconds"][part] >= 0
 
 
 def test_ignored_labels_are_unknown_everywhere(data, classifier, tmp_path):

@@ -198,16 +198,16 @@ def test_shards_wait_for_enough_queries_or_until_memory_is_full(
     run, monkeypatch, per_class, waiting_bytes, wanted
 ):
     monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
-    monkeypatch.setattr(module, "QUERIES_PER_CLASS", per_class)
-    monkeypatch.setattr(module, "WAITING_BYTES", waiting_bytes)
-    sizes, pair = [], module.pair
+    monkeypatch.setattr(module, "_QUERIES_PER_CLASS", per_class)
+    monkeypatch.setattr(module, "_PENDING_BYTES", waiting_bytes)
+    sizes, pair = [], module._pair
 
     def counting(shards, index, bank, config):
         assert len(bank.classes) == 2
         sizes.append(sum(len(shard.rows) for shard in shards))
         return pair(shards, index, bank, config)
 
-    monkeypatch.setattr(module, "pair", counting)
+    monkeypatch.setattr(module, "_pair", counting)
     pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3)).astype(np.uint8)
     config = TargetsConfig(patched=0.0, batch_size=16, shard_mb=1, overwrite=True)
     build_targets(run, from_array(pixels), CPU, config)
