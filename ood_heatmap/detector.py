@@ -18,7 +18,7 @@ from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import UsageError
-from ood_heatmap.heatmap import score, strength
+from ood_heatmap.heatmap import pixel_score, score
 from ood_heatmap.images import Transform, apply_transform
 from ood_heatmap.user_code import trusting_code
 
@@ -56,7 +56,7 @@ class Result:
     @property
     def pixel_score(self) -> NDArray[np.float32]:
         """``(B, H, W)`` in [0, 1], how OOD each pixel is: maximum of |heatmap| over channels."""
-        return strength(torch.from_numpy(self.heatmap)).numpy()
+        return pixel_score(torch.from_numpy(self.heatmap)).numpy()
 
 
 class HeatmapDetector:

@@ -1,15 +1,16 @@
-"""What a heatmap is: its target, the loss that teaches it, and the score that is read off it."""
+"""Heatmaps: the target, the loss, and the scores read off a heatmap."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SCALE = 1 / 255  # a stored target is int16 steps of this
+# targets are stored as int16 multiples of this
+SCALE = 1 / 255
 
 
 def difference(nearest: NDArray[np.uint8], images: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """Return the change from OOD images to their nearest ID images, in steps of 1/255.
+    """Return the change that would turn OOD images into their nearest ID images.
 
     Args:
         nearest: ``(B, C, H, W)`` uint8, the nearest ID image of each row.
@@ -50,28 +51,28 @@ def weighted_squared_error(heatmap: Tensor, target: Tensor, weight: Tensor | Non
     """Return the mean over the batch of ``sum(w (heatmap - target)^2)``, ``w = 1 + 5 |target|``.
 
     Args:
-        heatmap: ``(B, C, H, W)`` from the decoder.
-        target: Same shape.
-        weight: ``(B,)``, how much each image counts; 1 when None.
+        heatmap: ``(B, C, H, W)`` from the decoder, in any floating-point dtype.
+        target: Same shape, float32.
+        weight: ``(B,)`` weight of each image; 1 when None.
 
     Raises:
         ValueError: The shapes differ.
     """
     if heatmap.shape != target.shape:
         raise ValueError(f"heatmap {tuple(heatmap.shape)} and target {tuple(target.shape)} differ")
+    # of a bfloat16 heatmap the difference is float32, by type promotion
     each = ((1 + 5 * target.abs()) * (heatmap - target).square()).sum(dim=(1, 2, 3))
     return each.mean() if weight is None else (weight * each).mean()
 
 
 def region_weight(stored: Tensor, power: float) -> Tensor:
-    """Return how much each image counts in the loss: the more, the smaller its OOD region.
+    """Return the weight of each image in the loss: the smaller its OOD region, the larger.
 
-    A patch has few pixels, and would hardly count beside an image that is OOD all over, whose
-    every pixel has an error.
+    A patch has few pixels, and would hardly count beside an image that is OOD all over.
 
     Args:
         stored: ``(B, C, H, W)`` int16 differences; 0 outside the region.
-        power: 0 for the same weight, 1 for the same of each region, whatever its size.
+        power: 0 weights images alike, 1 weights regions alike whatever their size.
 
     Returns:
         ``(B,)`` float32: (pixels of the image / pixels of the region) to this power; 1 for ID
@@ -82,9 +83,7 @@ def region_weight(stored: Tensor, power: float) -> Tensor:
 
 
 def score(heatmap: Tensor) -> Tensor:
-    """Return the mean over pixels of the maximum over channels of ``|heatmap|``.
-
-    Larger is more OOD.
+    """Return the OOD score of images: the mean pixel score, larger is more OOD.
 
     Args:
         heatmap: ``(B, C, H, W)``.
@@ -92,12 +91,16 @@ def score(heatmap: Tensor) -> Tensor:
     Returns:
         ``(B,)`` float32 in [0, 1].
     """
-    return strength(heatmap).mean(dim=(1, 2))
+    return pixel_score(heatmap).mean(dim=(1, 2))
 
 
-def strength(heatmap: Tensor) -> Tensor:
-    """Return how OOD each pixel is, ``(B, H, W)`` float32 in [0, 1].
+def pixel_score(heatmap: Tensor) -> Tensor:
+    """Return the OOD score of pixels: the maximum over channels of ``|heatmap|``.
 
-    The maximum over channels of ``|heatmap|``.
+    Args:
+        heatmap: ``(B, C, H, W)``.
+
+    Returns:
+        ``(B, H, W)`` float32 in [0, 1].
     """
     return heatmap.float().abs().amax(dim=1)

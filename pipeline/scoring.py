@@ -21,7 +21,7 @@ from ood_heatmap.decoder import Decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import all_gather, is_main, rank, world_size
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import strength
+from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
@@ -368,7 +368,7 @@ class LocalizationMethods:
                 prediction[rows].to(device),
                 [item[rows].to(device).float() for item in maps],
             )
-            parts.append(strength(heatmap).cpu())
+            parts.append(pixel_score(heatmap).cpu())
         # shuffled weights may overflow to infinity: such a heatmap says nothing
         scores: Float32 = torch.cat(parts).nan_to_num(0.0).numpy()
         return scores

@@ -23,7 +23,7 @@ from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
-from ood_heatmap.heatmap import strength
+from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.pipeline.config import TrainConfig, result_options
 from ood_heatmap.pipeline.feed import (
     Feed,
@@ -441,4 +441,4 @@ def color_max(decoder: Decoder, data: TrainingSet) -> float:
     device = next(decoder.parameters()).device
     batch = read_batch(data, np.unique(rows), device)
     heatmap = decoder(batch.features, batch.prediction, [item.float() for item in batch.maps])
-    return round(float(torch.quantile(strength(heatmap).flatten()[:1_000_000].cpu(), 0.99)), 4)
+    return round(float(torch.quantile(pixel_score(heatmap).flatten()[:1_000_000].cpu(), 0.99)), 4)

@@ -9,9 +9,9 @@ from hypothesis.extra import numpy as hnp
 
 from ood_heatmap.heatmap import (
     difference,
+    pixel_score,
     region_weight,
     score,
-    strength,
     target_heatmap,
     weighted_squared_error,
 )
@@ -83,4 +83,4 @@ def test_the_score_is_the_mean_over_pixels_of_the_strongest_channel():
     heatmap[0, :, 0, 0] = torch.tensor([0.1, -0.8, 0.3])
     heatmap[0, 2, 1, 1] = 0.4
     np.testing.assert_allclose(score(heatmap).numpy(), [(0.8 + 0.4) / 4, 0], rtol=1e-6)
-    np.testing.assert_allclose(strength(heatmap)[0].numpy(), [[0.8, 0], [0, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(pixel_score(heatmap)[0].numpy(), [[0.8, 0], [0, 0.4]], rtol=1e-6)
