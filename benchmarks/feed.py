@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.pipeline import feed as pipeline_feed
-from ood_heatmap.pipeline.feed import Place, TrainingSet, epoch_order, gather
+from ood_heatmap.pipeline.feed import Slot, TrainingSet, epoch_order, read_rows
 
 BATCH = 200
 BARS = {"shard order": 0.95, "global shuffle": 0.80}
@@ -64,10 +64,10 @@ def streaming(
     training_set: TrainingSet, ram: Mapping[str, NDArray[Any]], device: torch.device
 ) -> tuple[Gather, Gather]:
     """Return the streaming feed's gather of all columns, and the same from RAM."""
-    buffers, outs = (Place(training_set, device, BATCH).arrays for _ in range(2))
+    buffers, outs = (Slot(training_set, device, BATCH).arrays for _ in range(2))
 
     def ours(batch: Int64) -> None:
-        gather(training_set, batch + training_set.num_id, buffers)
+        read_rows(training_set, batch + training_set.num_id, buffers)
 
     def reference(batch: Int64) -> None:
         for name, out in outs.items():

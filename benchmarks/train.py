@@ -22,12 +22,12 @@ from ood_heatmap.pipeline.feed import (
     Feed,
     TrainingBatch,
     TrainingSet,
-    batches_of,
+    iter_batches,
     open_feed,
     read_batch,
 )
-from ood_heatmap.pipeline.step import Step, adam, make_step
-from ood_heatmap.pipeline.train import with_noise
+from ood_heatmap.pipeline.step import Step, make_adam, make_step
+from ood_heatmap.pipeline.train import add_noise, noise_generator
 
 PAPER = TrainConfig(
     stack="dcgan", target="signed", feature_maps=0, noise=0, region_weight=0, schedule="constant"
@@ -70,9 +70,11 @@ def prepared(
     """Return the step that stage 3 takes, its kind, a batch on the device, and the decoder."""
     decoder = fresh_decoder(config, device)
     decoder.to(memory_format=torch.channels_last)
-    rows = next(batches_of(len(training_set), config.batch_size, config.seed, [0]))
-    batch = next(with_noise(iter([read_batch(training_set, rows, device)]), decoder, config, 0))
-    kind, step = make_step(decoder, adam(decoder, config), config, batch)
+    rows = next(iter_batches(len(training_set), config.batch_size, config.seed, [0]))
+    generator = noise_generator(config.seed, 0, device)
+    batch = read_batch(training_set, rows, device)
+    batch = add_noise(batch, generator, decoder.config.num_inputs, config)
+    kind, step = make_step(decoder, make_adam(decoder, config), config, batch)
     return kind, step, batch, decoder
 
 
@@ -84,13 +86,13 @@ def looping(
     As there, one stream of batches goes over all epochs, and so over all windows.
     """
     size, device = config.batch_size, decoder.feature_range.device
-    batches = feed.batches(batches_of(num_rows, size, 0, count()))
-    batches = with_noise(batches, decoder, config, 0)
+    batches = feed.batches(iter_batches(num_rows, size, 0, count()))
+    generator = noise_generator(config.seed, 0, device)
 
     def work() -> int:
         total = torch.zeros((), device=device)
         for batch in islice(batches, steps):
-            total += step(batch)
+            total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
         total.item()
         return steps * size
 

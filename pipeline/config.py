@@ -472,10 +472,11 @@ class TrainConfig(Settings):
         Option("Precision of the decoder; auto is bfloat16 on a GPU, else float32.", "Speed"),
     ] = "auto"
     step: Annotated[
-        Literal["auto", "plain", "compiled", "graph"],
+        Literal["auto", "eager", "compiled", "graph", "plain"],
         Option(
-            "How a training step is launched: eager (plain), torch.compile (compiled) or a CUDA "
-            "graph (graph); auto is the faster of plain and graph on a GPU.",
+            "How a training step is launched: eager (formerly plain), through torch.compile "
+            "(compiled), or as a CUDA graph (graph); auto is the faster of eager and graph on a "
+            "GPU.",
             "Speed",
             affects_result=False,
         ),

@@ -1,7 +1,7 @@
-"""Cached arrays to the training step: the order of rows, and three ways to bring them.
+"""Data feeds for training: row order, and resident, pinned and streaming feeds.
 
 No image is decoded and no classifier runs here. ID rows come first and OOD rows after them; the
-target of an ID row is 0 everywhere and is stored nowhere.
+target of an ID row is 0 everywhere and is not stored.
 """
 
 import logging
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from queue import Queue
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,59 +24,65 @@ from ood_heatmap.distributed import broadcast, rank, world_size
 
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
-CHUNK, GROUP = 4096, 64  # rows that lie together on disk; chunks that are shuffled together
-RING = 4  # batches that are read ahead
-BLOCK = 64  # batches whose rows are copied to the device at once
+FeedKind: TypeAlias = Literal["resident", "pinned", "streaming"]
+FeedChoice: TypeAlias = Literal["auto", FeedKind]
+
+# contiguous rows of the training set, and chunks that are shuffled together
+CHUNK, GROUP = 4096, 64
+# slots of the ring buffer: batches that are prefetched
+_NUM_SLOTS = 4
+# batches whose row numbers are copied to the device at once
+_BATCHES_PER_COPY = 64
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What a training step takes.
+    """A batch of this rank, on the device.
 
     Args:
         features: ``(B, D)`` float32.
         prediction: ``(B,)`` int32.
-        heatmap: ``(B, C, H, W)`` int16, 0 for ID rows.
+        target: ``(B, C, H, W)`` int16 differences in steps of 1/255, 0 for ID rows.
         maps: Feature maps ``(B, c, h, w)`` float16.
-        noise: ``(B, N)`` float32 for the decoder's scaled inputs, drawn anew for each step.
+        noise: ``(B, num_inputs)`` float32 for the decoder's scaled inputs.
     """
 
     features: Tensor
     prediction: Tensor
-    heatmap: Tensor
+    target: Tensor
     maps: tuple[Tensor, ...] = ()
     noise: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, always in the same order."""
+        """All tensors, always in the same order."""
         noise = () if self.noise is None else (self.noise,)
-        return (self.features, self.prediction, self.heatmap, *self.maps, *noise)
+        return (self.features, self.prediction, self.target, *self.maps, *noise)
 
     def like(self, tensors: Iterable[Tensor]) -> "TrainingBatch":
         """Return a batch of these tensors, in the order of ``tensors``."""
-        features, prediction, heatmap, *rest = tensors
+        features, prediction, target, *rest = tensors
         noise = None if self.noise is None else rest.pop()
-        return TrainingBatch(features, prediction, heatmap, tuple(rest), noise)
+        return TrainingBatch(features, prediction, target, tuple(rest), noise)
 
     def clone(self) -> "TrainingBatch":
-        """Return a copy in memory of its own."""
+        """Return a copy."""
         return self.like(item.clone() for item in self.tensors)
 
     def split(self, size: int) -> "list[TrainingBatch]":
-        """Return the batch in parts of ``size`` images; the last may be smaller."""
-        parts = zip(*(torch.split(item, size) for item in self.tensors), strict=True)
-        return [self.like(part) for part in parts]
+        """Split into micro-batches of ``size`` images; the last may be smaller."""
+        micro_batches = zip(*(torch.split(item, size) for item in self.tensors), strict=True)
+        return [self.like(tensors) for tensors in micro_batches]
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """All ID rows and then all OOD rows, as they lie in the caches.
+    """All ID rows and then all OOD rows, as memory-mapped columns of the caches.
 
     Args:
         id_columns: ``features``, ``prediction`` and feature maps of the index.
-        ood_columns: The same and ``heatmap`` of the targets.
-        num_maps: How many feature maps the decoder takes.
+        ood_columns: The same of the targets, and ``heatmap``, the target.
+        num_maps: Number of feature maps that the decoder takes.
     """
 
     id_columns: Mapping[str, Rows]
@@ -99,13 +105,13 @@ class TrainingSet:
 
     @property
     def columns(self) -> dict[str, Rows]:
-        """A column of the kind of each that a batch has."""
+        """One column per batch tensor, for its shape and dtype."""
         shared = {name: self.id_columns[name] for name in self.names}
         return {**shared, "heatmap": self.ood_columns["heatmap"]}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that training touches."""
+        """Size of all columns."""
         shared = sum(
             self.id_columns[name].num_bytes + self.ood_columns[name].num_bytes
             for name in self.names
@@ -114,13 +120,11 @@ class TrainingSet:
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Int64:
-    """Return the order of rows in an epoch.
+    """Return the order of rows in an epoch, a function of its arguments alone.
 
-    A function of its arguments alone, so the same for every feed.
-
-    Chunks of neighbouring rows are dealt out at random into groups, and each group is shuffled, so
-    that a streaming feed reads near places of the disk. Up to one group (262,144 rows) it is a
-    plain shuffle of everything.
+    Chunks of contiguous rows are assigned to groups at random and each group is shuffled, so that
+    a streaming feed reads from few regions of the disk. Up to one group (262,144 rows) this is a
+    full shuffle.
 
     Returns:
         ``(num_rows,)`` int64, a permutation.
@@ -136,17 +140,17 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Int64:
     return np.concatenate(groups)
 
 
-def batches_of(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> Iterator[Int64]:
-    """Yield the rows of every batch of every epoch, of this process's part of it.
+def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> Iterator[Int64]:
+    """Yield the rows of this rank's part of every batch of every epoch.
 
-    What is left of an epoch when no whole batch fits any more is dropped, so that every batch has
-    one shape. In a batch the rows ascend: ID rows first, and neighbours on disk beside each other.
+    The last, smaller batch of an epoch is dropped, so that all batches have one shape. The rows of
+    a batch ascend: ID rows first, and neighbours on disk beside each other.
 
     Args:
-        num_rows: Of the training set.
-        size: Images of a batch, over all processes.
+        num_rows: Rows of the training set.
+        size: Batch size over all ranks.
         seed: Of the order.
-        epochs: Their numbers.
+        epochs: Numbers of the epochs.
     """
     for epoch in epochs:
         order = epoch_order(num_rows, seed, epoch)
@@ -155,10 +159,7 @@ def batches_of(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> It
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes a device has free.
-
-    For the CPU, what the system can give without swapping.
-    """
+    """Return the free bytes of a device; of the CPU, what is available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -168,14 +169,14 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def choose_feed(data: TrainingSet, device: torch.device, wanted: str) -> str:
-    """Return the first feed that fits in half of the free memory.
+def choose_feed(data: TrainingSet, device: torch.device, choice: FeedChoice) -> FeedKind:
+    """Return the feed of a choice; for ``auto`` the first that fits in half of the free memory.
 
-    ``resident`` (the device's memory), ``pinned`` (the host's, where the device is a GPU), or
-    ``streaming``, which always fits.
+    ``resident`` (device memory), ``pinned`` (host memory, for a GPU), or ``streaming``, which
+    always fits.
     """
-    if wanted != "auto":
-        return wanted
+    if choice != "auto":
+        return choice
     on_host = data.num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_device = data.num_bytes if device.type == "cuda" else on_host
     if on_device < available_memory(device) // 2:
@@ -186,104 +187,106 @@ def choose_feed(data: TrainingSet, device: torch.device, wanted: str) -> str:
 
 
 class Feed(Protocol):
-    """Brings batches to the device."""
+    """Moves batches to the device."""
 
     def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of ascending rows, valid until the next is asked for."""
 
 
-def open_feed(data: TrainingSet, device: torch.device, wanted: str, size: int) -> tuple[str, Feed]:
-    """Return a feed and its name; what does not fit in memory after all is streamed.
+def open_feed(
+    data: TrainingSet, device: torch.device, choice: FeedChoice, size: int
+) -> tuple[FeedKind, Feed]:
+    """Return the kind of feed and the feed; falls back to streaming on out-of-memory.
 
     Args:
-        data: What to bring.
-        device: Where to.
-        wanted: ``auto``, ``resident``, ``pinned`` or ``streaming``.
+        data: The training set.
+        device: Of this rank.
+        choice: ``auto``, ``resident``, ``pinned`` or ``streaming``.
         size: Images of the largest batch.
     """
-    kind = broadcast(choose_feed(data, device, wanted))
+    kind: FeedKind = broadcast(choose_feed(data, device, choice))
     try:
         if kind == "resident":
             return kind, ResidentFeed(data, device)
         if kind == "pinned":
-            return kind, StreamingFeed(in_memory(data, device), device, size)
+            return kind, StreamingFeed(load_into_memory(data, device), device, size)
     except (torch.OutOfMemoryError, MemoryError):
-        log.warning("no memory for the %s feed on %s: going on with streaming", kind, device)
+        log.warning("no memory for the %s feed on %s: falling back to streaming", kind, device)
     return "streaming", StreamingFeed(data, device, size)
 
 
-def empty_like(rows: Rows, count: int, device: torch.device, *, pinned: bool = False) -> Tensor:
+def _empty(column: Rows, count: int, device: torch.device, *, pinned: bool = False) -> Tensor:
     """Return an empty tensor for ``count`` rows of a column."""
-    kind = torch.from_numpy(np.empty(0, rows.dtype)).dtype
-    return torch.empty((count, *rows.shape[1:]), dtype=kind, device=device, pin_memory=pinned)
+    dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
+    return torch.empty((count, *column.shape[1:]), dtype=dtype, device=device, pin_memory=pinned)
 
 
-def batch_of(columns: Mapping[str, Tensor], count: int) -> TrainingBatch:
+def _to_batch(columns: Mapping[str, Tensor], count: int) -> TrainingBatch:
     """Return the first ``count`` rows of columns as a batch."""
-    parts = {name: item[:count] for name, item in columns.items()}
-    maps = tuple(item for name, item in parts.items() if name.startswith("feature_maps_"))
-    return TrainingBatch(parts["features"], parts["prediction"], parts["heatmap"], maps)
+    rows = {name: item[:count] for name, item in columns.items()}
+    maps = tuple(item for name, item in rows.items() if name.startswith("feature_maps_"))
+    return TrainingBatch(rows["features"], rows["prediction"], rows["heatmap"], maps)
 
 
 class ResidentFeed:
-    """Everything on the device; a batch is a gather there."""
+    """The training set in device memory; a batch is gathered there."""
 
     def __init__(self, data: TrainingSet, device: torch.device) -> None:
         self.num_id, self.device = data.num_id, device
-        self.shared = {
-            name: self.load([*data.id_columns[name], *data.ood_columns[name]])
+        self.columns = {
+            name: self._load([*data.id_columns[name], *data.ood_columns[name]])
             for name in data.names
         }
-        # the target of all ID rows is row 0: a gather of zeros is cheaper than to mask them
-        heatmap = data.ood_columns["heatmap"]
-        zero = np.zeros((1, *heatmap.shape[1:]), heatmap.dtype)
-        self.heatmaps = self.load([zero, *heatmap])
+        # row 0 is the target of all ID rows: gathering zeros is cheaper than masking
+        targets = data.ood_columns["heatmap"]
+        zero = np.zeros((1, *targets.shape[1:]), targets.dtype)
+        self.targets = self._load([zero, *targets])
 
-    def load(self, parts: list[NDArray[Any]]) -> Tensor:
-        """Return parts as one tensor on the device, without a second copy of the whole there."""
+    def _load(self, parts: list[NDArray[Any]]) -> Tensor:
+        """Concatenate arrays on the device, without a second copy of the whole there."""
         column = Rows(parts)
-        out = empty_like(column, len(column), self.device)
+        out = _empty(column, len(column), self.device)
         for start, part in zip(column.starts, parts, strict=False):
-            # np.array: PyTorch warns of read-only maps
+            # np.array copies: PyTorch warns of read-only memory maps
             out[start : start + len(part)] = torch.from_numpy(np.array(part))
         return out
 
     def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
         remaining = iter(batches)
-        while block := list(islice(remaining, BLOCK)):
+        while block := list(islice(remaining, _BATCHES_PER_COPY)):
             rows = torch.from_numpy(np.concatenate(block))
-            if self.device.type == "cuda":  # from pageable memory the copy would wait for the GPU
+            # a copy from pageable memory would wait for the GPU
+            if self.device.type == "cuda":
                 rows = rows.pin_memory().to(self.device, non_blocking=True)
-            for part in rows.split([len(item) for item in block]):  # type: ignore[no-untyped-call]
-                yield self.batch(part)
+            for batch in rows.split([len(item) for item in block]):  # type: ignore[no-untyped-call]
+                yield self._gather(batch)
 
-    def batch(self, rows: Tensor) -> TrainingBatch:
-        """Return one batch."""
-        features, prediction, *maps = (item.index_select(0, rows) for item in self.shared.values())
-        heatmap = self.heatmaps.index_select(0, (rows - (self.num_id - 1)).clamp_(min=0))
-        return TrainingBatch(features, prediction, heatmap, tuple(maps))
+    def _gather(self, rows: Tensor) -> TrainingBatch:
+        features, prediction, *maps = (item.index_select(0, rows) for item in self.columns.values())
+        target = self.targets.index_select(0, (rows - (self.num_id - 1)).clamp_(min=0))
+        return TrainingBatch(features, prediction, target, tuple(maps))
 
 
-def in_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
-    """Return the same rows in RAM, page-locked where a GPU is fed from it."""
+def load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
+    """Return a copy of the training set in RAM, page-locked if the device is a GPU."""
 
-    def column(rows: Rows) -> Rows:
-        out = empty_like(rows, len(rows), torch.device("cpu"), pinned=device.type == "cuda").numpy()
+    def load(rows: Rows) -> Rows:
+        out = _empty(rows, len(rows), torch.device("cpu"), pinned=device.type == "cuda").numpy()
         for start, part in zip(rows.starts, rows, strict=False):
             out[start : start + len(part)] = part
         return Rows([out])
 
     ood_names = (*data.names, "heatmap")
     return TrainingSet(
-        {name: column(data.id_columns[name]) for name in data.names},
-        {name: column(data.ood_columns[name]) for name in ood_names},
+        {name: load(data.id_columns[name]) for name in data.names},
+        {name: load(data.ood_columns[name]) for name in ood_names},
         data.num_maps,
     )
 
 
-def gather(data: TrainingSet, rows: Int64, out: Mapping[str, NDArray[Any]]) -> None:
-    """Read ascending rows into the first places of buffers.
+def read_rows(data: TrainingSet, rows: Int64, out: Mapping[str, NDArray[Any]]) -> None:
+    """Read ascending rows into the first rows of buffers, one per column.
 
     Raises:
         ValueError: The rows do not ascend.
@@ -305,45 +308,44 @@ def gather(data: TrainingSet, rows: Int64, out: Mapping[str, NDArray[Any]]) -> N
 
 
 def read_batch(data: TrainingSet, rows: Int64, device: torch.device) -> TrainingBatch:
-    """Return one batch of its own, without a feed."""
+    """Return one batch on the device, without a feed."""
     host = torch.device("cpu")
-    buffers = {name: empty_like(item, len(rows), host) for name, item in data.columns.items()}
-    gather(data, rows, {name: item.numpy() for name, item in buffers.items()})
-    return batch_of({name: item.to(device) for name, item in buffers.items()}, len(rows))
+    buffers = {name: _empty(item, len(rows), host) for name, item in data.columns.items()}
+    read_rows(data, rows, {name: item.numpy() for name, item in buffers.items()})
+    return _to_batch({name: item.to(device) for name, item in buffers.items()}, len(rows))
 
 
-def event() -> torch.cuda.Event:
-    """Return an event that nobody needs to time."""
+def _untimed_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-class Place:
-    """One place of the ring: a batch on the host, and the same on the device.
+class Slot:
+    """One ring-buffer slot: a pinned host batch and its device copy.
 
-    On the CPU both are one. On a GPU the host's part is page-locked and two events guard it:
-    ``copied`` before the reader fills it again, ``used`` before the next copy to the device.
+    On a CPU both are the same memory. On a GPU two events guard it: the reader waits for
+    ``copied`` before it fills the host batch again, the copy stream for ``used`` before it
+    overwrites the device copy.
     """
 
     def __init__(self, data: TrainingSet, device: torch.device, size: int) -> None:
         cpu, self.on_gpu = torch.device("cpu"), device.type == "cuda"
         self.host = {
-            name: empty_like(item, size, cpu, pinned=self.on_gpu)
-            for name, item in data.columns.items()
+            name: _empty(item, size, cpu, pinned=self.on_gpu) for name, item in data.columns.items()
         }
         self.arrays = {name: item.numpy() for name, item in self.host.items()}
         self.device, self.count = self.host, 0
         if self.on_gpu:
             self.device = {name: item.to(device) for name, item in self.host.items()}
-            self.copied, self.used = event(), event()
+            self.copied, self.used = _untimed_event(), _untimed_event()
 
     def fill(self, data: TrainingSet, rows: Int64) -> None:
-        """Read a batch; the reader's thread waits here, never the step."""
+        """Read a batch; the reader thread waits here, never the step."""
         if self.on_gpu:
             self.copied.synchronize()
-        gather(data, rows, self.arrays)
+        read_rows(data, rows, self.arrays)
         self.count = len(rows)
 
-    def bring(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
+    def to_device(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
         """Return the batch on the device, copied on a stream of its own."""
         if stream is not None:
             stream.wait_event(self.used)
@@ -352,61 +354,61 @@ class Place:
                     self.device[name][: self.count].copy_(item[: self.count], non_blocking=True)
                 self.copied.record()
             torch.cuda.current_stream(stream.device).wait_event(self.copied)
-        return batch_of(self.device, self.count)
+        return _to_batch(self.device, self.count)
 
-    def release(self, device: torch.device) -> None:
-        """Mark the end of what the device was given to do with the batch."""
+    def mark_used(self, device: torch.device) -> None:
+        """Record that the device is done with this slot."""
         if self.on_gpu:
             self.used.record(torch.cuda.current_stream(device))
 
 
 class StreamingFeed:
-    """Batches out of mapped shards, or RAM: one thread reads ahead of the step into a ring."""
+    """Batches from memory-mapped shards or RAM: one thread prefetches into a ring buffer."""
 
     def __init__(self, data: TrainingSet, device: torch.device, size: int) -> None:
         self.data, self.device = data, device
-        self.ring = [Place(data, device, size) for _ in range(RING)]
+        self.slots = [Slot(data, device, size) for _ in range(_NUM_SLOTS)]
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
-        free: Queue[Place | None] = Queue()
-        full: Queue[Place | BaseException | None] = Queue()
-        for place in self.ring:
-            free.put(place)
+        free: Queue[Slot | None] = Queue()
+        full: Queue[Slot | BaseException | None] = Queue()
+        for slot in self.slots:
+            free.put(slot)
         arguments = (batches, free, full)
-        thread = threading.Thread(target=self.read, args=arguments, name="reader", daemon=True)
+        thread = threading.Thread(target=self._read, args=arguments, name="reader", daemon=True)
         thread.start()
         try:
             while (item := full.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield item.bring(self.stream)
-                item.release(self.device)
+                yield item.to_device(self.stream)
+                item.mark_used(self.device)
                 free.put(item)
         finally:
-            # a reader that is ahead takes its free places first, then this, and stops
+            # sentinel: the reader drains the remaining free slots, then sees None and exits
             free.put(None)
             thread.join()
-            for place in self.ring:
-                place.release(self.device)
+            for slot in self.slots:
+                slot.mark_used(self.device)
 
-    def read(
+    def _read(
         self,
         batches: Iterable[Int64],
-        free: "Queue[Place | None]",
-        full: "Queue[Place | BaseException | None]",
+        free: "Queue[Slot | None]",
+        full: "Queue[Slot | BaseException | None]",
     ) -> None:
-        """Fill free places, batch after batch; the body of the thread."""
+        """Fill free slots, batch after batch; the body of the thread."""
         try:
             for rows in batches:
-                place = free.get()
-                if place is None:
+                slot = free.get()
+                if slot is None:
                     return
-                place.fill(self.data, rows)
-                full.put(place)
+                slot.fill(self.data, rows)
+                full.put(slot)
             full.put(None)
         except BaseException as error:
             full.put(error)

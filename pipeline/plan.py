@@ -23,8 +23,8 @@ from ood_heatmap.pipeline.embed import embed
 from ood_heatmap.pipeline.feed import (
     TrainingSet,
     available_memory,
-    batches_of,
     choose_feed,
+    iter_batches,
     read_batch,
 )
 from ood_heatmap.pipeline.forward import BatchedClassifier
@@ -32,7 +32,7 @@ from ood_heatmap.pipeline.index import check_classes
 from ood_heatmap.pipeline.index import columns_of as index_columns_of
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
-from ood_heatmap.pipeline.step import adam, make_step, measure_ceiling
+from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
 from ood_heatmap.pipeline.targets import chosen_rows
 from ood_heatmap.pipeline.targets import columns_of as target_columns_of
 from ood_heatmap.pipeline.train import check_maps, decoder_config
@@ -176,9 +176,9 @@ def training_rate(
 ) -> float:
     """Return the images/s of the step, over about two seconds; the decoder is used up."""
     decoder.train().to(memory_format=torch.channels_last)
-    rows = next(batches_of(len(data), config.batch_size, config.seed, [0]))
+    rows = next(iter_batches(len(data), config.batch_size, config.seed, [0]))
     example = read_batch(data, rows, device)
-    _, step = make_step(decoder, adam(decoder, config), config, example)
+    _, step = make_step(decoder, make_adam(decoder, config), config, example)
     num_steps = config.epochs * (len(data) // config.batch_size)
     return measure_ceiling(step, example, config.batch_size, num_steps)
 

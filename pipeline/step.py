@@ -1,11 +1,12 @@
-"""One step of training: plain, compiled, or captured as a CUDA graph; and its ceiling."""
+"""The training step: eager, compiled, or replayed as a CUDA graph; and its throughput ceiling."""
 
 import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,24 +20,66 @@ from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch
 
 log = logging.getLogger(__name__)
-Step = Callable[[TrainingBatch], Tensor]
+Step: TypeAlias = Callable[[TrainingBatch], Tensor]
+StepKind: TypeAlias = Literal["eager", "compiled", "graph"]
 
-WARM_UP = 3  # steps before a capture or a measurement: the first ones allocate and choose kernels
-WINDOWS = 5
-CEILING_SECONDS = 2.0
+# steps before a capture or a measurement: the first ones allocate and choose kernels
+WARM_UP = 3
+_WINDOWS = 5
+_STEPS_PER_WINDOW = 10
+_CEILING_SECONDS = 2.0
 
 
-def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """Return the context of a forward pass: bfloat16 with float32 weights, or nothing."""
+def training_step(
+    loss_of: Callable[[TrainingBatch], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch: TrainingBatch,
+    micro_batch_size: int,
+) -> Tensor:
+    """Take one step and return the loss, left on the device.
+
+    Args:
+        loss_of: The loss of a micro-batch, see ``batch_loss``.
+        optimizer: Of the decoder.
+        batch: Of this rank.
+        micro_batch_size: Images that go through the decoder at once; gradients accumulate.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=batch.features.device)
+    for micro_batch in batch.split(micro_batch_size):
+        loss = loss_of(micro_batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    optimizer.step()
+    return total
+
+
+def batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -> Tensor:
+    """Return the loss of a part of a batch, as its share of the loss of the whole batch.
+
+    Summed over micro-batches and averaged over ranks, as DistributedDataParallel averages
+    gradients, it is the mean over all ``config.batch_size`` images, however they are split.
+    """
+    with _autocast(batch.features.device, config):
+        maps = [item.float() for item in batch.maps]
+        heatmap = decoder(batch.features, batch.prediction, maps, batch.noise)
+    target = target_heatmap(batch.target, signed=config.target == "signed")
+    weight = region_weight(batch.target, config.region_weight)
+    share = len(target) * world_size() / config.batch_size
+    return weighted_squared_error(heatmap, target, weight) * share
+
+
+def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """Return the context of a forward pass: bfloat16 with float32 weights, or float32."""
     half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
-def adam(decoder: nn.Module, config: TrainConfig) -> torch.optim.Adam:
-    """Return the reference's optimiser."""
+def make_adam(decoder: nn.Module, config: TrainConfig) -> torch.optim.Adam:
+    """Return the optimizer of the reference: Adam with betas (0.5, 0.999)."""
     device = next(decoder.parameters()).device
     on_gpu = device.type == "cuda"
-    # a captured step reads the learning rate from where it is on the GPU
+    # a CUDA graph reads the learning rate from GPU memory
     lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
     return torch.optim.Adam(
         decoder.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=on_gpu
@@ -44,7 +87,7 @@ def adam(decoder: nn.Module, config: TrainConfig) -> torch.optim.Adam:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step, without waiting for a GPU."""
+    """Set the learning rate of the next step, without a synchronisation with the GPU."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -53,7 +96,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def lr_at(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step: constant, or up in a tenth of the steps and then down.
+    """Return the learning rate of a step: constant, or cosine with 10 % linear warm-up.
 
     Source: Loshchilov and Hutter, SGDR, ICLR 2017 (the cosine); Goyal et al., 2017 (the warm-up).
     """
@@ -65,86 +108,130 @@ def lr_at(step: int, num_steps: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (num_steps - warm_up)))
 
 
-def shared(decoder: nn.Module) -> nn.Module:
-    """Return the decoder, or what keeps it equal in all processes."""
+def wrap_ddp(decoder: nn.Module) -> nn.Module:
+    """Wrap the decoder in DistributedDataParallel if there are several ranks."""
     if world_size() == 1:
         return decoder
-    # batch norm's running statistics are those of all processes already
+    # our batch norm computes its running statistics over all ranks already
     return DistributedDataParallel(decoder, broadcast_buffers=False)
 
 
-def training_step(
+def make_step(
     decoder: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-    device: torch.device,
+    example: TrainingBatch,
+) -> tuple[StepKind, Step]:
+    """Return the kind of step that ``config.step`` selects, and the step.
+
+    ``auto`` on a GPU is the faster of eager and graph. On a CPU it is always eager: a choice by
+    timing would make results depend on the load of the machine. There ``compiled`` is 1.3 times as
+    fast (CPU time, widths 256-128-64-32, batch size 100) after a minute of compilation, and rounds
+    differently.
+
+    Updates the weights: restore them afterwards, see ``snapshot``.
+
+    Raises:
+        UsageError: This kind of step is not available here.
+    """
+    if config.step == "compiled":
+        return "compiled", _make_compiled_step(decoder, optimizer, config, example)
+    eager = make_eager_step(decoder, optimizer, config)
+    single_gpu = example.features.device.type == "cuda" and world_size() == 1
+    if config.step == "graph":
+        if not single_gpu:
+            raise UsageError("--step graph is for one process on a GPU: use --step auto.")
+        return "graph", capture_graph(eager, optimizer, example)
+    if config.step == "auto" and single_gpu:
+        return faster_of_eager_and_graph(eager, optimizer, example)
+    return "eager", eager
+
+
+def make_eager_step(
+    decoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
     *,
     compiled: bool = False,
 ) -> Step:
-    """Return the function that takes one step and returns the loss, left on the device.
+    """Return a step without a CUDA graph, with the loss through ``torch.compile`` if ``compiled``.
 
-    The mean of the loss over processes is the loss of the whole batch, as is that of the gradients.
-    When the device runs out of memory a batch goes through in halves from then on, whose gradients
-    add up to the same. Not with batch norm, whose statistics would be those of a half; and not
-    with several processes, of which the others would not know.
+    Halves its micro-batches on out-of-memory where that leaves the gradients as they are: not with
+    batch norm, whose statistics would be those of a half, and not with several ranks, of which the
+    others would not know.
 
     Args:
         decoder: With ``channels_last`` weights.
         optimizer: Of its weights.
         config: Settings; ``batch_size`` is exact here.
-        device: Where all of it is.
-        compiled: Through ``torch.compile``; needs a C++ compiler.
+        compiled: Needs a C++ compiler.
     """
-    can_halve = config.stack == "plain" and world_size() == 1
 
     def loss_of(batch: TrainingBatch) -> Tensor:
-        with autocast(device, config):
-            maps = [item.float() for item in batch.maps]
-            heatmap = decoder(batch.features, batch.prediction, maps, batch.noise)
-        target = target_heatmap(batch.heatmap, signed=config.target == "signed")
-        share = len(target) * world_size() / config.batch_size  # not 1 where the split is uneven
-        weight = region_weight(batch.heatmap, config.region_weight)
-        return weighted_squared_error(heatmap, target, weight) * share
+        return batch_loss(decoder, config, batch)
 
     run = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
-    size = config.batch_size  # of what goes through the decoder at once
+    step = partial(training_step, run, optimizer)
+    if config.stack == "plain" and world_size() == 1:
+        return _halve_on_out_of_memory(step, config.batch_size)
+    return partial(step, micro_batch_size=config.batch_size)
 
-    def take(batch: TrainingBatch) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
-        for part in batch.split(size):
-            loss = run(part)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        optimizer.step()
-        return total
 
-    def step(batch: TrainingBatch) -> Tensor:
+def _halve_on_out_of_memory(
+    step: Callable[[TrainingBatch, int], Tensor], micro_batch_size: int
+) -> Step:
+    """Return the step with a micro-batch size that is halved whenever the device is full."""
+    size = micro_batch_size
+
+    def halving_step(batch: TrainingBatch) -> Tensor:
         nonlocal size
         while True:
             try:
-                return take(batch)
+                return step(batch, size)
             except torch.OutOfMemoryError:
-                if not (can_halve and size > 1):
+                if size == 1:
                     raise
-            # out here the error no longer holds on to what the step has computed
+            # outside of the except block the error no longer holds the activations
             size = -(-min(size, len(batch.features)) // 2)
+            device = batch.features.device
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            log.warning("out of memory on %s: steps go on in parts of %d images", device, size)
+            log.warning("out of memory on %s: micro-batch size reduced to %d images", device, size)
 
+    return halving_step
+
+
+def _make_compiled_step(
+    decoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    example: TrainingBatch,
+) -> Step:
+    """Return a compiled step that has run once.
+
+    Raises:
+        UsageError: PyTorch cannot compile it here.
+    """
+    step = make_eager_step(decoder, optimizer, config, compiled=True)
+    try:
+        step(example)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n")[:2])
+        raise UsageError(f"torch.compile failed ({reason}): use --step eager.") from error
     return step
 
 
-def captured(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch) -> Step:
-    """Return a step as one CUDA graph: a single launch instead of more than a hundred.
+def capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch) -> Step:
+    """Capture a step as one CUDA graph: a single launch instead of more than a hundred.
 
-    The warm-up trains in earnest: put the weights back afterwards.
+    Warm-up steps update the weights; restore them afterwards.
 
     Args:
-        step: From ``training_step``.
-        optimizer: Its optimiser, capturable.
-        example: A batch of the only shape that the graph takes.
+        step: See ``make_eager_step``.
+        optimizer: Its optimizer, capturable.
+        example: A batch of the only shape that the graph accepts.
 
     Source: PyTorch's documentation, CUDA semantics, "Whole-network capture".
     """
@@ -157,72 +244,44 @@ def captured(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatc
         for _ in range(WARM_UP):
             step(static)
     current.wait_stream(side)
-    optimizer.zero_grad(set_to_none=True)  # so that the capture makes gradients in its own pool
+    # so that the capture allocates the gradients in the graph's own memory pool
+    optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         loss = step(static)
 
     def replay(batch: TrainingBatch) -> Tensor:
-        for ours, given in zip(static.tensors, batch.tensors, strict=True):
-            ours.copy_(given)
+        for static_tensor, tensor in zip(static.tensors, batch.tensors, strict=True):
+            static_tensor.copy_(tensor)
         graph.replay()
         return loss
 
     return replay
 
 
-def make_step(
-    decoder: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    example: TrainingBatch,
-) -> tuple[str, Step]:
-    """Return the kind of step that was asked for, or chosen, and the step.
-
-    ``auto`` on a GPU is the faster of plain and graph. On the CPU it is plain, always: a choice by
-    timing would make results depend on who else computes. There ``compiled`` is 1.3 times as fast
-    (by CPU time, widths 256-128-64-32, batch 100), after a minute of compiling, and rounds
-    otherwise. Takes steps: put the weights back afterwards.
-    """
-    device, kind = example.features.device, config.step
-    plain = training_step(decoder, optimizer, config, device)
-    if kind == "compiled":
-        return kind, training_step(decoder, optimizer, config, device, compiled=True)
-    alone_on_gpu = device.type == "cuda" and world_size() == 1
-    if kind == "graph":
-        if not alone_on_gpu:
-            raise UsageError("--step graph is for one process on a GPU: use --step auto.")
-        return kind, captured(plain, optimizer, example)
-    if kind == "auto" and alone_on_gpu:
-        return faster_of_plain_and_graph(plain, optimizer, example)
-    return "plain", plain
-
-
-def faster_of_plain_and_graph(
-    plain: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch
-) -> tuple[str, Step]:
-    """Return the faster one; plain, with a word, where the capture fails."""
+def faster_of_eager_and_graph(
+    eager: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch
+) -> tuple[StepKind, Step]:
+    """Return the faster step; eager, with a warning, if the capture fails."""
     try:
-        graph = captured(plain, optimizer, example)
+        graph = capture_graph(eager, optimizer, example)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        log.warning("the step cannot be captured (%s): going on with plain steps", reason)
-        return "plain", plain
-    steps = {"graph": graph, "plain": plain}
-    seconds = {
-        kind: float(np.median(time_windows(step, example, WINDOWS, 10)))
-        for kind, step in steps.items()
-    }
-    kind = min(seconds, key=lambda name: seconds[name])
-    log.info("step: graph %.3g ms, plain %.3g ms", *(1000 * seconds[name] for name in steps))
-    return kind, steps[kind]
+        log.warning("the step cannot be captured (%s): falling back to eager steps", reason)
+        return "eager", eager
+    eager_seconds, graph_seconds = (
+        float(np.median(_time_windows(step, example, _WINDOWS, _STEPS_PER_WINDOW)))
+        for step in (eager, graph)
+    )
+    log.info("step: graph %.3g ms, eager %.3g ms", 1000 * graph_seconds, 1000 * eager_seconds)
+    return ("graph", graph) if graph_seconds < eager_seconds else ("eager", eager)
 
 
 def snapshot(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return a function that puts weights and optimiser back as they are now.
+    """Return a function that restores weights and optimizer state as they are now.
 
-    In place, because a graph remembers where they are. It is what lets the steps of a warm-up and
-    of a measurement be the real ones.
+    In place, because a CUDA graph holds their addresses. This lets warm-up and measurement run the
+    real step.
     """
     tensors = [*decoder.parameters(), *decoder.buffers()]
     before = [item.detach().clone() for item in tensors]
@@ -237,49 +296,50 @@ def snapshot(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[
             item.copy_(value)
         for weight, state in optimizer.state.items():
             for name, item in state.items():
-                # Adam begins with zeros
+                # the initial state of Adam is zeros
                 item.copy_(moments[weight][name]) if weight in moments else item.zero_()
 
     return restore
 
 
 def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int) -> float:
-    """Return the images/s of a step on one fixed batch without a feed, the median over windows.
+    """Measure the images/s of a step on one fixed batch without a feed, the median over windows.
 
-    It takes ``CEILING_SECONDS`` or a tenth of the training, whichever is shorter.
+    Takes 2 seconds or a tenth of the training, whichever is shorter. Updates the weights: restore
+    them afterwards.
 
     Args:
-        step: The step that will train. Put the weights back afterwards.
+        step: The training step.
         batch: On the device.
-        size: Images of a batch, over all processes.
-        num_steps: Of the training.
+        size: Batch size over all ranks.
+        num_steps: Steps of the training.
     """
     for _ in range(WARM_UP - 1):
         step(batch)
-    (once,) = time_windows(step, batch, 1, 1)
-    # every process must take equally many steps
-    steps = broadcast(max(3, min(int(CEILING_SECONDS / once), num_steps // 10)))
-    windows = min(WINDOWS, steps)
-    seconds = float(np.median(time_windows(step, batch, windows, steps // windows)))
+    (seconds_per_step,) = _time_windows(step, batch, 1, 1)
+    # all ranks must take the same number of steps
+    steps = broadcast(max(3, min(int(_CEILING_SECONDS / seconds_per_step), num_steps // 10)))
+    windows = min(_WINDOWS, steps)
+    seconds = float(np.median(_time_windows(step, batch, windows, steps // windows)))
     return size / broadcast(seconds)
 
 
-def time_windows(step: Step, batch: TrainingBatch, windows: int, steps: int) -> list[float]:
-    """Return the seconds of a step in each window of several; a GPU is waited for at the end."""
+def _time_windows(step: Step, batch: TrainingBatch, windows: int, steps: int) -> list[float]:
+    """Return the seconds per step in each window; synchronises with a GPU only at the end."""
     device = batch.features.device
-    marks = [now(device)]
+    marks = [_timestamp(device)]
     for _ in range(windows):
         for _ in range(steps):
             step(batch)
-        marks.append(now(device))
+        marks.append(_timestamp(device))
     if device.type != "cuda":
         return [(end - start) / steps for start, end in pairwise(marks)]
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) / 1000 / steps for start, end in pairwise(marks)]
 
 
-def now(device: torch.device) -> Any:
-    """Return seconds; for a GPU an event: the moment when it has done what it was given so far."""
+def _timestamp(device: torch.device) -> Any:
+    """Return a timestamp: seconds on a CPU, a recorded event on a GPU."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

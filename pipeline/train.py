@@ -4,12 +4,12 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from ood_heatmap.pipeline.feed import (
     Feed,
     TrainingBatch,
     TrainingSet,
-    batches_of,
+    iter_batches,
     open_feed,
     read_batch,
 )
@@ -38,30 +38,31 @@ from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
 from ood_heatmap.pipeline.stage import CHECKPOINT, Stage, run_lock
 from ood_heatmap.pipeline.step import (
     Step,
-    adam,
+    StepKind,
     lr_at,
+    make_adam,
     make_step,
     measure_ceiling,
     set_lr,
-    shared,
     snapshot,
+    wrap_ddp,
 )
 
 log = logging.getLogger(__name__)
+Float32 = NDArray[np.float32]
+# a line for each epoch: its number and mean loss
+History: TypeAlias = list[dict[str, float]]
 
 HISTORY = "history.jsonl"
 CHECKPOINT_SECONDS = 10
-ROWS_AT_ONCE = 4096
-Float32 = NDArray[np.float32]
+_ROWS_PER_CHUNK = 4096
 
 
 def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manifest:
-    """Train the decoder against the cached targets.
-
-    A stopped run goes on after its last checkpoint.
+    """Train the decoder on the cached targets; an interrupted training resumes.
 
     Args:
-        run: A run directory with finished index and targets.
+        run: A run directory with complete index and targets.
         device: Where to train.
         config: Settings of the stage.
 
@@ -69,11 +70,12 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         The manifest.
 
     Raises:
-        OodHeatmapError: See the design: stale or damaged caches, a full disk, too few images for a
-            batch.
+        OodHeatmapError: Caches are stale or damaged, the disk is full, a batch does not fit in
+            memory or has too few images, or the loss is no longer finite.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where graphs and events are made
+        # graphs and events are made on the current device
+        torch.cuda.set_device(device)
     with run_lock(run):
         index = open_index(run)
         targets = open_targets(run, index)
@@ -85,28 +87,28 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         if complete is not None:
             log.info("%s is already complete", stage.directory)
             return complete
-        decoder, speed = train(stage, data, index, device, config)
+        trained = train(stage, data, index, device, config)
         manifest = None
         if is_main():
-            manifest = finish(stage, decoder, data, index, targets.manifest, speed)
+            manifest = finish(stage, trained, data, index, targets.manifest)
         return broadcast(manifest)
 
 
 def check_maps(data: TrainingSet, config: TrainConfig) -> None:
-    """Make sure that both caches hold the feature maps that the decoder shall take."""
+    """Make sure that both caches hold the feature maps that the decoder takes."""
     for stage, columns in (("index", data.id_columns), ("targets", data.ood_columns)):
-        have = sum(name.startswith("feature_maps_") for name in columns)
-        if have < config.feature_maps:
+        num_maps = sum(name.startswith("feature_maps_") for name in columns)
+        if num_maps < config.feature_maps:
             raise OodHeatmapError(
-                f"the {stage} stage cached {have} feature maps, --feature-maps asks for "
+                f"the {stage} stage cached {num_maps} feature maps, --feature-maps asks for "
                 f"{config.feature_maps}. "
                 f"Run `ood-heatmap index` again with --feature-maps {config.feature_maps}, then "
-                f"targets; or train with --feature-maps {have}."
+                f"targets; or train with --feature-maps {num_maps}."
             )
 
 
 def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
-    """Return the decoder's shape for an index."""
+    """Return the architecture of the decoder for an index."""
     results = index.results
     shapes = results.map_shapes[: config.feature_maps]
     return DecoderConfig(
@@ -121,112 +123,92 @@ def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
 
 
 def new_decoder(index: Index, config: TrainConfig) -> Decoder:
-    """Return an untrained decoder with the ranges of an index's features and feature maps."""
-    shape = decoder_config(index, config)
+    """Return an untrained decoder with the ranges of the index's features and feature maps."""
+    architecture = decoder_config(index, config)
     if config.stack == "dcgan":
-        return make_decoder(shape, index.feature_range)
+        return make_decoder(architecture, index.feature_range)
     maps = [index.columns[f"feature_maps_{number + 1}"] for number in range(config.feature_maps)]
-    inputs = [spread_of(index.columns["features"])]
+    inputs = [_standard_range(index.columns["features"])]
     if maps:
-        inputs.append(spread_of(maps[0], lambda rows: rows.std(axis=(2, 3), ddof=1)))
+        inputs.append(_standard_range(maps[0], lambda rows: rows.std(axis=(2, 3), ddof=1)))
     low, high = (np.concatenate(ends) for ends in zip(*inputs, strict=True))
-    return make_decoder(shape, (low, high), [spread_of(item, as_locations) for item in maps])
+    return make_decoder(
+        architecture, (low, high), [_standard_range(item, _flatten_locations) for item in maps]
+    )
 
 
-def as_locations(maps: Float32) -> Float32:
+def _flatten_locations(maps: Float32) -> Float32:
     """Return feature maps ``(B, C, h, w)`` as ``(B h w, C)``."""
     locations: Float32 = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
     return locations
 
 
-def spread_of(
-    column: Rows, numbers: Callable[[Float32], Float32] = lambda rows: rows
+def _standard_range(
+    column: Rows, to_vectors: Callable[[Float32], Float32] = lambda rows: rows
 ) -> tuple[Float32, Float32]:
-    """Return the mean of each number over all rows, and the mean plus one standard deviation.
-
-    In float64, a piece at a time.
+    """Return mean, and mean plus one standard deviation, over all rows; computed in float64.
 
     Args:
         column: Of the index.
-        numbers: Rows to ``(M, N)``.
+        to_vectors: Maps rows to ``(M, N)``.
     """
     count, total, squares = 0, np.float64(0), np.float64(0)
     for part in column:
-        for start in range(0, len(part), ROWS_AT_ONCE):
-            rows = numbers(part[start : start + ROWS_AT_ONCE].astype(np.float32))
-            count += len(rows)
-            total = total + rows.sum(axis=0, dtype=np.float64)
-            squares = squares + np.square(rows, dtype=np.float64).sum(axis=0)
+        for start in range(0, len(part), _ROWS_PER_CHUNK):
+            vectors = to_vectors(part[start : start + _ROWS_PER_CHUNK].astype(np.float32))
+            count += len(vectors)
+            total = total + vectors.sum(axis=0, dtype=np.float64)
+            squares = squares + np.square(vectors, dtype=np.float64).sum(axis=0)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
     return np.float32(mean), np.float32(mean + deviation)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained decoder, its history, and throughput stats (empty if no epoch remained)."""
+
+    decoder: Decoder
+    history: History
+    stats: Mapping[str, Any]
+
+
 def train(
-    stage: Stage,
-    data: TrainingSet,
-    index: Index,
-    device: torch.device,
-    config: TrainConfig,
-) -> tuple[Decoder, dict[str, Any]]:
-    """Train; the checkpoint and the history are written on the way.
-
-    Returns:
-        The decoder, and how fast it was; nothing of that when no epoch was missing.
-    """
+    stage: Stage, data: TrainingSet, index: Index, device: torch.device, config: TrainConfig
+) -> Trained:
+    """Train the epochs that are missing after the last checkpoint."""
     config = replace(config, batch_size=min(config.batch_size, len(data)))
-    require_images(config)
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    # channels_last: what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time,
-    # widths 256-128-64-32, batch 100)
-    decoder = new_decoder(index, config).to(device)
-    decoder.to(memory_format=torch.channels_last)
-    optimizer = adam(decoder, config)
-    history = resume(stage, decoder, optimizer)
-    if len(history) == config.epochs:
-        return decoder, {}
-    kind, feed = open_feed(data, device, config.feed, config.batch_size)
-    log.info(
-        "train: %d ID and %d OOD images, %s feed (%.0f MB), decoder %s, %s target",
-        *(data.num_id, len(data) - data.num_id, kind, data.num_bytes / 1e6),
-        *("-".join(map(str, decoder.config.widths)), config.target),
-    )
-    try:
-        speed = run_epochs(stage, data, feed, decoder, optimizer, history, config)
-    except torch.OutOfMemoryError as error:
-        raise OodHeatmapError(
-            f"{device} has no memory for steps of {config.batch_size} images beside the {kind} "
-            f"feed. Use a smaller --batch-size, --feed streaming, or --stack plain in one process: "
-            f"its steps can be halved."
-        ) from error
-    return decoder, report(speed, kind, device)
-
-
-def require_images(config: TrainConfig) -> None:
-    """Make sure that each process gets a part of each batch."""
     if config.batch_size < world_size():
         raise OodHeatmapError(
             f"a batch of {config.batch_size} images is too small for {world_size()} processes. "
             f"Use fewer, or a larger --batch-size."
         )
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast the training was.
-
-    Args:
-        images: Trained on, in all epochs together.
-        seconds: That took.
-        ceiling: Images/s of the step alone.
-        step: ``plain``, ``compiled`` or ``graph``.
-    """
-
-    images: int
-    seconds: float
-    ceiling: float
-    step: str
+    torch.manual_seed(config.seed)
+    # every batch has the same shape
+    torch.backends.cudnn.benchmark = True
+    decoder = new_decoder(index, config).to(device)
+    # what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time, widths
+    # 256-128-64-32, batch 100)
+    decoder.to(memory_format=torch.channels_last)
+    optimizer = make_adam(decoder, config)
+    history = resume(stage, decoder, optimizer)
+    if len(history) == config.epochs:
+        return Trained(decoder, history, {})
+    feed_kind, feed = open_feed(data, device, config.feed, config.batch_size)
+    log.info(
+        "train: %d ID and %d OOD images, %s feed (%.0f MB), decoder %s, %s target",
+        *(data.num_id, len(data) - data.num_id, feed_kind, data.num_bytes / 1e6),
+        *("-".join(map(str, decoder.config.widths)), config.target),
+    )
+    try:
+        stats = run_epochs(stage, data, feed, decoder, optimizer, history, config)
+    except torch.OutOfMemoryError as error:
+        raise OodHeatmapError(
+            f"{device} has no memory for steps of {config.batch_size} images beside the "
+            f"{feed_kind} feed. Use a smaller --batch-size, --feed streaming, or --stack plain in "
+            f"one process: its steps can be halved."
+        ) from error
+    return Trained(decoder, history, {**stats, "feed": feed_kind})
 
 
 def run_epochs(
@@ -235,133 +217,143 @@ def run_epochs(
     feed: Feed,
     decoder: Decoder,
     optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
+    history: History,
     config: TrainConfig,
-) -> Speed:
-    """Run the epochs that are missing from the history."""
+) -> dict[str, Any]:
+    """Run the epochs that are missing from the history, and return throughput stats."""
     device, size, first = decoder.feature_range.device, config.batch_size, len(history)
     num_batches = len(data) // size
-    model = shared(decoder.train())
-    restore = snapshot(decoder, optimizer)
-    example = read_batch(data, next(batches_of(len(data), size, config.seed, [0])), device)
-    example = next(with_noise(iter([example]), decoder, config, 0))
-    kind, step = make_step(model, optimizer, config, example)
-    ceiling = measure_ceiling(step, example, size, (config.epochs - first) * num_batches)
-    restore()
-    # one iterator for all epochs: a feed reads on while the checkpoint is written
-    batches = feed.batches(batches_of(len(data), size, config.seed, range(first, config.epochs)))
-    started = saved = time.perf_counter()
+    step_kind, step, ceiling = prepare_step(data, decoder, optimizer, config, config.epochs - first)
+    # one iterator over all epochs: the feed prefetches while a checkpoint is written
+    batches = feed.batches(iter_batches(len(data), size, config.seed, range(first, config.epochs)))
+    start = last_saved = time.perf_counter()
     for epoch in range(first, config.epochs):
-        begun = epoch * num_batches
-        rates = [lr_at(begun + i, config.epochs * num_batches, config) for i in range(num_batches)]
-        noisy = with_noise(islice(batches, num_batches), decoder, config, epoch)
-        total = run_epoch(step, noisy, optimizer, rates, device, epoch, config)
-        history.append({"epoch": epoch + 1, "loss": mean_of_all(total).item() / num_batches})
-        check_loss(history, stage)
+        generator = noise_generator(config.seed, epoch, device)
+        # summed on the device: .item() would wait for the GPU in every step
+        total = torch.zeros((), device=device)
+        for number, batch in enumerate(show_progress(islice(batches, num_batches), epoch, config)):
+            now = epoch * num_batches + number
+            set_lr(optimizer, lr_at(now, config.epochs * num_batches, config))
+            total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
+        history.append({"epoch": epoch + 1, "loss": mean_over_ranks(total) / num_batches})
+        check_loss(history)
+        seconds = time.perf_counter() - start
         images = (epoch + 1 - first) * num_batches * size
         log.info(
             "epoch %d/%d  loss %.3f  %.0f images/s",
-            *(epoch + 1, config.epochs, history[-1]["loss"]),
-            images / (time.perf_counter() - started),
+            *(epoch + 1, config.epochs, history[-1]["loss"], images / seconds),
         )
-        if time.perf_counter() - saved > CHECKPOINT_SECONDS or epoch + 1 == config.epochs:
-            checkpoint(stage, decoder, optimizer, history)
-            saved = time.perf_counter()
-    return Speed(images, time.perf_counter() - started, ceiling, kind)
+        if time.perf_counter() - last_saved > CHECKPOINT_SECONDS or epoch + 1 == config.epochs:
+            save_checkpoint(stage, decoder, optimizer, history)
+            last_saved = time.perf_counter()
+    return training_stats(images, time.perf_counter() - start, ceiling, step_kind, device)
 
 
-def run_epoch(
-    step: Step,
-    batches: Iterator[TrainingBatch],
+def prepare_step(
+    data: TrainingSet,
+    decoder: Decoder,
     optimizer: torch.optim.Optimizer,
-    rates: list[float],
-    device: torch.device,
-    epoch: int,
     config: TrainConfig,
-) -> Tensor:
-    """Take the steps of one epoch and return the sum of their losses, left on the device.
+    num_epochs: int,
+) -> tuple[StepKind, Step, float]:
+    """Return the training step, its kind and its ceiling; weights are left as they were."""
+    restore = snapshot(decoder, optimizer)
+    device, size = decoder.feature_range.device, config.batch_size
+    rows = next(iter_batches(len(data), size, config.seed, [0]))
+    generator = noise_generator(config.seed, 0, device)
+    example = read_batch(data, rows, device)
+    example = add_noise(example, generator, decoder.config.num_inputs, config)
+    step_kind, step = make_step(wrap_ddp(decoder.train()), optimizer, config, example)
+    ceiling = measure_ceiling(step, example, size, num_epochs * (len(data) // size))
+    restore()
+    return step_kind, step, ceiling
 
-    Nothing in here waits for a GPU.
-    """
-    total = torch.zeros((), device=device)
-    shown = tqdm(
+
+def show_progress(
+    batches: Iterable[TrainingBatch], epoch: int, config: TrainConfig
+) -> Iterable[TrainingBatch]:
+    """Show a progress bar in images, on rank 0."""
+    shown: Iterable[TrainingBatch] = tqdm(
         batches,
         f"train {epoch + 1}/{config.epochs}",
-        len(rates),
         leave=False,
-        disable=None if is_main() and log.isEnabledFor(logging.INFO) else True,
+        disable=None if is_main() else True,
         unit_scale=config.batch_size,
         unit=" images",
     )
-    for batch, lr in zip(shown, rates, strict=True):
-        set_lr(optimizer, lr)
-        total += step(batch)
-    return total
+    return shown
 
 
-def with_noise(
-    batches: Iterator[TrainingBatch], decoder: Decoder, config: TrainConfig, epoch: int
-) -> Iterator[TrainingBatch]:
-    """Yield the batches with noise for the decoder's inputs.
-
-    A function of seed and epoch alone: the same after a stop, and for any number of processes.
-    """
-    if not (config.noise and config.stack == "plain"):
-        yield from batches
-        return
-    device = decoder.feature_range.device
+def noise_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+    """Return the generator of an epoch's noise: the same after a resume."""
     generator = torch.Generator(device)
-    generator.manual_seed(int(np.random.default_rng([config.seed, epoch, 1]).integers(2**62)))
-    shape = (config.batch_size, decoder.config.num_inputs)
-    for batch in batches:
-        noise = torch.randn(shape, generator=generator, device=device)
-        yield replace(batch, noise=config.noise * noise[rank() :: world_size()])
+    return generator.manual_seed(int(np.random.default_rng([seed, epoch, 1]).integers(2**62)))
 
 
-def mean_of_all(loss: Tensor) -> Tensor:
-    """Return the mean over all processes."""
+def add_noise(
+    batch: TrainingBatch, generator: torch.Generator, num_inputs: int, config: TrainConfig
+) -> TrainingBatch:
+    """Return the batch with noise for the plain decoder's scaled inputs.
+
+    Every rank draws the noise of the whole batch and keeps that of its own images, so that it does
+    not depend on the number of ranks.
+    """
+    if not config.noise or config.stack != "plain":
+        return batch
+    shape = (config.batch_size, num_inputs)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    return replace(batch, noise=config.noise * noise[rank() :: world_size()])
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    """Return the mean of a loss over all ranks."""
     if world_size() > 1:
         distributed.all_reduce(loss)
-    return loss / world_size()
+    return (loss / world_size()).item()
 
 
-def report(speed: Speed, feed: str, device: torch.device) -> dict[str, Any]:
-    """Say how fast it was, and how near to what the device can do, and return it."""
-    rate = speed.images / speed.seconds
+def training_stats(
+    images: int, seconds: float, ceiling: float, step_kind: StepKind, device: torch.device
+) -> dict[str, Any]:
+    """Log the throughput beside its ceiling, and return both.
+
+    Args:
+        images: Trained on, over all epochs and ranks.
+        seconds: Duration.
+        ceiling: Images/s of the step alone.
+        step_kind: Of the step.
+        device: Of this rank.
+    """
+    rate = images / seconds
     log.info(
         "train: %.0f images/s, %.0f %% of the ceiling (%.0f images/s of the %s step on one batch)",
-        *(rate, 100 * rate / speed.ceiling, speed.ceiling, speed.step),
+        *(rate, 100 * rate / ceiling, ceiling, step_kind),
     )
     return {
-        "images": speed.images,
-        "seconds": round(speed.seconds, 3),
+        "images": images,
+        "seconds": round(seconds, 3),
         "images_per_second": round(rate, 1),
-        "ceiling_images_per_second": round(speed.ceiling, 1),
-        "share_of_ceiling": round(rate / speed.ceiling, 4),
-        "step": speed.step,
-        "feed": feed,
+        "ceiling_images_per_second": round(ceiling, 1),
+        "share_of_ceiling": round(rate / ceiling, 4),
+        "step": step_kind,
         "device": str(device),
         "processes": world_size(),
     }
 
 
-def check_loss(history: list[dict[str, float]], stage: Stage) -> None:
-    """Stop when training has broken down."""
+def check_loss(history: History) -> None:
+    """Stop a training that has diverged."""
     if not np.isfinite(history[-1]["loss"]):
         raise OodHeatmapError(
-            f"the loss is no longer finite in epoch {len(history)}. The checkpoint before it is "
-            f"kept in "
-            f"{stage.directory}; use a lower --lr."
+            f"the loss is no longer finite in epoch {len(history)}. "
+            f"Train with a lower --lr and --overwrite."
         )
 
 
-def checkpoint(
-    stage: Stage,
-    decoder: Decoder,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
+def save_checkpoint(
+    stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer, history: History
 ) -> None:
-    """Write what is needed to go on, whole or not at all; equal in all processes, so one writes."""
+    """Write a checkpoint atomically, on rank 0: the state is identical on all ranks."""
     if not is_main():
         return
     state = {
@@ -370,6 +362,7 @@ def checkpoint(
         "optimizer": optimizer.state_dict()["state"],
         "history": history,
     }
+    # torch.save on a full disk raises errors of its own: let it write to memory
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with stage.writing(CHECKPOINT) as scratch:
@@ -377,45 +370,53 @@ def checkpoint(
     write_history(stage, history)
 
 
-def write_history(stage: Stage, history: list[dict[str, float]]) -> None:
+def write_history(stage: Stage, history: History) -> None:
     """Write the history, a line of JSON for each epoch."""
     with stage.writing(HISTORY) as scratch:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in history), "utf-8")
 
 
-def resume(
-    stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer
-) -> list[dict[str, float]]:
-    """Take up the last checkpoint, if there is one, and return the history so far."""
+def resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> History:
+    """Load the last checkpoint, if there is one, and return its history.
+
+    A damaged checkpoint holds nothing that could be used: training starts over, with a warning.
+
+    Raises:
+        DamagedCacheError: The checkpoint is as it was written, but not what it should be.
+    """
     path = stage.directory / CHECKPOINT
-    if not path.is_file():
+    if not broadcast(path.is_file() if is_main() else None):
         return []
+    if not broadcast(stage.is_intact(CHECKPOINT) if is_main() else None):
+        log.warning("%s is damaged: training starts over from the first epoch", path)
+        return []
+    # torch.load raises many kinds of errors
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["fingerprint"] != stage.fingerprint:
             raise KeyError("fingerprint")
+        history = [
+            {"epoch": int(line["epoch"]), "loss": float(line["loss"])} for line in state["history"]
+        ]
         decoder.load_state_dict(state["decoder"])
-        # the settings are in the fingerprint; how Adam is launched may differ on another device
+        # hyperparameters are in the fingerprint; how Adam is launched may differ between devices
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
-        history: list[dict[str, float]] = state["history"]
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except Exception as error:
         raise DamagedCacheError(
-            f"{path} cannot be taken up ({type(error).__name__}). Delete it to train from the "
-            f"start."
+            f"cannot resume from {path} ({type(error).__name__}). "
+            f"Delete it to train from the start."
         ) from error
-    log.info("train: going on after epoch %d", len(history))
+    log.info("train: resuming after epoch %d", len(history))
     return history
 
 
 def finish(
-    stage: Stage,
-    decoder: Decoder,
-    data: TrainingSet,
-    index: Index,
-    targets: Manifest,
-    speed: Mapping[str, Any],
+    stage: Stage, trained: Trained, data: TrainingSet, index: Index, targets: Manifest
 ) -> Manifest:
-    """Write the decoder with all it needs to be used, then the manifest."""
+    """Write decoder and history, then the manifest."""
+    decoder = trained.decoder
+    # a training that was killed behind its last checkpoint may not have written it
+    write_history(stage, trained.history)
     metadata = decoder_metadata(decoder.config, index.manifest.fingerprint)
     path, record = stage.directory / DECODER, partial(stage.record, DECODER)
     save_tensors(path, decoder.state_dict(), metadata, record=record)
@@ -427,18 +428,15 @@ def finish(
         pairing=TargetsResults.of(targets).pairing,
         color_max=color_max(decoder, data),
     )
-    return stage.commit(results, [DECODER, HISTORY], speed=speed)
+    return stage.commit(results, [DECODER, HISTORY], speed=trained.stats)
 
 
 @torch.inference_mode()
 def color_max(decoder: Decoder, data: TrainingSet) -> float:
-    """Return the top of the one colour scale.
-
-    The 99th percentile of heatmaps of OOD training images.
-    """
+    """Return the top of the color scale: the 99th percentile over heatmaps of OOD images."""
     decoder.eval()
     rows = data.num_id + np.linspace(0, len(data) - data.num_id - 1, 256).astype(np.int64)
-    device = next(decoder.parameters()).device
-    batch = read_batch(data, np.unique(rows), device)
+    batch = read_batch(data, np.unique(rows), decoder.feature_range.device)
     heatmap = decoder(batch.features, batch.prediction, [item.float() for item in batch.maps])
-    return round(float(torch.quantile(pixel_score(heatmap).flatten()[:1_000_000].cpu(), 0.99)), 4)
+    pixel_scores = pixel_score(heatmap).flatten()[:1_000_000].cpu()
+    return round(float(torch.quantile(pixel_scores, 0.99)), 4)

@@ -14,10 +14,10 @@ from ood_heatmap.pipeline.feed import (
     ResidentFeed,
     StreamingFeed,
     TrainingSet,
-    batches_of,
     choose_feed,
     epoch_order,
-    in_memory,
+    iter_batches,
+    load_into_memory,
     open_feed,
     read_batch,
 )
@@ -74,7 +74,7 @@ def resident(data: TrainingSet) -> ResidentFeed:
 
 
 def pinned(data: TrainingSet) -> StreamingFeed:
-    return StreamingFeed(in_memory(data, CPU), CPU, 5)
+    return StreamingFeed(load_into_memory(data, CPU), CPU, 5)
 
 
 def streaming(data: TrainingSet) -> StreamingFeed:
@@ -100,8 +100,8 @@ def test_a_batch_holds_the_rows_asked_for(kind, num_maps):
         time.sleep(0.001)  # time enough for a reader that is ahead to fill what is in use
         np.testing.assert_array_equal(batch.features, whole["features"][rows])
         np.testing.assert_array_equal(batch.prediction, whole["prediction"][rows])
-        np.testing.assert_array_equal(batch.heatmap, heatmaps[rows])
-        assert batch.heatmap.dtype == torch.int16
+        np.testing.assert_array_equal(batch.target, heatmaps[rows])
+        assert batch.target.dtype == torch.int16
         assert len(batch.maps) == num_maps
         for item in batch.maps:
             np.testing.assert_array_equal(item, whole["feature_maps_1"][rows])
@@ -120,7 +120,7 @@ def test_the_processes_share_each_batch_of_the_one_order(monkeypatch, processes)
     shares = []
     for number in range(processes):
         monkeypatch.setattr(feed, "rank", lambda number=number: number)
-        shares.append(list(batches_of(43, 10, seed=3, epochs=range(2))))
+        shares.append(list(iter_batches(43, 10, seed=3, epochs=range(2))))
     order = [epoch_order(43, 3, epoch)[:40].reshape(4, 10) for epoch in range(2)]
     assert [len(share) for share in shares] == [8] * processes
     for whole, *parts in zip(np.concatenate(order), *shares, strict=True):
@@ -163,8 +163,8 @@ def test_what_does_not_fit_after_all_is_streamed(monkeypatch, caplog, kind):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(feed, "ResidentFeed", full)
-    monkeypatch.setattr(feed, "in_memory", full)
+    monkeypatch.setattr(feed, "load_into_memory", full)
     name, found = open_feed(example(), CPU, kind, 4)
     assert name == "streaming"
     assert isinstance(found, StreamingFeed)
-    assert f"no memory for the {kind} feed on cpu: going on with streaming" in caplog.text
+    assert f"no memory for the {kind} feed on cpu: falling back to streaming" in caplog.text

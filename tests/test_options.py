@@ -266,7 +266,7 @@ def test_choices_of_the_commands_word_for_word():
         ("train", "target"): ["signed", "magnitude"],
         ("train", "feed"): ["auto", "resident", "pinned", "streaming"],
         ("train", "precision"): ["auto", "float32", "bfloat16"],
-        ("train", "step"): ["auto", "plain", "compiled", "graph"],
+        ("train", "step"): ["auto", "eager", "compiled", "graph", "plain"],
         ("evaluate", "protocol"): ["all", "paper", "openood"],
         ("predict", "format"): ["csv", "jsonl"],
         ("export", "format"): ["onnx", "torch"],

@@ -1,6 +1,7 @@
 """The step: every way to launch it trains the same, and measuring it leaves no trace."""
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,13 @@ from ood_heatmap.pipeline import step as module
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch
 from ood_heatmap.pipeline.step import (
-    adam,
-    captured,
-    faster_of_plain_and_graph,
+    capture_graph,
+    faster_of_eager_and_graph,
+    make_adam,
+    make_eager_step,
     make_step,
     measure_ceiling,
     snapshot,
-    training_step,
 )
 
 CPU = torch.device("cpu")
@@ -49,8 +50,8 @@ def fresh(device: torch.device = CPU) -> tuple[Decoder, torch.optim.Adam, module
     torch.manual_seed(0)
     decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).double().to(device).train()
     decoder.to(memory_format=torch.channels_last)
-    optimizer = adam(decoder, CONFIG)
-    return decoder, optimizer, training_step(decoder, optimizer, CONFIG, device)
+    optimizer = make_adam(decoder, CONFIG)
+    return decoder, optimizer, make_eager_step(decoder, optimizer, CONFIG)
 
 
 class Clock:
@@ -95,51 +96,71 @@ def test_a_restored_snapshot_trains_on_as_if_nothing_had_been(device, steps_befo
     assert places == [item.data_ptr() for item in decoder.parameters()]  # a graph knows them
 
 
-@pytest.mark.slow
-def test_a_compiled_step_trains_as_a_plain_one():
-    decoder, optimizer, plain = fresh()
-    wanted = losses(plain)
+def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
+    def fails(_: object) -> None:
+        raise RuntimeError("backend='inductor' raised:\nCppCompileError: C++ compile error")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     decoder, optimizer, _ = fresh()
-    compiled = training_step(decoder, optimizer, CONFIG, CPU, compiled=True)
+    with pytest.raises(UsageError, match=r"C\+\+ compile error\): use --step eager"):
+        make_step(decoder, optimizer, replace(CONFIG, step="compiled"), example())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "ATEN_CPU_CAPABILITY" in os.environ, reason="PyTorch compiles for the processor regardless"
+)
+def test_a_compiled_step_trains_as_an_eager_one():
+    decoder, optimizer, eager = fresh()
+    wanted = losses(eager)
+    decoder, optimizer, _ = fresh()
+    restore = snapshot(decoder, optimizer)
+    kind, compiled = make_step(decoder, optimizer, replace(CONFIG, step="compiled"), example())
+    restore()
+    assert kind == "compiled"
     assert losses(compiled) == pytest.approx(wanted, rel=1e-6)  # summed in float32
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_trains_as_a_plain_one():
+def test_a_captured_step_trains_as_an_eager_one():
     device = torch.device("cuda", torch.cuda.current_device())
     wanted = losses(fresh(device)[2], device)
-    decoder, optimizer, plain = fresh(device)
+    decoder, optimizer, eager = fresh(device)
     restore = snapshot(decoder, optimizer)
-    graph = captured(plain, optimizer, example(device))
+    graph = capture_graph(eager, optimizer, example(device))
     restore()
     assert losses(graph, device) == pytest.approx(wanted, rel=1e-6)  # summed in float32
 
 
-def test_on_the_cpu_a_step_is_plain_unless_another_is_asked_for():
+def test_on_the_cpu_a_step_is_eager_unless_another_is_asked_for():
     decoder, optimizer, _ = fresh()
     kind, step = make_step(decoder, optimizer, CONFIG, example())
-    assert kind == "plain"
+    assert kind == "eager"
     assert losses(step) == losses(fresh()[2])
+    kind, step = make_step(decoder, optimizer, replace(CONFIG, step="plain"), example())
+    assert kind == "eager"  # its former name
     with pytest.raises(UsageError, match="--step graph is for one process on a GPU"):
         make_step(decoder, optimizer, TrainConfig(step="graph"), example())
 
 
-def test_a_step_that_cannot_be_captured_is_plain_with_a_word(monkeypatch, caplog):
+def test_a_step_that_cannot_be_captured_is_eager_with_a_warning(monkeypatch, caplog):
     def fails(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(module, "captured", fails)
-    _, optimizer, plain = fresh()
-    assert faster_of_plain_and_graph(plain, optimizer, example()) == ("plain", plain)
-    assert "captured (operation not permitted when stream is capturing): going" in caplog.text
+    monkeypatch.setattr(module, "capture_graph", fails)
+    _, optimizer, eager = fresh()
+    assert faster_of_eager_and_graph(eager, optimizer, example()) == ("eager", eager)
+    assert (
+        "captured (operation not permitted when stream is capturing): falling back" in caplog.text
+    )
 
 
-@pytest.mark.parametrize(("graph", "kind"), [(0.004, "graph"), (0.006, "plain")])
-def test_the_faster_of_plain_and_graph_is_taken(monkeypatch, clock, graph, kind):
-    monkeypatch.setattr(module, "captured", lambda *_: clock.step(graph))
+@pytest.mark.parametrize(("graph", "kind"), [(0.004, "graph"), (0.006, "eager")])
+def test_the_faster_of_eager_and_graph_is_taken(monkeypatch, clock, graph, kind):
+    monkeypatch.setattr(module, "capture_graph", lambda *_: clock.step(graph))
     _, optimizer, _ = fresh()
-    assert faster_of_plain_and_graph(clock.step(0.005), optimizer, example())[0] == kind
+    assert faster_of_eager_and_graph(clock.step(0.005), optimizer, example())[0] == kind
 
 
 @pytest.mark.parametrize(
@@ -169,17 +190,17 @@ class Small:
 def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
     torch.manual_seed(0)
     decoder = make_decoder(DecoderConfig(8, 3, 8, width=16, stack="plain")).double().train()
-    return decoder, adam(decoder, CONFIG)
+    return decoder, make_adam(decoder, CONFIG)
 
 
 def test_without_memory_for_a_step_its_halves_train_the_same(caplog):
     decoder, optimizer = plain_stack()
-    wanted = losses(training_step(decoder, optimizer, CONFIG, CPU))
+    wanted = losses(make_eager_step(decoder, optimizer, CONFIG))
     halved, optimizer = plain_stack()
     small = Small(halved, 2)
-    found = losses(training_step(small, optimizer, CONFIG, CPU))
+    found = losses(make_eager_step(small, optimizer, CONFIG))
     assert small.sizes == [6, 3, *[2, 2, 2] * 5]  # remembered
-    assert "steps go on in parts of 2 images" in caplog.text
+    assert "micro-batch size reduced to 2 images" in caplog.text
     assert found == pytest.approx(wanted, rel=1e-6)  # summed in float32
     for ours, theirs in zip(halved.parameters(), decoder.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
@@ -190,7 +211,7 @@ def test_a_step_that_halves_would_not_help_is_an_error(memory, stack):
     decoder, optimizer = plain_stack()
     config = replace(CONFIG, stack=stack)
     with pytest.raises(torch.OutOfMemoryError):
-        training_step(Small(decoder, memory), optimizer, config, CPU)(example())
+        make_eager_step(Small(decoder, memory), optimizer, config)(example())
 
 
 @pytest.mark.parametrize("size", [4, 6])
@@ -199,13 +220,13 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     monkeypatch.setattr(module, "world_size", lambda: 2)
     config = TrainConfig(batch_size=size, lr=1e-30, precision="float32")
     decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).eval()  # images are independent
-    step = training_step(decoder, adam(decoder, config), config, CPU)
+    step = make_eager_step(decoder, make_adam(decoder, config), config)
     whole, parts = example(), []
     for part in (slice(0, size - 1), slice(size - 1, size)):
         batch = TrainingBatch(*(item[part] for item in whole.tensors))
         parts.append(step(batch).item())
     with torch.no_grad():
         found = decoder(whole.features, whole.prediction)[:size]
-    target = whole.heatmap[:size].abs() / 255
+    target = whole.target[:size].abs() / 255
     wanted = ((1 + 5 * target) * (found - target) ** 2).sum().item() / size
     assert math.fsum(parts) / 2 == pytest.approx(wanted, rel=1e-5)
