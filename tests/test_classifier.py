@@ -1,5 +1,6 @@
 """The classifier: features are what enters the last linear layer; what does not fit is named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ood_heatmap.classifier import (
     load_classifier,
     restore_classifier,
 )
-from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import Transform
 
 PLAIN = ClassifierConfig("test", None, Transform(16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -125,11 +126,9 @@ def test_a_wrong_number_of_classes_is_refused(tmp_path):
     assert classifier.num_features == 3
 
 
-def test_a_restored_classifier_says_the_same(data, spec, tmp_path, classifier):
-    state = {name: item.contiguous() for name, item in classifier.network.state_dict().items()}
-    save_file(state, tmp_path / "copy.safetensors")
+def test_a_restored_classifier_returns_the_same(classifier, saved):
     config = ClassifierConfig.from_json(classifier.config.to_json())
-    again = restore_classifier(config, tmp_path / "copy.safetensors")
+    again = restore_classifier(config, saved)
     assert again.fingerprint() == classifier.fingerprint()
     torch.testing.assert_close(again(pixels()).logits, classifier(pixels()).logits, rtol=0, atol=0)
 
@@ -183,3 +182,93 @@ def test_the_code_of_the_users_file_is_part_of_the_fingerprint(data, spec, tmp_p
     copy.write_text(copy.read_text().replace("mean(dim=(2, 3))", "amax(dim=(2, 3))"))
     now = load_classifier(f"{copy}:network", weights=weights).fingerprint()
     assert [name for name in before if before[name] != now[name]] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"mean": (123.675, 116.28, 103.53)}, "divide values of the 0 to 255 convention by 255"),
+        ({"std": (58.395, 57.12, 57.375)}, "divide values of the 0 to 255 convention by 255"),
+        ({"mean": (-0.5, 0.5, 0.5)}, "of pixels in"),
+        ({"std": (float("inf"), 1.0, 1.0)}, "three finite numbers"),
+        ({"mean": (float("nan"), 0.0, 0.0)}, "three finite numbers"),
+        ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
+        ({"mean": (0.5,)}, "three finite numbers"),
+    ],
+)
+def test_mean_and_std_that_cannot_be_meant_are_refused(data, spec, numbers, words):
+    with pytest.raises(UsageError, match=f"--mean and --std .*{words}"):
+        load_classifier(spec, weights=data / "weights.safetensors", **numbers)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("spec", 3),
+        ("spec", None),
+        ("num_classes", "touch PWNED"),
+        ("num_classes", 2.5),
+        ("transform", {"size": "16"}),
+        ("transform", {"size": 16, "crop_mode": "other"}),
+        ("transform", [16]),
+        ("mean", "abc"),
+        ("mean", [1000.0, 0.0, 0.0]),
+        ("std", None),
+        ("head", ["linear"]),
+        ("num_maps", "1"),
+        ("autocast", "yes"),
+        ("unknown", 1),
+    ],
+)
+def test_a_description_of_another_type_is_damaged(classifier, field, value):
+    content = classifier.config.to_json()
+    assert ClassifierConfig.from_json(json.loads(json.dumps(content))) == classifier.config
+    with pytest.raises(DamagedCacheError, match="description of its classifier is damaged"):
+        ClassifierConfig.from_json({**content, field: value})
+
+
+@pytest.mark.parametrize("field", sorted(ClassifierConfig.__dataclass_fields__))
+def test_no_field_of_a_description_may_be_missing(classifier, field):
+    content = classifier.config.to_json()
+    del content[field]
+    if field in ("head", "num_maps", "autocast"):
+        ClassifierConfig.from_json(content)
+    else:
+        with pytest.raises(DamagedCacheError, match=field):
+            ClassifierConfig.from_json(content)
+
+
+@pytest.fixture
+def saved(classifier, tmp_path) -> Path:
+    """Return the run's own copy of the weights."""
+    path = tmp_path / "copy.safetensors"
+    state = classifier.network.state_dict()
+    save_file({name: item.contiguous() for name, item in state.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("num_maps", [None, 0, 1, 2])
+def test_a_restored_classifier_has_the_maps_of_the_run_and_as_many_as_wanted(
+    classifier, saved, num_maps
+):
+    again = restore_classifier(classifier.config, saved, classifier.fingerprint(), num_maps)
+    wanted = 2 if num_maps is None else num_maps
+    assert again.map_names == classifier.map_names[:wanted]
+    for found, expected in zip(again(pixels()).maps, classifier(pixels()).maps, strict=False):
+        assert torch.equal(found, expected)
+
+
+def test_a_restored_classifier_takes_the_maps_that_were_indexed(classifier, saved):
+    """Not what a search would find by now."""
+    fingerprint = classifier.fingerprint() | {"maps": ["layer1.0", "layer2.0"]}
+    again = restore_classifier(classifier.config, saved, fingerprint)
+    assert again.map_names == ("layer1.0", "layer2.0")
+    with pytest.raises(OodHeatmapError, match="cannot classify images"):
+        restore_classifier(classifier.config, saved, fingerprint | {"maps": ["gone", "layer1"]})
+
+
+@pytest.mark.parametrize("field", ["weights", "source", "head", "mean", "num_classes"])
+def test_a_restored_classifier_that_is_another_is_refused_by_what_differs(classifier, saved, field):
+    fingerprint = classifier.fingerprint() | {field: "another"}
+    with pytest.raises(StaleCacheError, match=f"{field} was another, is .*--overwrite"):
+        restore_classifier(classifier.config, saved, fingerprint)

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional
+from torchvision import models
 
-from ood_heatmap.classifier import Classifier, ClassifierConfig
+from ood_heatmap.classifier import (
+    Classifier,
+    ClassifierConfig,
+    load_classifier,
+    restore_classifier,
+)
+from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import BUILT_IN
+from ood_heatmap.networks import BUILT_IN, build
 
 # names and shapes as they stand in the released checkpoints
 RELEASED = {
@@ -98,3 +107,114 @@ def test_a_basic_block_is_two_convolutions_and_a_shortcut():
         y = norm(functional.conv2d(y, block.conv2.weight, None, 1, 1), block.bn2)
         shortcut = norm(functional.conv2d(x, block.shortcut[0].weight, None, 2), block.shortcut[1])
         torch.testing.assert_close(block(x), (y + shortcut).clamp(min=0), rtol=1e-4, atol=1e-5)
+
+
+def structure(network: nn.Module) -> dict[str, object]:
+    """Return what a network computes with: its modules, shapes, and plain attributes."""
+    plain = (bool, int, float, str, tuple)
+    attributes = {
+        f"{name}.{attribute}": value
+        for name, module in network.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, plain) and attribute != "training"
+    }
+    kinds = {name: (type(item), item.extra_repr()) for name, item in network.named_modules()}
+    shapes = {f"{name}.shape": value.shape for name, value in network.state_dict().items()}
+    return {**kinds, **attributes, **shapes}
+
+
+@pytest.fixture
+def nothing_is_fetched(monkeypatch):
+    """Let torchvision build networks as for its weights, without these and without memory."""
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *_, **__: {})
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+    make_blocks = models.regnet.BlockParams.from_init_params
+
+    def on_cpu(*arguments, **options):
+        with torch.device("cpu"):
+            return make_blocks(*arguments, **options)
+
+    # it computes the widths of the network with tensors
+    monkeypatch.setattr(models.regnet.BlockParams, "from_init_params", on_cpu)
+    with torch.device("meta"):
+        yield
+
+
+# networks of one module are built by one function: one of them stands for all
+FAMILIES = {
+    models.get_model_builder(name).__module__: name
+    for name in sorted(models.list_models(module=models), key=len, reverse=True)
+}
+SPECS = [
+    f"torchvision/{name}:{weights.name}"
+    for name in {*FAMILIES.values(), "vit_b_16", "vit_h_14", "regnet_y_16gf"}
+    for weights in models.get_model_weights(name)
+]
+
+
+@pytest.mark.parametrize("spec", sorted(SPECS))
+def test_the_network_for_a_file_is_the_one_that_torchvision_builds_itself(spec, nothing_is_fetched):
+    fetched, *settings = build(spec, None, pretrained=True)
+    restored, *others = build(spec, None, pretrained=False)
+    assert structure(restored) == structure(fetched)
+    assert others == settings
+
+
+def test_inception_normalizes_its_input_as_torchvision_does_with_its_weights():
+    """Sources of torchvision: ``_transform_input`` for weights that came from TensorFlow."""
+    torch.manual_seed(0)
+    network, _, mean, std = build("torchvision/inception_v3", None, pretrained=False)
+    plain = models.inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
+    plain.load_state_dict(network.state_dict())
+    images = torch.rand(2, 3, 299, 299)
+    normalized = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network.eval()(normalized), plain((images - 0.5) / 0.5), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_other_classes_than_those_of_the_weights_need_a_file(monkeypatch):
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *_, **__: {})
+    with pytest.raises(UsageError, match="Add --weights FILE for other classes"):
+        build("torchvision/resnet18", 7, pretrained=True)
+    network, *_ = build("torchvision/resnet18", 7, pretrained=False)
+    assert network.fc.out_features == 7
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "resnet18.no_such_tag"])
+def test_an_unknown_model_of_timm_is_one_line(name):
+    pytest.importorskip("timm")
+    with pytest.raises(OodHeatmapError, match=rf"timm/{name} cannot be made .*Check --classifier"):
+        build(f"timm/{name}", None, pretrained=False)
+
+
+def test_lazy_layers_get_their_shapes_before_their_weights(tmp_path):
+    body = (
+        "from torch import nn\n\ndef network():\n"
+        "    return nn.Sequential(nn.LazyConv2d(6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.LazyLinear(4))\n"
+    )
+    (tmp_path / "lazy.py").write_text(body)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    save_file(plain.state_dict(), tmp_path / "w.safetensors")
+    spec = f"{tmp_path / 'lazy.py'}:network"
+    classifier = load_classifier(spec, weights=tmp_path / "w.safetensors", size=8)
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(images).logits, plain(images / 255))
+    again = restore_classifier(classifier.config, tmp_path / "w.safetensors")
+    assert again.fingerprint() == classifier.fingerprint()
+
+
+@pytest.mark.parametrize("spec", ["torchvision/vit_b_32", "timm/vit_tiny_patch16_224"])
+def test_a_vision_transformer_of_another_input_size_is_one_line(spec, tmp_path):
+    if spec.startswith("timm"):
+        pytest.importorskip("timm")
+    network, *_ = build(spec, 3, pretrained=False)
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    words = r"cannot classify images of 32 px \(AssertionError: .*\)\. Check --size"
+    with pytest.raises(OodHeatmapError, match=words):
+        load_classifier(spec, weights=tmp_path / "w.safetensors", num_classes=3, size=32)
