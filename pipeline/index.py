@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
 from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, open_rows
-from ood_heatmap.classifier import Classifier, ClassifierConfig
-from ood_heatmap.distributed import barrier, is_main
-from ood_heatmap.distributed import broadcast as broadcast
+from ood_heatmap.checks import library_versions
+from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, result_options
@@ -24,7 +25,7 @@ from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.results import IndexResults
-from ood_heatmap.pipeline.run import INDEX, WEIGHTS, index_columns
+from ood_heatmap.pipeline.run import INDEX, PROBE, PROBED, WEIGHTS, check_probe, index_columns
 from ood_heatmap.pipeline.stage import (
     BackgroundWriter,
     Schedule,
@@ -40,6 +41,8 @@ from ood_heatmap.sanity import Finding, check_classification, texts
 log = logging.getLogger(__name__)
 
 _SHARDS = "images"
+# images whose features are kept to recognise the classifier by
+_NUM_PROBES = 8
 
 
 def build_index(
@@ -94,7 +97,7 @@ def build_index(
         speed = {**meter.close(forward.rate), "device": str(classifier.device)}
         manifest = None
         if results is not None:
-            names = [*schedule.names, INDEX, WEIGHTS]
+            names = [*schedule.names, INDEX, WEIGHTS, PROBE]
             content = stage_content(stage, schedule.names)
             manifest = stage.commit(results, names, content=content, speed=speed)
         return broadcast(manifest)
@@ -173,6 +176,7 @@ def _write_derived(
         classifier.network.state_dict(),
         record=partial(stage.record, WEIGHTS),
     )
+    _write_probe(stage, columns, classifier)
     known = (label >= 0) & (label < classifier.num_classes)
     skipped = np.setdiff1d(np.arange(len(images)), row)
     findings = _check(columns, images.classes, classifier)
@@ -193,8 +197,30 @@ def _write_derived(
         feature_min=min(float(part.min()) for part in columns["features"]),
         feature_max=max(float(part.max()) for part in columns["features"]),
         skipped=tuple(images.names[number] for number in skipped),
+        versions=library_versions(),
         **texts(findings),
     )
+
+
+def _write_probe(stage: Stage, columns: Mapping[str, Rows], classifier: Classifier) -> None:
+    """Write a few images with their features, and make sure that the restored classifier agrees.
+
+    Whatever restores the classifier later compares it with them: libraries, data that the user's
+    code reads and the processor change without a hash of ours.
+
+    Raises:
+        OodHeatmapError: The classifier cannot be restored from its weights and its SPEC, or it
+            is another one then.
+    """
+    row = columns["row"]
+    rows = np.unique(np.linspace(0, len(row) - 1, _NUM_PROBES).astype(np.int64))
+    names = [name for name in columns if name in PROBED or name.startswith("feature_maps_")]
+    tensors = {name: torch.from_numpy(columns[name].take(rows)) for name in names}
+    save_tensors(stage.directory / PROBE, tensors, record=partial(stage.record, PROBE))
+    restored = restore_classifier(
+        classifier.config, stage.directory / WEIGHTS, stage.inputs["classifier"]
+    )
+    check_probe(restored.to(classifier.device), tensors, library_versions())
 
 
 def _check(

@@ -82,6 +82,7 @@ class IndexResults(Results):
         feature_min: Over all ID training features.
         feature_max: Over all ID training features.
         skipped: Names of the images left out as unreadable.
+        versions: Of the libraries that decode, resize and classify.
     """
 
     source: str
@@ -100,6 +101,7 @@ class IndexResults(Results):
     feature_min: float
     feature_max: float
     skipped: tuple[str, ...]
+    versions: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

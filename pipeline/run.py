@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate
@@ -24,7 +26,7 @@ from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
 from ood_heatmap.distributed import is_main
-from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import SCALE
 from ood_heatmap.pipeline.patched import Pasting, draw_pasting
 from ood_heatmap.pipeline.results import (
@@ -37,6 +39,7 @@ from ood_heatmap.pipeline.results import (
 log = logging.getLogger(__name__)
 Int64 = NDArray[np.int64]
 
+PROBE, PROBED = "probe.safetensors", ("images", "features")
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
 
@@ -241,7 +244,16 @@ class Index:
             self.manifest.inputs["classifier"],
             num_maps,
         )
-        return classifier.to(device)
+        classifier.to(device)
+        path = self.run / "index" / PROBE
+        try:
+            tensors = load(read_file(self.run, self.manifest, PROBE))
+        except SafetensorError as error:
+            raise DamagedCacheError(f"{path} is not safetensors ({error}). Index again.") from error
+        if not tensors.keys() >= set(PROBED):
+            raise DamagedCacheError(f"{path} holds no {' and '.join(PROBED)}. Index again.")
+        check_probe(classifier, tensors, self.results.versions)
+        return classifier
 
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where data set rows lie in the columns.
@@ -249,6 +261,24 @@ class Index:
         They differ where unreadable images were left out.
         """
         return np.searchsorted(self.columns["row"].read(), rows)
+
+
+def check_probe(
+    classifier: Classifier, tensors: Mapping[str, torch.Tensor], versions: Mapping[str, str]
+) -> None:
+    """Compare what a restored classifier returns for a few ID images with what it returned.
+
+    Args:
+        classifier: On its device.
+        tensors: Content of the probe file.
+        versions: Of the libraries when the index was made.
+
+    Raises:
+        StaleCacheError: It differs by more than rounding.
+    """
+    maps = [tensors[name].numpy() for name in sorted(tensors) if name not in PROBED]
+    images, features = (tensors[name].numpy() for name in PROBED)
+    classifier.check_same_outputs(images, features, maps, versions)
 
 
 def open_index(run: Path) -> Index:

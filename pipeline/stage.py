@@ -47,8 +47,7 @@ from ood_heatmap.cache.manifest import (
     write_manifest,
 )
 from ood_heatmap.cache.shards import Column, map_shard, read_attributes, write_shard
-from ood_heatmap.distributed import broadcast as broadcast
-from ood_heatmap.distributed import is_main, rank, world_size
+from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.meter import Meter

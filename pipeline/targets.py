@@ -23,8 +23,7 @@ from ood_heatmap.cache.neighbours import (
     squared_distances,
 )
 from ood_heatmap.cache.shards import Column, bytes_per_row, open_rows
-from ood_heatmap.distributed import barrier, is_main, main_process_first
-from ood_heatmap.distributed import broadcast as broadcast
+from ood_heatmap.distributed import barrier, broadcast, is_main, main_process_first
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import ImageSet, Transform

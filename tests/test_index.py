@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
@@ -250,3 +251,25 @@ def test_a_classifier_that_guesses_is_suspicious_and_one_that_knows_is_not(
     other = replace(images, labels=order.astype(np.int32))
     permuted = build_index(tmp_path / "third", other, classifier, IndexConfig()).results
     assert "100.00% with the best assignment" in permuted["suspicious"][0]
+
+
+def test_a_classifier_that_answers_otherwise_is_refused_whatever_its_hashes_say(run, monkeypatch):
+    index, device = open_index(run), torch.device("cpu")
+    index.classifier(device)
+    normal = torch.nn.functional.conv2d
+
+    def other_library(*arguments, **options):
+        return normal(*arguments, **options) * 1.01
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", other_library)
+    with pytest.raises(StaleCacheError, match="returns other features than when the run was"):
+        index.classifier(device)
+
+
+def test_the_probe_of_an_index_is_a_few_of_its_own_rows(run):
+    probe = load_file(run / "index" / "probe.safetensors")
+    columns = open_index(run).columns
+    rows = np.unique(np.linspace(0, 79, 8).astype(int))
+    for name, found in probe.items():
+        np.testing.assert_array_equal(found.numpy(), columns[name].take(rows))
+    assert {"images", "features", "feature_maps_1"} <= probe.keys()

@@ -224,6 +224,7 @@ def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch
     content = index.manifest.results["classifier"]
     monkeypatch.setitem(content, "num_maps", 0)
     monkeypatch.setitem(index.manifest.inputs["classifier"], "num_maps", 0)
+    monkeypatch.setitem(index.manifest.inputs["classifier"], "maps", [])
     monkeypatch.setattr("ood_heatmap.classifier.find_maps", none)
     decoder = open_decoder(run, index.manifest, CPU).decoder
     methods = scoring.make_localization_methods(index, decoder, CPU, CONFIG)
