@@ -18,7 +18,8 @@ lint: $(VENV)/tested
 # mypy cannot follow the import hook of an editable install: check a plain copy of the package
 types: $(VENV)/tested
 	rm -rf build && $(RUN)/pip install --quiet --no-deps --target build/types .
-	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg -p ood_heatmap
+	cp -r tests benchmarks build/types
+	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg ood_heatmap tests benchmarks
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)

@@ -17,7 +17,6 @@ from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.networks import cifar_resnet18
 from ood_heatmap.pipeline.config import SHARD_MEGABYTES
 from ood_heatmap.pipeline.feed import TrainingSet
-from ood_heatmap.pipeline.shares import split_rows
 
 SIZE, NUM_CLASSES, NUM_FEATURES = 32, 10, 512
 MAP_SHAPE = (64, 8, 8)  # of a feature map
@@ -29,7 +28,8 @@ def random_images(count: int, seed: int) -> NDArray[np.uint8]:
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 216, (count, 3, 4, 4), np.uint8)
     fine = generator.integers(0, 40, (count, 3, SIZE, SIZE), np.uint8)
-    return coarse.repeat(SIZE // 4, axis=2).repeat(SIZE // 4, axis=3) + fine
+    images: NDArray[np.uint8] = coarse.repeat(SIZE // 4, axis=2).repeat(SIZE // 4, axis=3) + fine
+    return images
 
 
 def write_pngs(folder: Path, count: int, seed: int, *, distinct: int | None = None) -> Path:
@@ -71,11 +71,9 @@ def write_columns(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str,
     folder.mkdir(parents=True)
     num_rows = len(next(iter(arrays.values())))
     row_bytes = sum(array[0].nbytes for array in arrays.values())
-    for number, rows in enumerate(
-        split_rows(np.arange(num_rows), row_bytes, SHARD_MEGABYTES, batch_size=256)
-    ):
-        part = slice(rows[0], rows[-1] + 1)
-        pieces = {name: array[part] for name, array in arrays.items()}
+    size = max(1, SHARD_MEGABYTES * 1_000_000 // row_bytes)
+    for number, start in enumerate(range(0, num_rows, size)):
+        pieces = {name: array[start : start + size] for name, array in arrays.items()}
         write_shard(folder / f"part-{number:05d}.h5", pieces)
     return open_rows(sorted(folder.glob("*.h5")))
 

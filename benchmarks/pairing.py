@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import harness
 import numpy as np
@@ -38,14 +39,16 @@ from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.sources import open_images
 
 UInt8 = NDArray[np.uint8]
-PAIRINGS = ("nearest", "random", "any", "scrambled")
+Pairing: TypeAlias = Literal["nearest", "random", "any", "scrambled"]
+Target: TypeAlias = Literal["magnitude", "signed"]
+PAIRINGS: tuple[Pairing, ...] = ("nearest", "random", "any", "scrambled")
 IN_WORDS = {
     "nearest": "nearest of the class",
     "random": "random of the class",
     "any": "nearest of all classes",
     "scrambled": "confused as in the released code",
 }
-TARGETS = ("magnitude", "signed")
+TARGETS: tuple[Target, ...] = ("magnitude", "signed")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def samples_of(options: argparse.Namespace) -> dict[str, UInt8]:
     }
 
 
-def configs(options: argparse.Namespace, target: str, num_maps: int) -> list[TrainConfig]:
+def configs(options: argparse.Namespace, target: Target, num_maps: int) -> list[TrainConfig]:
     """Return the settings of one decoder for each seed."""
     return [
         TrainConfig(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Literal
 
 import data
 import torch
@@ -33,7 +34,11 @@ PAPER = TrainConfig(
     stack="dcgan", target="signed", feature_maps=0, noise=0, region_weight=0, schedule="constant"
 )
 CONFIGS = {"the paper's decoder": PAPER, "the default decoder": TrainConfig()}
-BARS = {"resident": 0.98, "pinned": 0.95, "streaming": 0.95}
+BARS: dict[Literal["resident", "pinned", "streaming"], float] = {
+    "resident": 0.98,
+    "pinned": 0.95,
+    "streaming": 0.95,
+}
 BAR_CPU, BAR_GPU = 10, 30
 
 
@@ -209,7 +214,7 @@ def reference_loop(
             target = (nearest - images) / 2
             loss = weighted_squared_error(decoder(features, prediction), target)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item()
         return size * steps
@@ -221,6 +226,6 @@ def split_classifier(device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Return a random cifar-resnet18 up to its features, and its last layer."""
     torch.manual_seed(0)
     backbone = cifar_resnet18(data.NUM_CLASSES).eval().requires_grad_(False)
-    head = backbone.linear
+    head: nn.Module = backbone.linear  # type: ignore[assignment]
     backbone.linear = nn.Identity()
     return backbone.to(device), head.to(device)

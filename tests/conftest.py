@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).parent.parent
 # test the installed package, whatever kind of install it is
@@ -106,9 +107,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "far", 25, seed=12, size=24)
     (root / "network.py").write_text(NETWORK)
     torch.manual_seed(0)
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(NETWORK, scope)
-    network = scope["network"]()  # type: ignore[operator]
+    network = scope["network"]()
     with torch.no_grad():
         network.linear.weight.mul_(20)  # so that several classes are predicted
     save_file(network.state_dict(), root / "weights.safetensors")

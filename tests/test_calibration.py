@@ -49,7 +49,8 @@ def test_pixels_are_flagged_in_few_id_images():
 def test_too_few_images_for_a_level_have_no_threshold(level, wanted):
     assert num_needed(level) == wanted
     for count in range(max(1, wanted - 2), wanted + 2):
-        calibration = Calibration.fit(np.arange(count), np.arange(count))
+        ascending = np.arange(count, dtype=np.float32)
+        calibration = Calibration.fit(ascending, ascending)
         assert calibration.has_threshold(level) == (count >= wanted)
         assert (calibration.threshold(level) == math.inf) == (count < wanted)
         assert (calibration.pixel_threshold(level) == math.inf) == (count < wanted)
@@ -68,7 +69,7 @@ def test_it_comes_back_from_bytes_and_damaged_ones_are_one_line():
     calibration = Calibration.fit(np.array([3, 1, 2]), np.array([0.3, 0.1, 0.2]))
     loaded = Calibration.from_bytes(calibration.to_bytes(), "name")
     np.testing.assert_array_equal(loaded.scores, [1, 2, 3])
-    np.testing.assert_array_equal(loaded.max_pixel_scores, np.float32([0.1, 0.2, 0.3]))
+    np.testing.assert_array_equal(loaded.max_pixel_scores, np.array([0.1, 0.2, 0.3], np.float32))
     assert calibration.to_bytes() == loaded.to_bytes()
     for content in (b"damaged", b"", save({"scores": np.zeros(1)})):
         with pytest.raises(DamagedCacheError, match="name is not a calibration file"):

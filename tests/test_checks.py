@@ -77,7 +77,7 @@ def test_a_network_that_cannot_be_relied_on_is_refused(network, head, words):
 
 def test_features_are_kept_as_they_were_whatever_changes_them_in_place():
     torch.manual_seed(0)
-    kept = []
+    kept: list[torch.Tensor] = []
 
     class InPlace(Network):
         def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def test_a_network_that_fails_is_one_line_with_its_reason():
 def test_nan_features_name_the_image():
     features = np.zeros((3, 2), np.float32)
     features[1, 0] = np.nan
-    names = {7: "b.png"}
+    names = [""] * 7 + ["b.png"]
     for kind in ("features", "logits"):
         with pytest.raises(OodHeatmapError, match=rf"NaN or infinite {kind} for b\.png"):
             check_finite(features, np.array([4, 7, 9]), names, kind)

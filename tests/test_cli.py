@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from ood_heatmap import __version__
-from ood_heatmap.cli import conclude, main
+from ood_heatmap.cli import conclude, main, plan
 from ood_heatmap.pipeline.results import Results
 
 
@@ -319,8 +319,8 @@ def test_names_that_are_not_utf8_are_printed_escaped(tmp_path):
 def examples():
     """Yield the command lines of the README and of the help texts."""
     texts = [(Path(__file__).parent.parent / "README.md").read_text("utf-8")]
-    groups = [main, main.commands["plan"]]
-    texts += [command.help for group in groups for command in group.commands.values()]
+    commands = [*main.commands.values(), *plan.commands.values()]
+    texts += [command.help or "" for command in commands]
     for text in texts:
         # a line that begins with an option goes on with the line above
         joined = re.sub(r"\s*\\?\n\s+(?=--)", " ", text)
@@ -334,9 +334,9 @@ def test_examples_of_readme_and_help_are_commands_that_parse(line, tmp_path, mon
     for run in ("runs/c10", "RUN", "..."):
         Path(run).mkdir(parents=True, exist_ok=True)
     name, *arguments = shlex.split(line)
-    group = main
+    group: click.Group = main
     if name == "plan":
-        group, (name, *arguments) = main.commands["plan"], arguments
+        group, (name, *arguments) = plan, arguments
     with group.commands[name].make_context(name, arguments) as context:
         assert context.params
 

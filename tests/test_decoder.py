@@ -53,7 +53,9 @@ def test_any_size_is_reached_by_doubling(size):
 def test_a_heatmap_has_the_images_shape_and_range(size, target, low):
     torch.manual_seed(0)
     decoder = make_decoder(DecoderConfig(8, 3, size, target, width=16)).eval()
-    torch.nn.init.normal_(decoder.last.weight, 0, 1e6)  # far into the ends of tanh and sigmoid
+    torch.nn.init.normal_(
+        decoder.get_parameter("last.weight"), 0, 1e6
+    )  # far into the ends of tanh and sigmoid
     heatmap = decoder(torch.rand(5, 8), torch.tensor([0, 1, 2, 0, 1]))
     assert heatmap.shape == (5, 3, size, size)
     assert low <= heatmap.min() < low + 0.1
@@ -132,7 +134,7 @@ def test_the_plain_decoder_sees_where_a_map_is_high_its_deviation_and_noise():
     config = DecoderConfig(4, 2, 16, width=32, map_shapes=((6, 4, 4), (5, 8, 8)), stack="plain")
     assert config.num_inputs == 4 + 6
     decoder = make_decoder(config).eval()
-    torch.nn.init.normal_(decoder.last.weight)
+    torch.nn.init.normal_(decoder.get_parameter("last.weight"))
     features, prediction = torch.rand(1, 4), torch.tensor([1])
     maps = [torch.rand(1, *shape) for shape in config.map_shapes]
     heatmap = decoder(features, prediction, maps)

@@ -19,7 +19,9 @@ def few_images(monkeypatch):
     """Make the demo write few images, two sets of them, and train on them for one epoch."""
     monkeypatch.setattr(demo_module, "demo_images", lambda: islice(demo_images(), 1430, 1450))
     monkeypatch.setattr(
-        demo_module, "train_classifier", lambda *data: train_classifier(*data, epochs=1)
+        demo_module,
+        "train_classifier",
+        lambda folder, weights: train_classifier(folder, weights, epochs=1),
     )
 
 

@@ -21,8 +21,8 @@ def embedded(classifier, count: int, *, batch_size: int, shard: int):
     rows = np.arange(count)
     shards = [rows[start : start + shard] for start in range(0, count, shard)]
     forward, meter = BatchedClassifier(classifier, batch_size), Meter(count, "test")
-    options = {"workers": 2, "skip_unreadable": False}
-    return list(embed(from_array(pixels(count)), shards, forward, meter, **options))
+    images = from_array(pixels(count))
+    return list(embed(images, shards, forward, meter, workers=2, skip_unreadable=False))
 
 
 def test_shards_hold_each_image_with_its_own_output(classifier):

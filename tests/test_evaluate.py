@@ -193,7 +193,7 @@ def test_the_report_shows_images_at_even_steps_of_the_score(data, finished_run):
     assert [image for image, _ in shown] == [paths[row].name for row in wanted]
     np.testing.assert_array_equal([score for _, score in shown], saved[wanted])
     for _, _, score, text in cards:
-        p_value = calibration.p_value(np.float32([score]))[0]
+        p_value = calibration.p_value(np.array([score], np.float32))[0]
         assert f"<dt>p-value</dt><dd>{p_value:.3g}</dd>" in text
 
 

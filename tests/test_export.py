@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -24,10 +25,12 @@ from ood_heatmap.pipeline import export as export_module
 from ood_heatmap.pipeline.export import export
 from ood_heatmap.pipeline.run import read_manifest
 
-CALIBRATION = Calibration.fit(np.linspace(0, 1, 200), np.linspace(0, 1, 200))
+CALIBRATION = Calibration.fit(*np.linspace((0, 0), (1, 1), 200, dtype=np.float32).T)
 
 
-def make_detector(classifier, target: str, num_maps: int) -> HeatmapDetector:
+def make_detector(
+    classifier, target: Literal["signed", "magnitude"], num_maps: int
+) -> HeatmapDetector:
     """Return a detector whose decoder is drawn wide enough for its heatmaps to differ."""
     shapes = classifier.map_shapes[:num_maps]
     config = DecoderConfig(8, 4, 16, target, width=32, map_shapes=shapes)

@@ -1,12 +1,14 @@
 """The feed: every row once an epoch, the right arrays in each row, the same from every feed."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.pipeline import feed
@@ -29,7 +31,7 @@ def example(num_id: int = 11, num_ood: int = 7, num_maps: int = 1) -> TrainingSe
     generator = np.random.default_rng(0)
 
     def columns(count: int) -> dict[str, Rows]:
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "features": generator.normal(size=(count, 3)).astype(np.float32),
             "prediction": generator.integers(4, size=count).astype(np.int32),
             "feature_maps_1": generator.normal(size=(count, 2, 4, 4)).astype(np.float16),

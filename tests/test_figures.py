@@ -70,7 +70,9 @@ def test_shares_of_the_colour_scale():
 
 def test_roc_points_keep_both_ends():
     rng = np.random.default_rng(0)
-    fpr, tpr = roc_points(rng.random(5000), rng.random(5000) + 0.2, count=50)
+    fpr, tpr = roc_points(
+        rng.random(5000, np.float32), rng.random(5000, np.float32) + 0.2, count=50
+    )
     assert len(fpr) <= 51
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
     assert (np.diff(fpr) >= 0).all()

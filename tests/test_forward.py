@@ -2,6 +2,8 @@
 
 import logging
 import threading
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +72,8 @@ def test_each_core_has_a_copy_whose_attributes_are_its_own(threads):
     images = pixels(4 * module.IMAGES_PER_CORE)
     wanted = classifier(torch.from_numpy(images))
     forward = BatchedClassifier(classifier, len(images))
-    both, meet = [forward.idle.get(), forward.idle.get()], threading.Barrier(2)
+    both: list[Any] = [forward.idle.get(), forward.idle.get()]
+    meet = threading.Barrier(2)
     for copy in both:
         copy.network.meet = meet  # breaks unless two pieces are inside at once
         forward.idle.put(copy)
@@ -152,7 +155,7 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
     batch, _ = next(done)
     assert inside.wait(timeout=60)  # the third piece is inside, and the fourth waits
     np.testing.assert_array_equal(batch.rows, rows[0])
-    done.close()
+    done.close()  # type: ignore[attr-defined]
     gate.set()
     batched.executor.submit(int).result()  # behind all that was left
     assert len(calls) == 3
@@ -238,6 +241,6 @@ def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypat
         return forward(images)
 
     monkeypatch.setattr(classifier.network, "forward", half_a_second)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert BatchedClassifier(classifier, 32).rate(seconds=2.0) == 32 / 0.5
     assert clock[0] == 2.0

@@ -158,7 +158,7 @@ def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
 
 def test_the_centre_prior_looks_at_no_image(measured, data):
     prior = scoring.centre_prior(5)
-    assert np.unravel_index(prior.argmax(), prior.shape) == (2, 2)
+    assert prior.argmax() == 2 * 5 + 2
     np.testing.assert_allclose(prior, prior[::-1].T)
     rows = table(measured)[1]
     first, second = (rows["centre prior", name, 0.5, "hard"] for name in ("far", "ood"))

@@ -76,13 +76,13 @@ def test_weights_are_repetitions(id_scores, ood_scores, seed):
 def test_the_two_conventions_of_fpr95_differ_and_are_named():
     # 95 % of 20 ID images are accepted up to a score of 19: 3 of 4 OOD images come in as well.
     # All 4 OOD images are flagged from a score of 5 on: so are 16 of 20 ID images.
-    found = detection_metrics(np.arange(1, 21), np.array([5, 6, 7, 99]))
+    found = detection_metrics(np.arange(1.0, 21), np.array([5.0, 6, 7, 99]))
     assert found.fpr95_id_pos == 3 / 4
     assert found.fpr95_ood_pos == 16 / 20
 
 
 def test_perfect_and_reversed_scores():
-    low, high = np.arange(30), np.arange(100, 140)
+    low, high = np.arange(30.0), np.arange(100.0, 140)
     perfect, reversed_ = detection_metrics(low, high), detection_metrics(high, low)
     assert (perfect.auroc, perfect.fpr95_id_pos, perfect.fpr95_ood_pos) == (1, 0, 0)
     assert (reversed_.auroc, reversed_.fpr95_id_pos, reversed_.fpr95_ood_pos) == (0, 1, 1)
@@ -91,7 +91,7 @@ def test_perfect_and_reversed_scores():
 
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="both sets need images, got 0 ID, 3 OOD"):
-        detection_metrics(np.array([]), np.arange(3))
+        detection_metrics(np.array([]), np.arange(3.0))
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

@@ -1,8 +1,10 @@
 """Nearest neighbours: the truth is a loop over all rows in float64."""
 
+import importlib.metadata
 import subprocess
 import sys
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -130,7 +132,7 @@ def test_ties_go_to_the_lowest_row(data, num_rows, num_queries):
 
 
 def test_distance_is_euclidean_in_float64():
-    bank, query = np.float32([[3, 4], [30, 40]]), np.float32([[0, 0]])
+    bank, query = np.array([[3, 4], [30, 40]], np.float32), np.zeros((1, 2), np.float32)
     found = bank_of(bank, np.zeros(2, int)).nearest(query, np.zeros(1, int))
     assert found.distance.tolist() == [5.0]
     assert found.distance.dtype == np.float64
@@ -140,9 +142,7 @@ def test_a_hit_of_another_class_never_comes_through(monkeypatch):
     query, query_class, bank, bank_class = clusters(0.2)
     searched = bank_of(bank, bank_class)
     wrong = np.full((len(query), 8), 10**6)
-    monkeypatch.setattr(
-        neighbours.faiss, "knn", lambda q, b, k: (np.zeros((len(q), k)), wrong[: len(q), :k])
-    )
+    monkeypatch.setattr(faiss, "knn", lambda q, b, k: (np.zeros((len(q), k)), wrong[: len(q), :k]))
     with pytest.raises((AssertionError, IndexError)):
         searched.nearest(query, query_class)
 
@@ -159,7 +159,7 @@ def test_random_pairs_are_of_the_class_and_do_not_depend_on_the_batch():
 
 
 def test_first_of_equals_keeps_the_first_also_where_hashes_collide(monkeypatch):
-    features = np.float32([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [1, 2]])
+    features = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [1, 2]], np.float32)
     np.testing.assert_array_equal(
         mark_first_of_duplicates(features), [True, True, False, True, False, False]
     )
@@ -210,7 +210,7 @@ def test_two_faiss_packages_are_refused_with_the_way_out(monkeypatch):
             self.metadata = {"Name": name}
 
     both = [Distribution("faiss-cpu"), Distribution("numpy"), Distribution("faiss-gpu")]
-    monkeypatch.setattr(neighbours.importlib.metadata, "distributions", lambda: both)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: both)
     with pytest.raises(OodHeatmapError, match="pip uninstall -y faiss-cpu faiss-gpu"):
         neighbours.check_faiss()
 

@@ -154,7 +154,7 @@ def test_what_a_user_or_the_machine_can_fix_is_one_line(error, line):
     result = CliRunner().invoke(command)
     assert result.exit_code == (2 if isinstance(error, UsageError) else 1)
     assert result.output.splitlines()[-1].startswith(line)
-    assert result.exc_info[0] is SystemExit
+    assert isinstance(result.exception, SystemExit)
 
 
 @pytest.mark.parametrize("error", [EOFError("no data"), OSError("broken image"), KeyError("x")])
@@ -164,6 +164,7 @@ def test_what_only_a_programmer_can_fix_keeps_its_traceback(error):
         raise error
 
     result = CliRunner().invoke(command)
+    assert result.exception is not None
     assert error in (result.exception, result.exception.__cause__)
     assert not isinstance(result.exception, SystemExit)
     assert "Aborted" not in result.output
@@ -273,6 +274,7 @@ def test_choices_of_the_commands_word_for_word():
     }
     for (command, name), choices in expected.items():
         (option,) = (item for item in main.commands[command].params if item.name == name)
+        assert isinstance(option.type, click.Choice)
         assert list(option.type.choices) == choices
 
 
@@ -288,9 +290,10 @@ def test_every_help_is_a_sentence_that_stands_alone(path, command):
     assert f"ood-heatmap {path} " in command.help
     for item in command.params:
         if isinstance(item, click.Option):
-            assert re.fullmatch(r"[A-Z].+\.", item.help), item.opts
+            text = item.help or ""
+            assert re.fullmatch(r"[A-Z].+\.", text), item.opts
             # what begins so needs another line to be understood
-            assert not re.match(r"(Of|On|That|The very|Those) ", item.help), item.opts
+            assert not re.match(r"(Of|On|That|The very|Those) ", text), item.opts
 
 
 def test_settings_import_nothing_heavy():

@@ -1,13 +1,14 @@
 """A plan says what the stage then takes, and leaves everything as it was."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from ood_heatmap.cache.shards import map_shard
-from ood_heatmap.cli import main
+from ood_heatmap.cli import main, plan
 from ood_heatmap.pipeline import plan as module
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.plan import (
@@ -66,7 +67,7 @@ def test_training_takes_what_was_planned(run):
 
 def test_a_resident_feed_counts_as_memory_and_a_streaming_one_does_not(run, monkeypatch):
     monkeypatch.setattr(module, "peak_of_host", lambda: 0)
-    config = {"epochs": 1, "batch_size": 32, "width": 32, "feature_maps": 0}
+    config: dict[str, Any] = {"epochs": 1, "batch_size": 32, "width": 32, "feature_maps": 0}
     resident, streaming = (
         plan_train(run, CPU, TrainConfig(**config, feed=feed)) for feed in ("resident", "streaming")
     )
@@ -95,7 +96,7 @@ def test_plan_takes_the_arguments_of_each_stage_and_writes_nothing(run, data, sp
     }
     before = tree(tmp_path)
     for name, arguments in commands.items():
-        planned, stage = main.commands["plan"].commands[name], main.commands[name]
+        planned, stage = plan.commands[name], main.commands[name]
         assert [item.to_info_dict() for item in planned.params] == [
             item.to_info_dict() for item in stage.params
         ]

@@ -25,7 +25,7 @@ from ood_heatmap.pipeline import predict as predict_module
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.predict import list_images, output_names, predict
 
-CALIBRATION = Calibration.fit(np.linspace(0, 1, 99), np.linspace(0, 1, 99))
+CALIBRATION = Calibration.fit(*np.linspace((0, 0), (1, 1), 99, dtype=np.float32).T)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,8 @@ def test_an_interruption_leaves_whole_files_only(detector, paths, tmp_path, monk
 def test_memory_holds_a_few_batches_however_many_images_there_are(
     detector, paths, tmp_path, monkeypatch
 ):
-    read, written = [], []
+    read: list[int] = []
+    written: list[int] = []
 
     def read_file(path):
         read.append(path)

@@ -278,7 +278,10 @@ def test_scores_that_cannot_be_counted_are_refused(changed, message):
 
 @pytest.mark.parametrize("scale", [1e-6, 0.37, 1.0, 25.0, 3e4])
 def test_the_slider_covers_every_score_in_fine_round_steps(scale):
-    scores = {"id": np.float32([0.1, 0.5]) * np.float32(scale), "far": np.float32([scale])}
+    scores = {
+        "id": np.array([0.1, 0.5], np.float32) * np.float32(scale),
+        "far": np.array([scale], np.float32),
+    }
     low, high, step = slider_of(scores, 0.2 * scale)
     assert low == 0
     assert high >= np.float32(scale)

@@ -149,7 +149,10 @@ def test_scores_that_are_all_the_same():
     scores = {name: {"heatmap": one["msp"]} for name, one in scores.items()}
     assert sanity.check_scores(scores)[0].suspicious
     # confident images differ by very little, and that counts
-    tiny = {"id": {"msp": np.float32([1e-20, 2e-20])}, "far": {"msp": np.float32([1e-9])}}
+    tiny = {
+        "id": {"msp": np.array([1e-20, 2e-20], np.float32)},
+        "far": {"msp": np.array([1e-9], np.float32)},
+    }
     assert sanity.check_scores(tiny) == []
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ from ood_heatmap.pipeline.stage import ShardTask, Stage, require_rows
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.sources import open_images
 
-INPUTS = {"classifier": {"weights": "a" * 64, "mean": [0.5, 0.5]}, "options": {"shard_mb": 8}}
+INPUTS: dict[str, Any] = {
+    "classifier": {"weights": "a" * 64, "mean": [0.5, 0.5]},
+    "options": {"shard_mb": 8},
+}
 
 
 def start(run: Path, inputs=INPUTS, *, overwrite: bool = False) -> Stage:

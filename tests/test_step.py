@@ -174,13 +174,15 @@ def test_the_ceiling_takes_a_tenth_of_a_short_training_and_two_seconds_of_a_long
     assert clock.seconds == (module.WARM_UP + counted) * 2**-7
 
 
-class Small:
+class Small(torch.nn.Module):
     """Stands in for a decoder on a device with memory for a few images only."""
 
     def __init__(self, decoder: Decoder, memory: int) -> None:
-        self.decoder, self.memory, self.sizes = decoder, memory, []
+        super().__init__()
+        self.decoder, self.memory = decoder, memory
+        self.sizes: list[int] = []
 
-    def __call__(self, features: torch.Tensor, *inputs: object) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, *inputs: object) -> torch.Tensor:
         self.sizes.append(len(features))
         if len(features) > self.memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -223,7 +225,7 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     step = make_eager_step(decoder, make_adam(decoder, config), config)
     whole, parts = example(), []
     for part in (slice(0, size - 1), slice(size - 1, size)):
-        batch = TrainingBatch(*(item[part] for item in whole.tensors))
+        batch = TrainingBatch(*(item[part] for item in whole.tensors))  # type: ignore[arg-type]
         parts.append(step(batch).item())
     with torch.no_grad():
         found = decoder(whole.features, whole.prediction)[:size]

@@ -8,7 +8,7 @@ import torch
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
-from ood_heatmap.pipeline.run import open_index, open_targets
+from ood_heatmap.pipeline.run import Index, open_index, open_targets
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
 from ood_heatmap.sources import from_array, open_images
@@ -85,7 +85,7 @@ def test_fewer_images_than_asked_for_is_one_line(data, run):
 def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monkeypatch):
     index = open_index(run)
     lost = int(np.bincount(open_targets(run, index).columns["prediction"].read()).argmax())
-    bank_of = module.Index.bank
+    bank_of = Index.bank
 
     def without_the_class(self, device):
         bank = bank_of(self, device)
@@ -94,7 +94,7 @@ def test_a_class_without_id_images_searches_all(data, spec, run, tmp_path, monke
         bank.classes = np.array([label for label in bank.classes if label != lost])
         return bank
 
-    monkeypatch.setattr(module.Index, "bank", without_the_class)
+    monkeypatch.setattr(Index, "bank", without_the_class)
     config = TargetsConfig(patched=0.0, batch_size=8, overwrite=True, seed=1)
     manifest = build_targets(run, open_images(str(data / "ood")), CPU, config)
     columns = columns_of(run)[1]

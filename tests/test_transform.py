@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_random_shapes_against_torchvision():
         width, height, size = (int(value) for value in generator.integers(1, (300, 300, 100)))
         # smaller than the crop at times: torchvision then pads with zeros
         resize = int(size * generator.uniform(0.7, 1.4)) + 1
-        interpolation = ("bilinear", "bicubic")[number % 2]
+        interpolation: Literal["bilinear", "bicubic"] = "bicubic" if number % 2 else "bilinear"
         image = photograph(width, height, seed=number)
         theirs = v2.Compose(
             [v2.Resize(resize, InterpolationMode(interpolation)), v2.CenterCrop(size)]
@@ -214,7 +215,7 @@ def test_json_round_trip():
 
 
 def test_json_of_the_first_version_is_a_center_crop():
-    content = {"size": 224, "resize": 256, "interpolation": "bicubic"}
+    content: dict[str, Any] = {"size": 224, "resize": 256, "interpolation": "bicubic"}
     assert Transform(**content) == Transform(224, 256, "bicubic", "center", "#000000")
 
 
