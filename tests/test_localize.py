@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import interpolate
 
 from ood_heatmap.detector import HeatmapDetector
@@ -217,7 +216,7 @@ def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch
     measure(run, data, LocalizeConfig(count=2, batch_size=16))
     assert {row["method"] for row in table(run)[0]["table"]} == set(METHODS)
 
-    def none(network: nn.Module, probe: torch.Tensor, count: int):
+    def none(*_: object):
         raise OodHeatmapError("no spatial feature maps")
 
     index = open_index(run)
