@@ -265,24 +265,33 @@ def locked(directory: Path) -> Iterator[None]:
         if error.errno == errno.ELOOP:
             raise OodHeatmapError(f"{path} is a symbolic link. Remove it.") from error
         raise write_error(path, error) from error
-    with open(descriptor, "r+", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read().strip() or "another process"
-            raise OodHeatmapError(
-                f"{directory} is being written by {holder}. Wait for it, or name another directory."
-            ) from None
-        except OSError as error:
-            raise OodHeatmapError(
-                f"{directory} is on a file system without locks ({error.strerror}). "
-                "Name a directory on another one."
-            ) from error
+    try:
+        _lock(descriptor, directory)
         _describe_holder(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
         try:
             yield
         finally:
             _describe_holder(descriptor, "")
+    finally:
+        # closing drops the lock; an error of it must not hide why the block failed
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise OodHeatmapError(
+            f"{directory} is being written by {text or 'another process'}. "
+            "Wait for it, or name another directory."
+        ) from None
+    except OSError as error:
+        raise OodHeatmapError(
+            f"{directory} is on a file system without locks ({error.strerror}). "
+            "Name a directory on another one."
+        ) from error
 
 
 def _describe_holder(descriptor: int, text: str) -> None:

@@ -26,6 +26,8 @@ from ood_heatmap.errors import DamagedCacheError
 
 FORMAT = 1
 Array = NDArray[Any]
+# what h5py raises for a damaged file: a header with a fitting checksum can still hold anything
+_UNREADABLE = (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -144,16 +146,23 @@ def _layout_of(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dt
             return {
                 name: (item.id.get_offset(), item.shape, item.dtype) for name, item in file.items()
             }
-    # a header with a fitting checksum can still hold anything
-    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        refused = system_error(error)
-        # what the system refuses to read is not damaged: never advise to delete it
-        if refused is not None and refused.errno not in (None, errno.ENOENT):
-            raise read_error(path, refused) from error
+    except _UNREADABLE as error:
+        _raise_if_refused(path, error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedCacheError(
             f"{path} cannot be read as a shard ({reason}). Delete it and start the stage again."
         ) from error
+
+
+def _raise_if_refused(path: Path, error: Exception) -> None:
+    """Raise what the system refuses to read as such: it is not damaged, never advise to delete it.
+
+    Raises:
+        OodHeatmapError: The system refused to open or read the file.
+    """
+    refused = system_error(error)
+    if refused is not None and refused.errno not in (None, errno.ENOENT):
+        raise read_error(path, refused) from error
 
 
 def _map_file(path: Path) -> NDArray[np.uint8]:
@@ -199,11 +208,16 @@ def _view(
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """Return the attributes of a shard's file; empty when it cannot be read."""
+    """Return the attributes of a shard's file; empty when it is not a shard.
+
+    Raises:
+        OodHeatmapError: The system refused to read it.
+    """
     try:
         with h5py.File(path, "r") as file:
             return dict(file.attrs)
-    except (OSError, RuntimeError, ValueError):
+    except _UNREADABLE as error:
+        _raise_if_refused(path, error)
         return {}
 
 
