@@ -469,8 +469,11 @@ def demo(context: click.Context, run: Path, device: str) -> None:
         ood-heatmap demo runs/demo
     """
     from ood_heatmap.demo import demo_commands
+    from ood_heatmap.devices import choose_device
     from ood_heatmap.pipeline.demo import prepare_demo
 
+    # a device that does not exist is refused before anything is written
+    choose_device(device)
     data = prepare_demo(run)
     for name, *arguments in demo_commands(run, data):
         arguments += ["--device", device]
