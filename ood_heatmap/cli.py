@@ -131,6 +131,7 @@ def index(
         ood-heatmap index runs/own --id photos/train --classifier model.py:make_model
         --weights model.safetensors --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --size 224
     """
+    from ood_heatmap.checkpoints import first_few
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.index import build_index
     from ood_heatmap.pipeline.inputs import open_classifier, open_source
@@ -144,6 +145,9 @@ def index(
             f"features (input of {network.head}), {network.config.transform.size} px, mean "
             f"{network.config.mean}, std {network.config.std}, on {torch_device}"
         )
+        shapes = ("x".join(map(str, shape)) for shape in network.map_shapes)
+        maps = [f"{name} {shape}" for name, shape in zip(network.map_names, shapes, strict=True)]
+        click.echo(f"feature maps: {', '.join(maps) or 'none'}")
         results = IndexResults.of(build_index(run, images, network, config))
     counts, accuracy = results.class_counts, results.accuracy
     click.echo(f"{results.num_images} ID images, {results.backend}")
@@ -153,7 +157,7 @@ def index(
     click.echo(f"images predicted as each class: {min(counts)} to {max(counts)}")
     empty = [str(label) for label, count in enumerate(counts) if count == 0]
     if empty:
-        click.echo(f"no image is predicted as class {', '.join(empty)}")
+        click.echo(f"no image is predicted as class {first_few(empty, 10)}")
     conclude(results, f"targets {run} --ood SOURCE", allow_suspicious=config.allow_suspicious)
 
 
