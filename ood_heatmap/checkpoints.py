@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 _NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network")
 # heads of GoogLeNet and Inception v3 that run in training alone; files come with and without them
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -111,41 +112,53 @@ def put_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         OodHeatmapError: Names missing and unexpected keys, or keys of another shape.
     """
     own = network.state_dict()
-    state = _strip_prefix(state, own)
+    state = _to_own_names(state, own)
+    state = {
+        name: value
+        for name, value in state.items()
+        if name in own or not name.startswith(_AUXILIARY_HEADS)
+    }
     missing = [
         name for name in own if name not in state and not name.endswith("num_batches_tracked")
     ]
-    unexpected = [
-        name for name in state if name not in own and not name.startswith(_AUXILIARY_HEADS)
-    ]
+    unexpected = [name for name in state if name not in own]
     reshaped = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
-    if missing or unexpected or reshaped:
+    if not (missing or unexpected or reshaped):
+        # updated in place: the network's own dict carries the versions of its modules
+        own.update(state)
+        network.load_state_dict(own)
+        return
+    try:
+        # modules may know their names of earlier versions, as torchvision's transformers do
+        network.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
         faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
         text = "; ".join(f"{fault}: {first_few(names)}" for fault, names in faults.items() if names)
         raise OodHeatmapError(
             f"{path} does not fit the classifier ({text}). Check --classifier and --num-classes."
-        )
-    # updated in place: the network's own dict carries the versions of its modules
-    own.update({name: value for name, value in state.items() if name in own})
-    network.load_state_dict(own)
+        ) from error
 
 
-def _strip_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without what wrappers put before or into its names.
+def _to_own_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the network's own names, as far as it is known how.
 
     DataParallel puts ``module.`` before all names, Lightning the name of an attribute, such as
-    ``model.``, and ``torch.compile`` puts ``_orig_mod.`` anywhere.
+    ``model.``, and ``torch.compile`` puts ``_orig_mod.`` anywhere. torchvision's files of DenseNet
+    have names with more dots than its networks.
 
     Args:
         state: Weights by name.
         own: The network's, whose names are wanted.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
-    candidates = [state]
+    candidates = [
+        state,
+        {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in state.items()},
+    ]
     while len({name.partition(".")[:2] for name in state}) == 1 and "." in next(iter(state)):
         state = {name.partition(".")[2]: value for name, value in state.items()}
         candidates.append(state)

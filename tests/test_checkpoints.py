@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,23 @@ def test_auxiliary_heads_of_training_may_be_in_the_file_or_not():
     assert torch.equal(network.weight, state["weight"])
     with pytest.raises(OodHeatmapError, match=r"unexpected: other\.weight"):
         put_weights(network, {**state, "other.weight": torch.zeros(3)}, Path("w.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "old"),
+    [
+        ("densenet121", r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2"),
+        ("vit_b_32", r"mlp\.0", "mlp.linear_1"),
+    ],
+)
+def test_torchvisions_own_files_of_an_earlier_version_load(name, new, old):
+    """Names as ``densenet._load_state_dict`` and ``MLPBlock`` of torchvision take them."""
+    network, other = (models.get_model(name, num_classes=2) for _ in range(2))
+    state = other.state_dict()
+    file = {re.sub(new, old, key).replace("mlp.3", "mlp.linear_2"): state[key] for key in state}
+    assert file.keys() != state.keys()
+    put_weights(network, file, Path("w.pth"))
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
 def test_a_module_that_asks_for_the_version_of_its_weights_gets_it():
