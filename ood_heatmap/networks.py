@@ -17,7 +17,7 @@ from ood_heatmap.images import Transform
 from ood_heatmap.user_code import UserCode, describe_error
 
 
-class ResidualBlock(nn.Module):
+class _ResidualBlock(nn.Module):
     """Convolutions with batch norm beside a shortcut.
 
     Args:
@@ -53,7 +53,7 @@ class ResidualBlock(nn.Module):
         return functional.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class _ResNet(nn.Module):
     """A ResNet for small images.
 
     Args:
@@ -80,13 +80,13 @@ class ResNet(nn.Module):
             for block in range(depth):
                 channels = [before, *[width] * (len(kernels) - 1), after]
                 stride = 2 if number > 1 and block == 0 else 1
-                blocks.append(ResidualBlock(kernels, channels, stride))
+                blocks.append(_ResidualBlock(kernels, channels, stride))
                 before = after
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         self.linear = nn.Linear(before, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``(B, L)`` of normalised images ``(B, 3, H, W)``."""
+        """Return logits ``(B, L)`` of normalized images ``(B, 3, H, W)``."""
         x = self.pool(functional.relu(self.bn1(self.conv1(x))))
         for number in range(1, 5):
             x = self.get_submodule(f"layer{number}")(x)
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         return logits
 
 
-class WideBlock(nn.Module):
+class _WideBlock(nn.Module):
     """Norm, ReLU and convolution, twice, beside a shortcut; the second convolution strides."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -111,11 +111,11 @@ class WideBlock(nn.Module):
         """Map ``(B, before, h, w)`` to ``(B, after, h / stride, w / stride)``."""
         y = self.conv1(functional.relu(self.bn1(x)))
         y = self.conv2(functional.relu(self.bn2(y)))
-        sum_: Tensor = y + self.shortcut(x)
-        return sum_
+        total: Tensor = y + self.shortcut(x)
+        return total
 
 
-class WideResNet(nn.Module):
+class _WideResNet(nn.Module):
     """A wide ResNet for 32-pixel images.
 
     Args:
@@ -131,14 +131,14 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1)
         widths = (16, 16 * widen, 32 * widen, 64 * widen)
         for number, (before, after) in enumerate(pairwise(widths), start=1):
-            first = WideBlock(before, after, 1 if number == 1 else 2)
-            rest = [WideBlock(after, after, 1) for _ in range((depth - 4) // 6 - 1)]
+            first = _WideBlock(before, after, 1 if number == 1 else 2)
+            rest = [_WideBlock(after, after, 1) for _ in range((depth - 4) // 6 - 1)]
             self.add_module(f"layer{number}", nn.Sequential(first, *rest))
         self.bn1 = nn.BatchNorm2d(widths[-1])
         self.linear = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``(B, L)`` of normalised images ``(B, 3, 32, 32)``."""
+        """Return logits ``(B, L)`` of normalized images ``(B, 3, 32, 32)``."""
         x = self.conv1(x)
         for number in range(1, 4):
             x = self.get_submodule(f"layer{number}")(x)
@@ -149,22 +149,22 @@ class WideResNet(nn.Module):
 
 def cifar_resnet18(num_classes: int = 10) -> nn.Module:
     """Return ResNet-18 for 32-pixel images: 512 features."""
-    return ResNet((2, 2, 2, 2), bottleneck=False, num_classes=num_classes)
+    return _ResNet((2, 2, 2, 2), bottleneck=False, num_classes=num_classes)
 
 
-def cifar_resnet50_64px(num_classes: int = 200) -> nn.Module:
+def _cifar_resnet50_64px(num_classes: int = 200) -> nn.Module:
     """Return ResNet-50 for 64-pixel images: 2048 features."""
-    return ResNet((3, 4, 6, 3), bottleneck=True, num_classes=num_classes, pooled=True)
+    return _ResNet((3, 4, 6, 3), bottleneck=True, num_classes=num_classes, pooled=True)
 
 
-def wrn_40_2(num_classes: int = 10) -> nn.Module:
+def _wrn_40_2(num_classes: int = 10) -> nn.Module:
     """Return WRN-40-2 for 32-pixel images: 128 features."""
-    return WideResNet(40, 2, num_classes)
+    return _WideResNet(40, 2, num_classes)
 
 
 @dataclass(frozen=True)
-class BuiltIn:
-    """A network with what belongs to it; the reference normalises all of them alike."""
+class _BuiltIn:
+    """A network with what belongs to it; the reference normalizes all of them alike."""
 
     build: Callable[[int], nn.Module]
     num_classes: int
@@ -174,9 +174,9 @@ class BuiltIn:
 
 
 BUILT_IN = {
-    "cifar-resnet18": BuiltIn(cifar_resnet18, 10, 32),
-    "cifar-resnet50-64px": BuiltIn(cifar_resnet50_64px, 200, 64),
-    "wrn-40-2": BuiltIn(wrn_40_2, 10, 32),
+    "cifar-resnet18": _BuiltIn(cifar_resnet18, 10, 32),
+    "cifar-resnet50-64px": _BuiltIn(_cifar_resnet50_64px, 200, 64),
+    "wrn-40-2": _BuiltIn(_wrn_40_2, 10, 32),
 }
 
 
