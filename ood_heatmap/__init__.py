@@ -9,7 +9,7 @@ result.score, result.is_ood, result.p_value, result.heatmap, result.prediction
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["HeatmapDetector", "__version__"]
 
 if TYPE_CHECKING:
