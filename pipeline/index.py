@@ -37,6 +37,7 @@ from ood_heatmap.pipeline.stage import (
     stage_content,
 )
 from ood_heatmap.sanity import Finding, check_classification, texts
+from ood_heatmap.user_code import trusting_code
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +218,11 @@ def _write_probe(stage: Stage, columns: Mapping[str, Rows], classifier: Classifi
     names = [name for name in columns if name in PROBED or name.startswith("feature_maps_")]
     tensors = {name: torch.from_numpy(columns[name].take(rows)) for name in names}
     save_tensors(stage.directory / PROBE, tensors, record=partial(stage.record, PROBE))
-    restored = restore_classifier(
-        classifier.config, stage.directory / WEIGHTS, stage.inputs["classifier"]
-    )
+    # its code has just run, even if that could not be remembered
+    with trusting_code():
+        restored = restore_classifier(
+            classifier.config, stage.directory / WEIGHTS, stage.inputs["classifier"]
+        )
     check_probe(restored.to(classifier.device), tensors, library_versions())
 
 

@@ -225,6 +225,16 @@ def test_without_a_place_to_remember_only_the_flag_works(
         restore_classifier(described(code), saved)
 
 
+def test_an_index_is_finished_without_a_place_to_remember(data, spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
+    arguments = ["--id", data / "far", "--classifier", spec, "--device", "cpu"]
+    arguments += ["--weights", data / "weights.safetensors", "--ignore-labels"]
+    command = [str(item) for item in ["index", tmp_path / "run", *arguments]]
+    result = CliRunner().invoke(main, [*command, "--allow-suspicious"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "index" / "manifest.json").is_file()
+
+
 def test_what_is_remembered_lies_where_the_system_says(tmp_path, monkeypatch):
     code = write(tmp_path, net=SIMPLE)
     for variable in ("XDG_STATE_HOME", "HOME"):
