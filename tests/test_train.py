@@ -207,10 +207,6 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_do(run):
     train_decoder(run, CPU, TrainConfig(**SMALL))
 
 
-def interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
-
-
 def stop_after(epochs: int, run, config, monkeypatch) -> None:
     """Train until a checkpoint holds some epochs, as a kill would leave it."""
     check_loss = module.check_loss
