@@ -240,14 +240,17 @@ def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
     assert found["pixel_threshold"] == pytest.approx(np.sort(peaks["id"])[-16], rel=1e-5)
     assert found["num_calibration"] == 80
     assert found["level"] == 0.2
-    count = int((results["test"].score > threshold).sum())
+    # counted in the saved scores: another batch rounds otherwise, and one may lie at the threshold
+    above = {
+        name: scores(run, name)["heatmap"] > found["threshold"] for name in ("id", "far", "near")
+    }
+    count = int(above["id"].sum())
     assert found["false_alarm"]["rate"] == count / 30
     low, high = found["false_alarm"]["interval"]
     assert low == pytest.approx(beta.ppf(0.025, count, 31 - count) if count else 0)
     assert high == pytest.approx(beta.ppf(0.975, count + 1, 30 - count) if count < 30 else 1)
-    for name, folder in {"far": "far", "near": "ood"}.items():
-        rate = (results[folder].score > threshold).mean()
-        assert found["detection"][name]["rate"] == pytest.approx(rate)
+    for name in ("far", "near"):
+        assert found["detection"][name]["rate"] == pytest.approx(above[name].mean())
     assert "threshold" in format_decisions(found)
     calibration = Calibration.from_bytes((run / CALIBRATION_FILE).read_bytes(), "")
     np.testing.assert_allclose(calibration.scores, np.sort(results["id"].score), rtol=1e-5)
