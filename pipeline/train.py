@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -231,7 +231,7 @@ def run_epochs(
         generator = noise_generator(config.seed, epoch, device)
         # summed on the device: .item() would wait for the GPU in every step
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(show_progress(islice(batches, num_batches), epoch, config)):
+        for number, batch in enumerate(show_progress(batches, num_batches, epoch, config)):
             now = epoch * num_batches + number
             set_lr(optimizer, lr_at(now, config.epochs * num_batches, config))
             total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
@@ -270,14 +270,15 @@ def prepare_step(
 
 
 def show_progress(
-    batches: Iterable[TrainingBatch], epoch: int, config: TrainConfig
+    batches: Iterator[TrainingBatch], num_batches: int, epoch: int, config: TrainConfig
 ) -> Iterable[TrainingBatch]:
-    """Show a progress bar in images, on rank 0."""
+    """Return the batches of an epoch, with a progress bar in images on rank 0."""
     shown: Iterable[TrainingBatch] = tqdm(
-        batches,
+        islice(batches, num_batches),
         f"train {epoch + 1}/{config.epochs}",
+        num_batches,
         leave=False,
-        disable=None if is_main() else True,
+        disable=None if is_main() and log.isEnabledFor(logging.INFO) else True,
         unit_scale=config.batch_size,
         unit=" images",
     )

@@ -478,3 +478,14 @@ def test_the_cosine_schedule_rises_for_a_tenth_and_ends_near_nothing():
     assert rates[55] == pytest.approx(1.0)  # half of the way down
     assert 0 < rates[99] < 0.001
     assert {lr_at(step, 100, replace(config, schedule="constant")) for step in (0, 50, 99)} == {2.0}
+
+
+def test_an_epochs_progress_has_an_end(monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        module, "tqdm", lambda items, label, total, **_: shown.update(total=total) or items
+    )
+    batches = iter(range(10))
+    assert list(module.show_progress(batches, 4, 0, TrainConfig())) == [0, 1, 2, 3]
+    assert shown["total"] == 4
+    assert next(batches) == 4
