@@ -23,14 +23,14 @@ from ood_heatmap.errors import OodHeatmapError
 
 log = logging.getLogger(__name__)
 
-LOCK_NAME = ".lock"
-# how HDF5, FAISS, PyTorch and safetensors quote the operating system in errors of their own
+_LOCK_NAME = ".lock"
+# how HDF5, FAISS, PyTorch and safetensors quote an errno in the text of their own exceptions
 _QUOTED_ERRNO = re.compile(r"(?:errno ?=? ?|os error )(\d+)", re.IGNORECASE)
 _QUOTED_TEXT = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO)}
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a directory, is on the disk."""
+    """Flush a file, or the entries of a directory, to disk (``os.fsync``)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,19 +40,19 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, record: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; put it in place only if the block succeeds.
+    """Yield a temporary path beside ``path``, renamed to ``path`` only if the block succeeds.
 
     Args:
         path: The file to write or replace.
-        record: Called with the finished temporary file just before it gets its name.
+        record: Called with the complete temporary file just before the rename.
 
     Raises:
         OodHeatmapError: The disk is full, or the directory is missing or read-only.
     """
-    # the name is fixed for a path, so that a killed run's leftover is overwritten by the next one
-    scratch = path.with_name(scratch_name(path.name))
+    # deterministic name: the leftover of a killed run is overwritten by the next run
+    scratch = path.with_name(_scratch_name(path.name))
     try:
-        # a leftover, or a link that somebody put there: a library would write through it
+        # unlink a leftover or a planted symbolic link: a library would write through it
         scratch.unlink(missing_ok=True)
         yield scratch
         sync(scratch)
@@ -65,25 +65,25 @@ def replacing(path: Path, *, record: Callable[[Path], None] | None = None) -> It
         refused = system_error(error)
         if refused is None:
             raise
-        raise write_error(path, refused) from error
+        raise _write_error(path, refused) from error
     finally:
-        # on a read-only disk this fails too, and must not hide why
+        # fails as well on a read-only disk, and must not hide the first error
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
 
 
-def scratch_name(name: str) -> str:
-    """Return the name of the temporary file of a file; 255 bytes at most, as file systems allow."""
+def _scratch_name(name: str) -> str:
+    """Return the name of a file's temporary file, within the 255 bytes that file systems allow."""
     if len(os.fsencode(name)) > 240:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}.tmp"
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Return what the operating system said when a library wraps it in an error of its own.
+    """Return the OSError behind an exception, also where a library wraps it; otherwise None.
 
-    HDF5, FAISS and PyTorch raise RuntimeError and safetensors its own class, with the errno in the
-    text alone. None for every other error.
+    HDF5, FAISS and PyTorch raise RuntimeError and safetensors raises its own class, with the errno
+    only in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error
@@ -97,37 +97,44 @@ def system_error(error: BaseException) -> OSError | None:
     return error if isinstance(error, OSError) else None
 
 
-def write_error(path: Path, error: OSError) -> OodHeatmapError:
-    """Return the one line for a write that the operating system refused."""
+def _write_error(path: Path, error: OSError) -> OodHeatmapError:
+    """Return the error for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""
         with contextlib.suppress(OSError):
             free = f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free)"
         return OodHeatmapError(
-            f"no space left for {path}{free}. What is finished is kept: "
-            "make room and start the same command again."
+            f"no space left for {path}{free}. Finished files are kept: "
+            "make room and run the same command again."
         )
     return OodHeatmapError(f"cannot write {path}: {error.strerror or error}.")
 
 
 def read_error(path: Path, error: OSError) -> OodHeatmapError:
-    """Return the one line for a read that the operating system refused: not a damaged file."""
+    """Return the error for a failed read; the file itself need not be damaged."""
     return OodHeatmapError(f"cannot read {path}: {error.strerror or error}.")
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents, or say in one line why not."""
+    """Create a directory and its parents.
+
+    Raises:
+        OodHeatmapError: The directory cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise write_error(path, error) from error
+        raise _write_error(path, error) from error
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory in one step as far as a reader can see, or say in one line why not.
+    """Remove a directory atomically, as seen by readers.
 
-    It first gets a hidden name, so that a kill in the middle leaves no half of it in sight. A
-    symbolic link to a directory is removed, and what it points to is kept.
+    It is renamed to a hidden name first, so that a kill in between leaves no partial directory. Of
+    a symbolic link only the link is removed.
+
+    Raises:
+        OodHeatmapError: The directory cannot be removed.
     """
     discarded = path.with_name(f".{path.name}.discarded")
     try:
@@ -140,22 +147,27 @@ def remove_directory(path: Path) -> None:
             elif discarded.exists():
                 shutil.rmtree(discarded)
     except OSError as error:
-        raise write_error(path, error) from error
+        raise _write_error(path, error) from error
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    """Raise before the work, not after it, when ``num_bytes`` do not fit on the disk."""
+    """Fail before the work starts if ``num_bytes`` do not fit on the disk.
+
+    Raises:
+        OodHeatmapError: The disk has less free space.
+    """
     free = shutil.disk_usage(directory).free
     if num_bytes > free:
         raise OodHeatmapError(
             f"{directory} needs {num_bytes / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB "
-            "free. Make room, or name a run directory on another disk."
+            "free. Make room, or choose a run directory on another disk."
         )
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:
-    """Reserve blocks for a whole file, so that a full disk shows now and not in the middle."""
-    if hasattr(os, "posix_fallocate"):  # not on macOS
+    """Allocate the blocks of a whole file, so that a full disk raises before the first write."""
+    # missing on macOS
+    if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
 
 
@@ -166,7 +178,7 @@ def write_bytes(
 
     Args:
         path: The file to write or replace.
-        content: All of it.
+        content: Content of the file.
         record: As for ``replacing``.
     """
     with replacing(path, record=record) as scratch:
@@ -174,7 +186,7 @@ def write_bytes(
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
-    """Return the content of a JSON file."""
+    """Serialize to the bytes of a JSON file."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -190,26 +202,26 @@ def save_tensors(
     *,
     record: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a safetensors file atomically; the same tensors give the same bytes.
+    """Write a safetensors file atomically and deterministically.
 
-    safetensors' own writer puts a temporary file of mode 0600 beside the path and leaves it there
-    when it is killed.
+    ``safetensors.torch.save_file`` would create a temporary file of mode 0600 beside the path and
+    leave it there when killed.
 
     Args:
         path: The file to write or replace.
         tensors: On any device; written in row-major order.
-        metadata: One entry at most: several come in a different order every time.
+        metadata: At most one entry: safetensors writes several in random order.
         record: As for ``replacing``.
     """
     on_host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_bytes(path, save(on_host, dict(metadata) if metadata else None), record=record)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's bytes.
+def hash_file(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file.
 
     Raises:
-        OodHeatmapError: It cannot be read.
+        OodHeatmapError: The file cannot be read.
     """
     try:
         digest = hashlib.sha256()
@@ -222,17 +234,18 @@ def sha256_of(path: Path) -> str:
 
 
 def remove_scratch(directory: Path) -> None:
-    """Remove what a killed run left half-written; call it while holding the lock."""
-    for pattern in (".*.tmp", ".tmp??????"):  # ours, and safetensors' of earlier versions
+    """Remove the temporary files of killed runs; call it while holding the lock."""
+    # ours, and those of safetensors' own writer, used by earlier versions
+    for pattern in (".*.tmp", ".tmp??????"):
         for scratch in directory.rglob(pattern):
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append text to a file and wait until it is on the disk.
+    """Append text to a file and flush it to disk.
 
-    A symbolic link is not followed: a run directory may come from somebody else.
+    Symbolic links are not followed: a run directory may come from an untrusted source.
 
     Raises:
         OodHeatmapError: The disk is full or read-only, or the path is a link.
@@ -244,27 +257,27 @@ def append_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise write_error(path, error) from error
+        raise _write_error(path, error) from error
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the only right to write in a directory.
+    """Hold the exclusive write lock of a directory.
 
-    HDF5's own locks can be switched off, and then a second writer destroys the first one's file.
-    The kernel drops this lock with the process, so a killed run leaves none behind.
+    HDF5's own locks can be switched off, and then a second writer corrupts the first one's file.
+    The kernel releases this lock when the process ends, so a killed run leaves no stale lock.
 
     Raises:
-        OodHeatmapError: Another process holds it (named by host and process id), or the lock file
-            cannot be opened or locked.
+        OodHeatmapError: Another process holds the lock (named by host and process id), or the lock
+            file cannot be opened or locked.
     """
-    path = directory / LOCK_NAME
+    path = directory / _LOCK_NAME
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OodHeatmapError(f"{path} is a symbolic link. Remove it.") from error
-        raise write_error(path, error) from error
+            raise OodHeatmapError(f"{path} is a symbolic link. Remove the link.") from error
+        raise _write_error(path, error) from error
     try:
         _lock(descriptor, directory)
         _describe_holder(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
@@ -273,7 +286,7 @@ def locked(directory: Path) -> Iterator[None]:
         finally:
             _describe_holder(descriptor, "")
     finally:
-        # closing drops the lock; an error of it must not hide why the block failed
+        # closing releases the lock; a failure to close must not hide an error of the block
         with contextlib.suppress(OSError):
             os.close(descriptor)
 
@@ -285,17 +298,17 @@ def _lock(descriptor: int, directory: Path) -> None:
         text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         raise OodHeatmapError(
             f"{directory} is being written by {text or 'another process'}. "
-            "Wait for it, or name another directory."
+            "Wait for it, or use another directory."
         ) from None
     except OSError as error:
         raise OodHeatmapError(
             f"{directory} is on a file system without locks ({error.strerror}). "
-            "Name a directory on another one."
+            "Choose a directory on another file system."
         ) from error
 
 
 def _describe_holder(descriptor: int, text: str) -> None:
-    # for the message of a second writer alone: a full disk must not end the work here
+    # only for the message to a second writer: a full disk must not abort the run here
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)

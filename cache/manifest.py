@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ood_heatmap.cache.files import read_error, sha256_of, write_json
+from ood_heatmap.cache.files import hash_file, read_error, write_json
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 
 FORMAT = 2
@@ -24,45 +24,43 @@ _TYPES = {
 }
 
 
-def fingerprint_of(content: object) -> str:
-    """Return the sha256 of anything JSON can say, independent of the order of its keys."""
+def hash_json(content: object) -> str:
+    """Return the sha256 of a JSON value, independent of key order."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The size in bytes and the hexadecimal sha256 of a finished file."""
+    """Hexadecimal sha256 and size in bytes of a finished file."""
 
     sha256: str
     num_bytes: int
 
     @staticmethod
-    def of(path: Path) -> "FileRecord":
-        """Return the record of a file as it is now."""
-        return FileRecord(sha256_of(path), path.stat().st_size)
+    def from_file(path: Path) -> "FileRecord":
+        """Hash a file and return its record."""
+        return FileRecord(hash_file(path), path.stat().st_size)
 
-    def fits(self, path: Path) -> bool:
-        """Tell whether a file is there, and is the one that was recorded."""
-        return path.is_file() and self == FileRecord.of(path)
+    def matches(self, path: Path) -> bool:
+        """Return whether a file exists and has the recorded size and hash."""
+        return path.is_file() and self == FileRecord.from_file(path)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The table of contents of a finished stage.
+    """Metadata of a finished stage.
 
     Args:
-        stage: Its name, also the name of its directory.
-        inputs: Everything the result depends on that is known before the work; nested, JSON.
-        content: sha256 of the images themselves, known once all were read; empty where there were
-            none.
-        results: What the stage hands on; JSON.
-        files: File name to its record.
-        speed: Throughput of the last run that worked on the stage. No fingerprint depends on it,
-            and with the checksum over the manifest it is all that differs when a stage is made
-            again.
-        format: Version of the format on disk.
-        fingerprint: sha256 of format, stage, inputs and content: what later stages depend on.
+        stage: Name of the stage and of its directory.
+        inputs: Everything the result depends on and that is known at the start; nested JSON.
+        content: sha256 of the images, known once all were read; empty if the stage reads none.
+        results: Results for later stages; JSON.
+        files: Maps file name to its record.
+        speed: Throughput of the last run that worked on the stage. No fingerprint depends on it:
+            only it and the manifest's checksum differ between two builds from the same inputs.
+        format: Version of the on-disk format.
+        fingerprint: sha256 of format, stage, inputs and content; later stages depend on it.
     """
 
     stage: str
@@ -75,35 +73,35 @@ class Manifest:
     fingerprint: str = field(default="")
 
     def __post_init__(self) -> None:
-        made_from = fingerprint_of([self.format, self.stage, self.inputs, self.content])
-        object.__setattr__(self, "fingerprint", made_from)
+        fingerprint = hash_json([self.format, self.stage, self.inputs, self.content])
+        object.__setattr__(self, "fingerprint", fingerprint)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``manifest.json`` holds: the fields, and a checksum over all of them."""
+        """Return the content of ``manifest.json``: the fields and a checksum over all of them."""
         content = asdict(self)
-        return {**content, "checksum": fingerprint_of(content)}
+        return {**content, "checksum": hash_json(content)}
 
     def shard_paths(self, directory: Path) -> list[Path]:
-        """Return the HDF5 shards in order."""
+        """Return the paths of the HDF5 shards, in order."""
         return [directory / name for name in sorted(self.files) if name.endswith(".h5")]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest of a stage, the last of its files."""
+    """Write the manifest of a stage, always as its last file."""
     write_json(directory / MANIFEST, manifest.to_json())
 
 
 def read_manifest(directory: Path, *, command: str) -> Manifest:
-    """Return the manifest of a finished stage, its checksum and the types of its fields checked.
+    """Read the manifest of a finished stage; verify its checksum and the types of its fields.
 
     Args:
-        directory: Of the stage.
-        command: The command line that makes the stage, for the error.
+        directory: Directory of the stage.
+        command: The command that builds the stage, for messages.
 
     Raises:
         OodHeatmapError: The stage is missing or unfinished, or the manifest cannot be read.
-        StaleCacheError: It has another format.
-        DamagedCacheError: It was edited or damaged.
+        StaleCacheError: The manifest has another format version.
+        DamagedCacheError: The manifest was edited or damaged.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -123,19 +121,19 @@ def read_manifest(directory: Path, *, command: str) -> Manifest:
         raise DamagedCacheError(
             f"{path} is damaged (field {(wrong or ['unknown'])[0]}). {_again(command)}"
         )
-    if checksum != fingerprint_of(content):
+    if checksum != hash_json(content):
         raise DamagedCacheError(
-            f"{path} does not fit its own checksum: it was edited. {_again(command)}"
+            f"{path} does not match its own checksum: it was edited. {_again(command)}"
         )
     files = {name: _to_record(path, name, item, command) for name, item in content["files"].items()}
     manifest = Manifest(**{**content, "files": files})
     if manifest.fingerprint != content["fingerprint"] or manifest.stage != directory.name:
-        raise DamagedCacheError(f"{path} is the manifest of something else. {_again(command)}")
+        raise DamagedCacheError(f"{path} is the manifest of another stage. {_again(command)}")
     return manifest
 
 
 def _to_record(path: Path, name: str, item: object, command: str) -> FileRecord:
-    """Return the record of a file whose name cannot lead out of the stage's directory."""
+    """Parse the record of a file; reject names that lead out of the stage's directory."""
     relative = PurePosixPath(name)
     if relative.parts and not relative.is_absolute() and ".." not in relative.parts:
         match item:
@@ -149,10 +147,10 @@ def _again(command: str) -> str:
 
 
 def read_json(path: Path, *, command: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+    """Return the object in a JSON file.
 
     Raises:
-        OodHeatmapError: It cannot be read.
+        OodHeatmapError: The file cannot be read.
         DamagedCacheError: It is not JSON, or not an object.
     """
     try:
@@ -169,38 +167,39 @@ def read_json(path: Path, *, command: str) -> dict[str, Any]:
 def check_files(
     directory: Path, manifest: Manifest, *, command: str, skip: Sequence[str] = ()
 ) -> None:
-    """Make sure that every file of a stage is there and unchanged; every byte is read.
+    """Verify size and sha256 of every file of a stage; reads every byte.
 
     Args:
-        directory: Of the stage.
-        manifest: Of the stage.
-        command: The command line that makes the stage, for the error.
-        skip: Names of files that do not matter now.
+        directory: Directory of the stage.
+        manifest: Manifest of the stage.
+        command: The command that builds the stage, for messages.
+        skip: Names of files to skip.
 
     Raises:
-        DamagedCacheError: Names the file.
+        DamagedCacheError: A file is missing or changed; names the file.
     """
     for name, record in manifest.files.items():
         if name not in skip:
             check_size(directory / name, record, command=command)
-            if sha256_of(directory / name) != record.sha256:
+            if hash_file(directory / name) != record.sha256:
                 raise _changed(directory / name, command)
 
 
 def read_file(directory: Path, manifest: Manifest, name: str, *, command: str) -> bytes:
-    """Return a file of a stage; exactly the bytes that are returned were checked.
+    """Return the verified bytes of a file of a stage.
 
-    Another process may replace the file between a check and a read.
+    The returned bytes themselves are hashed: another process may replace the file between a check
+    and a read.
 
     Args:
-        directory: Of the stage.
-        manifest: Of the stage.
-        name: Of the file.
-        command: The command line that makes the stage, for the error.
+        directory: Directory of the stage.
+        manifest: Manifest of the stage.
+        name: Name of the file.
+        command: The command that builds the stage, for messages.
 
     Raises:
         DamagedCacheError: The file is missing or has changed.
-        OodHeatmapError: It cannot be read.
+        OodHeatmapError: The file cannot be read.
     """
     path, record = directory / name, manifest.files[name]
     check_size(path, record, command=command)
@@ -218,10 +217,10 @@ def _changed(path: Path, command: str) -> DamagedCacheError:
 
 
 def check_size(path: Path, record: FileRecord, *, command: str) -> None:
-    """Make sure that a file is there and has its size; not a byte of it is read.
+    """Verify that a file exists and has the recorded size; its content is not read.
 
     Raises:
-        DamagedCacheError: Names the file.
+        DamagedCacheError: It is missing or has another size; names the file.
     """
     if not path.is_file():
         raise DamagedCacheError(f"{path} is missing. {_again(command)}")
@@ -233,7 +232,7 @@ def check_size(path: Path, record: FileRecord, *, command: str) -> None:
 
 
 def differing_fields(before: object, now: object, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted name, value before, value now) of every field in which nested inputs differ."""
+    """Yield (dotted name, old value, new value) for each field in which nested inputs differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             yield from differing_fields(
@@ -244,8 +243,8 @@ def differing_fields(before: object, now: object, name: str = "") -> Iterator[tu
 
 
 def abbreviate(value: object) -> str:
-    """Return a value for a message: a hash by its first eight digits, anything long cut off."""
-    # a whole group of inputs is there on one side alone, such as an image set
+    """Shorten a value for a message: a hash to eight digits, long text to 60 characters."""
+    # a whole group of inputs, such as an image set, can exist on one side only
     text = "given" if isinstance(value, Mapping) else "none" if value is None else str(value)
     is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
     return text[:8] if is_hash else text[:57] + "..." if len(text) > 60 else text

@@ -1,7 +1,7 @@
-"""HDF5 shards: write one atomically, read many as one array.
+"""HDF5 shards: write each atomically, read many as one array.
 
 Datasets are contiguous so that readers can memory-map them: random batches run at memory speed,
-where h5py indexing of chunked data is some 300 times slower. HDF5 writes the header and we write
+where h5py indexing of chunked data is about 300 times slower. HDF5 writes the header and we write
 the rows: on a full disk HDF5 can leave a file that opens cleanly and holds zeros.
 """
 
@@ -25,20 +25,20 @@ from ood_heatmap.cache.files import read_error, replacing, reserve, system_error
 from ood_heatmap.errors import DamagedCacheError
 
 FORMAT = 1
-Array = NDArray[Any]
-# what h5py raises for a damaged file: a header with a fitting checksum can still hold anything
+_Array = NDArray[Any]
+# what h5py raises for a damaged file: a header with a valid checksum can still contain anything
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A dataset that every shard of a stage has.
+    """A dataset that every shard of a stage contains.
 
     Args:
-        dtype: NumPy's name of it.
-        shape: Of one row.
-        about: What it is, in words; the dataset's attribute ``about``.
-        attributes: Further attributes of the dataset: its unit or scale.
+        dtype: NumPy dtype name.
+        shape: Shape of one row.
+        about: Description, stored as the dataset's attribute ``about``.
+        attributes: Further attributes of the dataset, such as its unit or scale.
     """
 
     dtype: str
@@ -51,44 +51,46 @@ class Column:
         """Bytes of one row."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
-    def fits(self, array: "Array | Rows") -> bool:
-        """Tell whether an array of rows is of this dtype and shape."""
+    def matches(self, array: "_Array | Rows") -> bool:
+        """Return whether an array of rows has this dtype and row shape."""
         return array.dtype == np.dtype(self.dtype) and array.shape[1:] == self.shape
 
 
 def bytes_per_row(columns: Mapping[str, Column]) -> int:
-    """Return the bytes of one row of all columns."""
+    """Return the bytes of one row over all columns."""
     return sum(column.num_bytes for column in columns.values())
 
 
 def write_shard(
     path: Path,
-    arrays: Mapping[str, Array],
+    arrays: Mapping[str, _Array],
     *,
     attributes: Mapping[str, str | int] | None = None,
     columns: Mapping[str, Column] | None = None,
     record: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write one shard whole, or leave nothing behind. The same arrays give the same bytes.
+    """Write one shard atomically and deterministically.
 
     Args:
-        path: Where; an existing file is replaced.
-        arrays: Dataset name to array, all of equally many rows, in any memory order.
+        path: The file to write or replace.
+        arrays: Maps dataset name to array; equal numbers of rows, any memory order.
         attributes: Attributes of the file.
-        columns: What each dataset must be, and its attributes; not checked when None.
+        columns: Expected dtype and shape of each dataset, and its attributes; unchecked if None.
         record: As for ``cache.files.replacing``.
 
     Raises:
-        ValueError: The arrays differ in their number of rows, or are not those of the columns.
+        ValueError: The arrays differ in their number of rows, or do not match the columns.
         OodHeatmapError: The disk is full or read-only.
     """
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) != 1:
         raise ValueError(f"arrays of {path.name} must have equally many rows, got {rows}")
     columns = columns or {}
-    wrong = [name for name, column in columns.items() if not column.fits(arrays[name])]
+    wrong = [name for name, column in columns.items() if not column.matches(arrays[name])]
     if wrong or (columns and columns.keys() != arrays.keys()):
-        raise ValueError(f"arrays of {path.name} are not its columns ({wrong or list(arrays)})")
+        raise ValueError(
+            f"arrays of {path.name} do not match its columns ({wrong or list(arrays)})"
+        )
     with replacing(path, record=record) as scratch:
         with h5py.File(scratch, "w") as file:
             file.attrs["format"] = FORMAT
@@ -102,13 +104,16 @@ def write_shard(
             reserve(raw.fileno(), os.fstat(raw.fileno()).st_size)
             for name, array in arrays.items():
                 offset = offsets[name]
-                if offset is not None:  # an empty dataset has no place in the file
+                # HDF5 allocates no bytes for an empty dataset
+                if offset is not None:
                     raw.seek(offset)
                     raw.write(np.ascontiguousarray(array).data.cast("B"))
 
 
-def _reserve_dataset(file: h5py.File, name: str, array: Array, column: Column | None) -> int | None:
-    """Make a contiguous dataset without writing it; return its byte offset in the file."""
+def _reserve_dataset(
+    file: h5py.File, name: str, array: _Array, column: Column | None
+) -> int | None:
+    """Allocate a contiguous dataset without writing it; return its byte offset in the file."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -122,26 +127,26 @@ def _reserve_dataset(file: h5py.File, name: str, array: Array, column: Column | 
     return offset
 
 
-def map_shard(path: Path) -> dict[str, Array]:
+def map_shard(path: Path) -> dict[str, _Array]:
     """Return the datasets of one shard as read-only views of one memory map.
 
     Raises:
         OodHeatmapError: The file cannot be opened.
-        DamagedCacheError: It is missing, cut short, not HDF5, of another format, or not contiguous.
+        DamagedCacheError: It is missing, truncated, not HDF5, of another format or not contiguous.
     """
-    layout = _layout_of(path)
-    whole = _map_file(path)
-    return {name: _view(path, whole, name, *place) for name, place in layout.items()}
+    layout = _read_layout(path)
+    mapped = _map_file(path)
+    return {name: _view(path, mapped, name, *extent) for name, extent in layout.items()}
 
 
-def _layout_of(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]]:
+def _read_layout(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]]:
     """Return the byte offset, shape and dtype of each dataset of a shard."""
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("format") != FORMAT:
                 raise DamagedCacheError(
                     f"{path} has format {file.attrs.get('format')}, this version reads {FORMAT}. "
-                    "Make it again with this version, or read it with the one that wrote it."
+                    "Rebuild it with this version, or read it with the version that wrote it."
                 )
             return {
                 name: (item.id.get_offset(), item.shape, item.dtype) for name, item in file.items()
@@ -150,12 +155,12 @@ def _layout_of(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dt
         _raise_if_refused(path, error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedCacheError(
-            f"{path} cannot be read as a shard ({reason}). Delete it and start the stage again."
+            f"{path} cannot be read as a shard ({reason}). Delete it and run the stage again."
         ) from error
 
 
 def _raise_if_refused(path: Path, error: Exception) -> None:
-    """Raise what the system refuses to read as such: it is not damaged, never advise to delete it.
+    """Raise a read error if the system refused to read the file: it need not be damaged.
 
     Raises:
         OodHeatmapError: The system refused to open or read the file.
@@ -166,9 +171,9 @@ def _raise_if_refused(path: Path, error: Exception) -> None:
 
 
 def _map_file(path: Path) -> NDArray[np.uint8]:
-    """Return the bytes of a file as a read-only memory map that holds no file descriptor.
+    """Return the bytes of a file as a read-only memory map without an open file descriptor.
 
-    Python's own mmap keeps one open for good, and a process may have only some 1,000 of them.
+    Python's own mmap keeps a descriptor open for its lifetime, and the usual limit is 1,024.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -180,7 +185,7 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
     if address == ctypes.c_void_p(-1).value:
         raise read_error(path, OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
     buffer = (ctypes.c_uint8 * num_bytes).from_address(address)
-    # every view refers to the buffer: the last one to go unmaps the file
+    # every view references the buffer, so the file is unmapped with the last view
     weakref.finalize(buffer, libc.munmap, address, num_bytes).atexit = False
     array: NDArray[np.uint8] = np.frombuffer(memoryview(buffer), np.uint8)
     array.flags.writeable = False
@@ -189,29 +194,29 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
 
 def _view(
     path: Path,
-    whole: NDArray[np.uint8],
+    mapped: NDArray[np.uint8],
     name: str,
     offset: int | None,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-) -> Array:
-    """Return one contiguous dataset of a mapped file, its extent checked against the file's."""
+) -> _Array:
+    """Return a view of one contiguous dataset of a mapped file, after a bounds check."""
     if 0 in shape:
         return np.empty(shape, dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
-    if offset is None or dtype.hasobject or offset + num_bytes > len(whole):
+    if offset is None or dtype.hasobject or offset + num_bytes > len(mapped):
         raise DamagedCacheError(
-            f"{path}: dataset {name} is not whole and contiguous. "
-            "Delete the file and start the stage again."
+            f"{path}: dataset {name} is truncated or not contiguous. "
+            "Delete the file and run the stage again."
         )
-    return whole[offset : offset + num_bytes].view(dtype).reshape(shape)
+    return mapped[offset : offset + num_bytes].view(dtype).reshape(shape)
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """Return the attributes of a shard's file; empty when it is not a shard.
+    """Return the attributes of a shard; empty if the file is not a shard.
 
     Raises:
-        OodHeatmapError: The system refused to read it.
+        OodHeatmapError: The system refused to read the file.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -223,42 +228,42 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rows:
-    """One dataset over many shards, read as if it were one array.
+    """One dataset over many shards, read as one array.
 
     Args:
-        parts: The shards' arrays in order; equal but for the number of rows.
+        arrays: One array per shard, in order; equal dtype and row shape.
     """
 
-    parts: Sequence[Array]
+    arrays: Sequence[_Array]
     starts: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", np.cumsum([0, *map(len, self.parts)], dtype=np.int64))
+        object.__setattr__(self, "starts", np.cumsum([0, *map(len, self.arrays)], dtype=np.int64))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole, rows first."""
-        return (len(self), *self.parts[0].shape[1:])
+        """Shape over all shards, rows first."""
+        return (len(self), *self.arrays[0].shape[1:])
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The datasets' dtype."""
-        return self.parts[0].dtype
+        """Dtype of the dataset."""
+        return self.arrays[0].dtype
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole."""
-        return sum(part.nbytes for part in self.parts)
+        """Bytes over all shards."""
+        return sum(array.nbytes for array in self.arrays)
 
-    def take(self, rows: Array, out: Array | None = None) -> Array:
-        """Return the given rows, in the given order.
+    def take(self, rows: _Array, out: _Array | None = None) -> _Array:
+        """Return the given rows in the given order, as ``numpy.take``.
 
         Args:
             rows: ``(B,)`` integers in [0, len).
-            out: Where to put them; made when not given.
+            out: Output array; allocated if None.
 
         Raises:
             IndexError: A row is out of range.
@@ -271,32 +276,32 @@ class Rows:
         low, high = rows.min(), rows.max()
         if not 0 <= low <= high < len(self):
             raise IndexError(f"rows {low}..{high} of an array of {len(self)}")
-        if len(self.parts) == 1:
-            # mode: the default, "raise", makes a second copy of the whole batch
-            return self.parts[0].take(rows, axis=0, out=out, mode="clip")
+        if len(self.arrays) == 1:
+            # with the default mode="raise" NumPy would buffer a second copy of the batch
+            return self.arrays[0].take(rows, axis=0, out=out, mode="clip")
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
-        for number in np.unique(shard_of):
-            here = np.flatnonzero(shard_of == number)
-            out[here] = self.parts[number].take(rows[here] - self.starts[number], axis=0)
+        for shard in np.unique(shard_of):
+            selected = np.flatnonzero(shard_of == shard)
+            out[selected] = self.arrays[shard].take(rows[selected] - self.starts[shard], axis=0)
         return out
 
-    def read(self) -> Array:
-        """Return all of it in memory."""
-        return np.concatenate(self.parts)
+    def read(self) -> _Array:
+        """Read all rows into memory."""
+        return np.concatenate(self.arrays)
 
-    def __iter__(self) -> Iterator[Array]:
-        return iter(self.parts)
+    def __iter__(self) -> Iterator[_Array]:
+        return iter(self.arrays)
 
 
-def take_ascending(columns: Sequence[Rows], rows: Array, outs: Sequence[Array]) -> None:
-    """Read the same rows of several columns.
+def take_ascending(columns: Sequence[Rows], rows: _Array, outs: Sequence[_Array]) -> None:
+    """Read the same ascending rows of several columns.
 
-    Those of a shard lie together in the result, so nothing is copied twice.
+    The rows of one shard are contiguous in the output, so no row is copied twice.
 
     Args:
-        columns: Of the same shards.
-        rows: ``(B,)`` integers that ascend.
-        outs: Where to put them, for each column.
+        columns: Columns of the same shards.
+        rows: ``(B,)`` ascending integers.
+        outs: Output array of each column.
 
     Raises:
         IndexError: A row is out of range.
@@ -307,37 +312,37 @@ def take_ascending(columns: Sequence[Rows], rows: Array, outs: Sequence[Array]) 
     if not 0 <= rows[0] <= rows[-1] < starts[-1]:
         raise IndexError(f"rows {rows[0]}..{rows[-1]} of an array of {starts[-1]}")
     bounds = np.searchsorted(rows, starts).tolist()
-    for number, (first, last) in enumerate(pairwise(bounds)):
+    for shard, (first, last) in enumerate(pairwise(bounds)):
         if first < last:
-            here = rows[first:last] - starts[number]
+            shard_rows = rows[first:last] - starts[shard]
             for column, out in zip(columns, outs, strict=True):
-                column.parts[number].take(here, axis=0, out=out[first:last], mode="clip")
+                column.arrays[shard].take(shard_rows, axis=0, out=out[first:last], mode="clip")
 
 
 def open_rows(
     paths: Sequence[Path], columns: Mapping[str, Column] | None = None
 ) -> dict[str, Rows]:
-    """Return each dataset of the given shards as one array over all of them.
+    """Open shards and return each dataset as one array over all of them.
 
     Args:
-        paths: Of the shards, in order; one at least.
-        columns: What each dataset must be; not checked when None.
+        paths: Paths of the shards, in order; at least one.
+        columns: Expected dtype and shape of each dataset; unchecked if None.
 
     Raises:
-        DamagedCacheError: A shard is damaged, the shards do not hold the same datasets, or not
-            those of the columns.
+        DamagedCacheError: A shard is damaged, or its datasets differ from those of the first shard
+            or do not match the columns.
     """
     shards = [map_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
-        kinds = {name: (array.shape[1:], array.dtype) for name, array in shard.items()}
-        wanted = {name: (array.shape[1:], array.dtype) for name, array in shards[0].items()}
-        if kinds != wanted:
-            raise DamagedCacheError(f"{path} does not hold the same datasets as {paths[0].name}.")
+        found = {name: (array.shape[1:], array.dtype) for name, array in shard.items()}
+        expected = {name: (array.shape[1:], array.dtype) for name, array in shards[0].items()}
+        if found != expected:
+            raise DamagedCacheError(f"{path} does not have the same datasets as {paths[0].name}.")
     rows = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
     for name, column in (columns or {}).items():
-        if name not in rows or not column.fits(rows[name]):
+        if name not in rows or not column.matches(rows[name]):
             raise DamagedCacheError(
                 f"{paths[0].parent}: dataset {name} of the shards is missing or not {column.dtype} "
-                f"{column.shape} a row. Delete the directory and make the stage again."
+                f"{column.shape} per row. Delete the directory and run the stage again."
             )
     return rows

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import to_json
-from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, fingerprint_of
+from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, hash_json
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import barrier, broadcast, is_main
@@ -368,7 +368,7 @@ def _finish(
     config: EvaluateConfig,
 ) -> Manifest:
     """Write the manifest."""
-    content = fingerprint_of({name: item.content for name, item in scored.items()})
+    content = hash_json({name: item.content for name, item in scored.items()})
     names = [scores_name(name) for name in scored]
     names += [f"images-{name}.txt" for name in scored]
     sets = [name for name in scored if name not in (ID, CALIBRATION)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap import figures
 from ood_heatmap.cache.files import to_json
-from ood_heatmap.cache.manifest import Manifest, fingerprint_of
+from ood_heatmap.cache.manifest import Manifest, hash_json
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet, Transform, iter_batches
 from ood_heatmap.localization import localization_metrics, resampled_metrics
@@ -92,7 +92,7 @@ def localize(
         stage = Stage(run, "localization", inputs)
         transform = index.classifier_config.transform
         samples = {name: read_sample(images, transform, config) for name, images in sets.items()}
-        content = fingerprint_of({name: sample.content for name, sample in samples.items()})
+        content = hash_json({name: sample.content for name, sample in samples.items()})
         complete = _resume_or_start(stage, content, config)
         if complete is not None:
             log.info("%s is already complete", stage.directory)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, unit_length
-from ood_heatmap.cache.manifest import fingerprint_of
+from ood_heatmap.cache.manifest import hash_json
 from ood_heatmap.cache.neighbours import Bank, k_nearest
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
@@ -107,7 +107,7 @@ class ScoredSet:
             np.concatenate([part.prediction for part in parts]),
             np.concatenate([part.label for part in parts]),
             np.concatenate([part.row for part in parts]),
-            fingerprint_of([part.content for part in parts]),
+            hash_json([part.content for part in parts]),
         )
 
     def save(self, path: Path) -> None:
@@ -279,7 +279,7 @@ def current_content(subset: Subset, rows: Int64) -> str | None:
     """
     digest = subset.images.digest
     try:
-        return fingerprint_of(
+        return hash_json(
             [
                 content_hash(b"".join(digest(int(row)) for row in np.intersect1d(chunk, rows)))
                 for chunk in _chunks(subset)

@@ -42,7 +42,7 @@ from ood_heatmap.cache.manifest import (
     abbreviate,
     check_size,
     differing_fields,
-    fingerprint_of,
+    hash_json,
     read_json,
     write_manifest,
 )
@@ -96,7 +96,7 @@ class Stage:
     @property
     def fingerprint(self) -> str:
         """sha256 of the inputs, written into every shard."""
-        return fingerprint_of([FORMAT, self.name, self.inputs])
+        return hash_json([FORMAT, self.name, self.inputs])
 
     def resume_or_start(self, *, overwrite: bool) -> Manifest | None:
         """Make the directory, or resume in the one that is there; on rank 0, for all ranks.
@@ -176,7 +176,7 @@ class Stage:
         """
         if overwrite:
             return all(
-                record.fits(self.directory / name) for name, record in manifest.files.items()
+                record.matches(self.directory / name) for name, record in manifest.files.items()
             )
         command = command_of(self.run, self.name)
         for name, record in manifest.files.items():
@@ -214,7 +214,7 @@ class Stage:
 
     def record(self, name: str, path: Path) -> None:
         """Put the size and checksum of a file on record under the name that it will have."""
-        record = FileRecord.of(path)
+        record = FileRecord.from_file(path)
         journal = self.directory / _JOURNAL.format(rank())
         append_text(journal, _journal_line(name, record))
         if self._records is not None:
@@ -224,7 +224,7 @@ class Stage:
         """Tell whether a file of the unfinished stage is there, as one of its ranks wrote it."""
         path = self.directory / name
         records = self._all_records().get(name, [])
-        return path.is_file() and bool(records) and FileRecord.of(path) in records
+        return path.is_file() and bool(records) and FileRecord.from_file(path) in records
 
     def _all_records(self) -> dict[str, list[FileRecord]]:
         if self._records is None:
@@ -269,7 +269,7 @@ class Stage:
     def _record_of(self, name: str) -> FileRecord:
         records = self._all_records().get(name, [])
         if len(set(records)) != 1:  # written more than once, or not through us: look
-            return FileRecord.of(self.directory / name)
+            return FileRecord.from_file(self.directory / name)
         check_size(self.directory / name, records[0], command=command_of(self.run, self.name))
         return records[0]
 
@@ -480,7 +480,7 @@ def content_hash(digests: bytes) -> str:
 
 def stage_content(stage: Stage, names: Iterable[str]) -> str:
     """Return the hash of all images of a stage from those of its shards."""
-    return fingerprint_of([read_attributes(stage.directory / name)["content"] for name in names])
+    return hash_json([read_attributes(stage.directory / name)["content"] for name in names])
 
 
 def require_rows(stage: Stage, tasks: Iterable[ShardTask]) -> None:

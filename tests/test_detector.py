@@ -228,7 +228,7 @@ def put_calibration(run, calibration: Calibration, false_alarm: float) -> None:
     path = run / "evaluation" / "calibration.safetensors"
     path.write_bytes(calibration.to_bytes())
     manifest = read_manifest(run, "evaluation")
-    files = {**manifest.files, path.name: FileRecord.of(path)}
+    files = {**manifest.files, path.name: FileRecord.from_file(path)}
     results = {**manifest.results, "false_alarm": false_alarm}
     write_manifest(run / "evaluation", replace(manifest, files=files, results=results))
 

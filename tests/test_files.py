@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ood_heatmap.cache.files import locked, make_directory, require_space, sha256_of, write_json
+from ood_heatmap.cache.files import hash_file, locked, make_directory, require_space, write_json
 from ood_heatmap.errors import OodHeatmapError
 
 HOLD = """
@@ -85,6 +85,6 @@ def test_json_is_written_whole(tmp_path):
 def test_sha256_is_that_of_the_standard_example(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert (
-        sha256_of(tmp_path / "abc")
+        hash_file(tmp_path / "abc")
         == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )

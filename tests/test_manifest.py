@@ -12,7 +12,7 @@ from ood_heatmap.cache.manifest import (
     abbreviate,
     check_files,
     differing_fields,
-    fingerprint_of,
+    hash_json,
     read_manifest,
     write_manifest,
 )
@@ -30,7 +30,7 @@ def directory(tmp_path):
     directory.mkdir()
     path = directory / "data.bin"
     path.write_bytes(b"content")
-    files = {"data.bin": FileRecord.of(path)}
+    files = {"data.bin": FileRecord.from_file(path)}
     speed = {"images_per_second": 5.0}
     write_manifest(directory, Manifest("index", INPUTS, "hash", RESULTS, files, speed))
     return directory
@@ -41,10 +41,10 @@ def read(directory):
 
 
 def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
-    assert fingerprint_of({"a": 1, "b": [2, {"c": 3, "d": 4}]}) == fingerprint_of(
+    assert hash_json({"a": 1, "b": [2, {"c": 3, "d": 4}]}) == hash_json(
         {"b": [2, {"d": 4, "c": 3}], "a": 1}
     )
-    assert fingerprint_of({"a": 1}) != fingerprint_of({"a": 2})
+    assert hash_json({"a": 1}) != hash_json({"a": 2})
 
 
 def test_what_is_written_is_read_back(directory):
@@ -97,7 +97,7 @@ def test_an_edited_manifest_is_refused_and_never_a_traceback(directory, change, 
     content = json.loads(path.read_text()) | change
     if honest:
         del content["checksum"]
-        content["checksum"] = fingerprint_of(content)
+        content["checksum"] = hash_json(content)
     write_json(path, content)
     plausible = {"results", "speed", "files"} & change.keys()
     if honest and plausible and isinstance(change[plausible.pop()], dict):
@@ -113,7 +113,7 @@ def test_a_file_name_cannot_lead_out_of_the_stage(directory, name, record):
     path = directory / "manifest.json"
     content = json.loads(path.read_text()) | {"files": {name: record}}
     del content["checksum"]
-    write_json(path, {**content, "checksum": fingerprint_of(content)})
+    write_json(path, {**content, "checksum": hash_json(content)})
     with pytest.raises(DamagedCacheError, match="is damaged"):
         read(directory)
 
@@ -121,7 +121,7 @@ def test_a_file_name_cannot_lead_out_of_the_stage(directory, name, record):
 def test_the_manifest_of_another_stage_is_refused(directory):
     (directory.parent / "targets").mkdir()
     (directory / "manifest.json").rename(directory.parent / "targets" / "manifest.json")
-    with pytest.raises(DamagedCacheError, match="the manifest of something else"):
+    with pytest.raises(DamagedCacheError, match="the manifest of another stage"):
         read(directory.parent / "targets")
 
 

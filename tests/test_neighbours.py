@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ood_heatmap.cache import neighbours
-from ood_heatmap.cache.neighbours import Bank, mark_first_of_duplicates, order_by_class
+from ood_heatmap.cache.neighbours import Bank, _mark_first_occurrences, order_by_class
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
@@ -161,12 +161,12 @@ def test_random_pairs_are_of_the_class_and_do_not_depend_on_the_batch():
 def test_first_of_equals_keeps_the_first_also_where_hashes_collide(monkeypatch):
     features = np.array([[1, 2], [3, 4], [1, 2], [5, 6], [3, 4], [1, 2]], np.float32)
     np.testing.assert_array_equal(
-        mark_first_of_duplicates(features), [True, True, False, True, False, False]
+        _mark_first_occurrences(features), [True, True, False, True, False, False]
     )
     zeros = lambda *_, **__: np.zeros(2, np.uint64)  # noqa: E731  every hash is 0 then
     monkeypatch.setattr(np.random, "default_rng", lambda _: type("G", (), {"integers": zeros})())
     np.testing.assert_array_equal(
-        mark_first_of_duplicates(features), [True, True, False, True, False, False]
+        _mark_first_occurrences(features), [True, True, False, True, False, False]
     )
 
 

@@ -53,7 +53,7 @@ def change(run, name, column, row, value):
         assert np.any(file[column][row] != value)
         file[column][row] = value
     manifest = read_manifest(run, "targets")
-    files = {**manifest.files, name: FileRecord.of(path)}
+    files = {**manifest.files, name: FileRecord.from_file(path)}
     write_manifest(run / "targets", replace(manifest, files=files))
 
 
