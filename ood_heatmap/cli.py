@@ -148,7 +148,7 @@ def index(
         shapes = ("x".join(map(str, shape)) for shape in network.map_shapes)
         maps = [f"{name} {shape}" for name, shape in zip(network.map_names, shapes, strict=True)]
         click.echo(f"feature maps: {', '.join(maps) or 'none'}")
-        results = IndexResults.of(build_index(run, images, network, config))
+        results = IndexResults.from_manifest(build_index(run, images, network, config))
     counts, accuracy = results.class_counts, results.accuracy
     click.echo(f"{results.num_images} ID images, {results.backend}")
     click.echo(
@@ -180,7 +180,7 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
 
     with stage_device(device) as torch_device:
         images = open_source(data.ood_source, data)
-        results = TargetsResults.of(build_targets(run, images, torch_device, config))
+        results = TargetsResults.from_manifest(build_targets(run, images, torch_device, config))
     click.echo(
         f"{results.num_images} OOD images paired ({results.pairing}), {results.backend}; "
         f"median distance {results.median_distance:.3g}"
@@ -208,7 +208,7 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
     from ood_heatmap.pipeline.train import train_decoder
 
     with stage_device(device) as torch_device:
-        results = DecoderResults.of(train_decoder(run, torch_device, config))
+        results = DecoderResults.from_manifest(train_decoder(run, torch_device, config))
     click.echo(
         f"decoder of {results.num_parameters:,} parameters, {results.decoder['target']} "
         f"target, trained on {results.num_id} ID and {results.num_ood} OOD images"
@@ -249,7 +249,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             calibration_images=held_out,
             more_runs=data.runs,
         )
-    results = EvaluationResults.of(manifest)
+    results = EvaluationResults.from_manifest(manifest)
     content = read_result(run, "evaluation", "metrics.json")
     if content["id_accuracy"] is not None:
         click.echo(
@@ -330,7 +330,7 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
     with stage_device(device) as torch_device:
         manifest = localize_run(run, id_images, ood_sets, torch_device, config)
-    results = LocalizationResults.of(manifest)
+    results = LocalizationResults.from_manifest(manifest)
     folder = run / "localization"
     click.echo(format_localization(read_result(run, "localization", "localization.json")))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
@@ -440,9 +440,9 @@ def plan_train(run: Path, config: TrainConfig, device: str) -> None:
 
 
 def _echo_plan(found: "Plan", run: Path, device: "torch.device") -> None:
-    from ood_heatmap.pipeline.plan import lines_of
+    from ood_heatmap.pipeline.plan import format_plan
 
-    click.echo("\n".join(lines_of(found, run, device)))
+    click.echo("\n".join(format_plan(found, run, device)))
 
 
 @main.command()

@@ -18,9 +18,6 @@ from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_column
 from ood_heatmap.pipeline.stage import content_hash
 
-Int64 = NDArray[np.int64]
-UInt8 = NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Embedded:
@@ -35,8 +32,8 @@ class Embedded:
         content: sha256 of the images' bytes.
     """
 
-    rows: Int64
-    images: UInt8
+    rows: NDArray[np.int64]
+    images: NDArray[np.uint8]
     features: NDArray[np.float32]
     logits: NDArray[np.float32]
     maps: tuple[NDArray[np.float16], ...]
@@ -62,7 +59,7 @@ class Embedded:
 
 def embed(
     images: ImageSet,
-    shards: Sequence[Int64],
+    shards: Sequence[NDArray[np.int64]],
     forward: BatchedClassifier,
     meter: Meter,
     *,

@@ -49,7 +49,6 @@ from ood_heatmap.sanity import (
 )
 
 log = logging.getLogger(__name__)
-Int64 = NDArray[np.int64]
 
 CALIBRATION, CALIBRATION_FILE = "calibration", "calibration.safetensors"
 _ID_TO_OOD = 5  # of the paper's protocol
@@ -265,7 +264,9 @@ def _choose_images(
     return subsets
 
 
-def _ood_rows(name: str, images: ImageSet, num_id: int, config: EvaluateConfig) -> Int64:
+def _ood_rows(
+    name: str, images: ImageSet, num_id: int, config: EvaluateConfig
+) -> NDArray[np.int64]:
     """Return the rows of an OOD set that the protocol looks at, ascending."""
     wanted = len(images)
     if config.protocol == "paper":
@@ -278,7 +279,7 @@ def _ood_rows(name: str, images: ImageSet, num_id: int, config: EvaluateConfig) 
     return _draw_rows(len(images), min(wanted, len(images)), config.seed)
 
 
-def _draw_rows(num_rows: int, count: int, seed: int) -> Int64:
+def _draw_rows(num_rows: int, count: int, seed: int) -> NDArray[np.int64]:
     """Return ``count`` different rows, ascending."""
     return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
 

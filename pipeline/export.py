@@ -39,7 +39,7 @@ class Differences:
     heatmap: float
 
 
-class ExportedDetector(nn.Module):
+class _ExportedDetector(nn.Module):
     """The detector from pixels to p-values, in tensor operations alone.
 
     Args:
@@ -99,7 +99,7 @@ def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | Non
     # before the work, which takes minutes for a large classifier
     if not out.parent.is_dir():
         raise OodHeatmapError(f"cannot write {out}: there is no folder {out.parent}.")
-    about = metadata(detector)
+    about = _metadata(detector)
     if kind == "onnx":
         content = _to_onnx(detector, about)
         run = _load_onnx(content)
@@ -111,7 +111,7 @@ def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | Non
     return differences
 
 
-def metadata(detector: HeatmapDetector) -> dict[str, str]:
+def _metadata(detector: HeatmapDetector) -> dict[str, str]:
     """Return the metadata of the file, as text; numbers and lists are JSON."""
     content = {
         "class_names": list(detector.classes),
@@ -154,7 +154,7 @@ def _trace(detector: HeatmapDetector) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(
-                ExportedDetector(detector),
+                _ExportedDetector(detector),
                 (images,),
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             )

@@ -21,7 +21,7 @@ from ood_heatmap.report import render_report
 _HISTOGRAMS, _ROC, _EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
 FIGURES, REPORT = (_HISTOGRAMS, _ROC, _EXAMPLES), "report.html"
 # over all sets: keeps the report under 10 MB
-MAX_CARDS = 320
+_MAX_CARDS = 320
 
 
 def write_report(
@@ -47,7 +47,7 @@ def write_report(
         config: Settings of the stage.
     """
     bank = index.bank(detector.classifier.device)
-    num_cards = min(config.gallery, max(1, MAX_CARDS // len(scored)))
+    num_cards = min(config.gallery, max(1, _MAX_CARDS // len(scored)))
     cards = {
         name: _make_cards(
             name, subsets[name], scored[name], num_cards, detector, index, bank, calibration
@@ -94,9 +94,8 @@ def _write(stage: Stage, name: str, content: bytes) -> None:
 
 def _collect_warnings(stage: Stage, metrics: Mapping[str, Any]) -> list[str]:
     """Return the warnings of all stages that led to this evaluation, each once."""
-    results = [
-        Results.of(read_manifest(stage.run, name)) for name in ("index", "targets", "decoder")
-    ]
+    manifests = [read_manifest(stage.run, name) for name in ("index", "targets", "decoder")]
+    results = [Results.from_manifest(manifest) for manifest in manifests]
     before = [text for result in results for text in result.warnings]
     return list(dict.fromkeys([*before, *metrics["warnings"]]))
 

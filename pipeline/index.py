@@ -83,7 +83,7 @@ def build_index(
             stage,
             images,
             {_SHARDS: np.arange(len(images))},
-            bytes_per_row(columns_of(classifier)),
+            bytes_per_row(columns_from_classifier(classifier)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
         )
@@ -121,7 +121,7 @@ def _embed_shards(
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     )
-    columns = columns_of(forward.classifier)
+    columns = columns_from_classifier(forward.classifier)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
             writer.write(task, _arrays(shard, images), columns, content=shard.content)
@@ -153,7 +153,7 @@ def _arrays(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
     }
 
 
-def columns_of(classifier: Classifier) -> dict[str, Column]:
+def columns_from_classifier(classifier: Classifier) -> dict[str, Column]:
     """Return the columns of an index made with a classifier."""
     size = classifier.config.transform.size
     return index_columns(size, classifier.num_features, classifier.map_shapes)

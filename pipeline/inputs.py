@@ -30,14 +30,14 @@ def open_ood_sets(data: TestData) -> dict[str, ImageSet]:
     """Open the OOD test sets, by name."""
     sets: dict[str, ImageSet] = {}
     for item in data.ood_sources:
-        name, source = named_source(item)
+        name, source = split_named_source(item)
         if name in sets:
             raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
         sets[name] = open_source(source, data)
     return sets
 
 
-def named_source(item: str) -> tuple[str, str]:
+def split_named_source(item: str) -> tuple[str, str]:
     """Split ``NAME=SOURCE``; without a name it is the last part of the source."""
     name, equals, source = item.partition("=")
     if equals and not Path(item).exists():
@@ -48,7 +48,7 @@ def named_source(item: str) -> tuple[str, str]:
 
 def near_names(near: tuple[str, ...], ood_sources: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of near sets that were given by name, by source, or by both."""
-    named = [(item, *named_source(item)) for item in ood_sources]
+    named = [(item, *split_named_source(item)) for item in ood_sources]
     names = {
         os.path.normpath(text): name for item, name, source in named for text in (item, source)
     }

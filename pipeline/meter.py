@@ -135,13 +135,13 @@ def _log_summary(label: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     num_skipped = sum(len(stats["skipped"]) for stats in ranks)
     if num_skipped:
         log.warning("%s: skipped %d unreadable images", label, num_skipped)
-    merged = merge_ranks(ranks)
+    merged = _merge_ranks(ranks)
     if merged["images"]:
-        log.info("%s: %s", label, format_summary(merged))
+        log.info("%s: %s", label, _format_summary(merged))
     return merged
 
 
-def merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the stats of all ranks as one: counts are summed, wait times averaged."""
     images = sum(stats["images"] for stats in ranks)
     seconds = max(stats["seconds"] for stats in ranks)
@@ -161,7 +161,7 @@ def merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         merged["ceiling_images_per_second"] = round(ceiling, 1)
         merged["share_of_ceiling"] = round(images / seconds / ceiling, 4)
         stolen = _mean([stats["stolen_seconds"] for stats in ranks])
-        part, lost = find_bottleneck(merged["wait_seconds"], images / ceiling, stolen)
+        part, lost = _find_bottleneck(merged["wait_seconds"], images / ceiling, stolen)
         merged |= {"bottleneck": part, "bottleneck_seconds": round(lost, 3)}
     return merged
 
@@ -171,7 +171,7 @@ def _mean(seconds: list[float]) -> float:
     return round(sum(seconds) / len(seconds), 3)
 
 
-def find_bottleneck(
+def _find_bottleneck(
     wait_seconds: dict[str, float], alone: float, stolen: float
 ) -> tuple[str, float]:
     """Return the part that cost the most, and its seconds.
@@ -191,7 +191,7 @@ def find_bottleneck(
     return part, cost[part]
 
 
-def format_summary(stats: dict[str, Any]) -> str:
+def _format_summary(stats: dict[str, Any]) -> str:
     """Return the stats of a stage as one line."""
     rate = stats["images_per_second"]
     digits = 0 if rate >= 10 else 1

@@ -9,11 +9,9 @@ from ood_heatmap.cache.shards import Rows
 from ood_heatmap.images import Decoded, ImageSet, Transform, apply_transform
 from ood_heatmap.patches import Patch, draw_patch, paste
 
-Int64 = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
-class Pasting:
+class PastePlan:
     """Which OOD image goes into which ID image.
 
     Args:
@@ -22,8 +20,8 @@ class Pasting:
         seed: Of the patches' sizes and places.
     """
 
-    position: Int64
-    row: Int64
+    position: NDArray[np.int64]
+    row: NDArray[np.int64]
     seed: int
 
     def __len__(self) -> int:
@@ -34,13 +32,13 @@ class Pasting:
         return draw_patch(size, self.seed, number)
 
 
-def draw_pasting(count: int, num_id: int, ood_rows: Int64, seed: int) -> Pasting:
+def draw_paste_plan(count: int, num_id: int, ood_rows: NDArray[np.int64], seed: int) -> PastePlan:
     """Draw ``count`` pairs at random; no image is taken again before all were taken as often."""
     generator = np.random.default_rng([seed, 0, 1])  # not the generator of any single row
     position, row = (
         np.resize(generator.permutation(rows), count) for rows in (np.arange(num_id), ood_rows)
     )
-    return Pasting(position, row, seed)
+    return PastePlan(position, row, seed)
 
 
 @dataclass(frozen=True)
@@ -49,37 +47,37 @@ class _PastedReader:
 
     images: ImageSet
     id_images: Rows
-    pasting: Pasting
+    paste_plan: PastePlan
     transform: Transform
 
     def read(self, number: int) -> tuple[Decoded, bytes]:
-        row = int(self.pasting.row[number])
+        row = int(self.paste_plan.row[number])
         image, digest = self.images.read(row)
         pixels = apply_transform(self.transform, image, self.images.names[row])
-        (id_image,) = self.id_images.take(self.pasting.position[number : number + 1])
-        return paste(id_image, pixels, self.pasting.patch(number, self.transform.size)), digest
+        (id_image,) = self.id_images.take(self.paste_plan.position[number : number + 1])
+        return paste(id_image, pixels, self.paste_plan.patch(number, self.transform.size)), digest
 
     def digest(self, number: int) -> bytes:
-        return self.images.digest(int(self.pasting.row[number]))
+        return self.images.digest(int(self.paste_plan.row[number]))
 
 
 def pasted_images(
-    images: ImageSet, id_images: Rows, pasting: Pasting, transform: Transform
+    images: ImageSet, id_images: Rows, paste_plan: PastePlan, transform: Transform
 ) -> ImageSet:
-    """Return the patched images, at the input size already; a row is a number of the pasting.
+    """Return the patched images, at the input size already; a row is a position in the paste plan.
 
     Args:
         images: The OOD set; its bytes are the patched images' content, the ID images belong to
             the index.
         id_images: ``(N, 3, H, W)`` uint8, of the index.
-        pasting: What goes where.
+        paste_plan: What goes where.
         transform: Brings OOD images to the input size.
     """
     return ImageSet(
         source=f"ID images with patches of {images.source}",
-        names=[images.names[row] for row in pasting.row],
-        labels=np.full(len(pasting), -1, np.int32),
+        names=[images.names[row] for row in paste_plan.row],
+        labels=np.full(len(paste_plan), -1, np.int32),
         classes=(),
-        reader=_PastedReader(images, id_images, pasting, transform),
+        reader=_PastedReader(images, id_images, paste_plan, transform),
         listing=images.listing,
     )

@@ -28,18 +28,16 @@ from ood_heatmap.pipeline.feed import (
     read_batch,
 )
 from ood_heatmap.pipeline.forward import BatchedClassifier
-from ood_heatmap.pipeline.index import check_classes
-from ood_heatmap.pipeline.index import columns_of as index_columns_of
+from ood_heatmap.pipeline.index import check_classes, columns_from_classifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
 from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
-from ood_heatmap.pipeline.targets import chosen_rows
-from ood_heatmap.pipeline.targets import columns_of as target_columns_of
+from ood_heatmap.pipeline.targets import choose_rows, columns_from_index
 from ood_heatmap.pipeline.train import check_maps, decoder_config
 
-PROBE_SECONDS = 2.0
-SHARDS_IN_MEMORY = 3  # one is computed, joined and written at the same time
-CPU = torch.device("cpu")
+_PROBE_SECONDS = 2.0
+_SHARDS_IN_MEMORY = 3  # one is computed, joined and written at the same time
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,14 @@ def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) ->
         config: Settings of the stage.
     """
     check_classes(images, classifier, config)
-    rate = embedding_rate(images, np.arange(len(images)), classifier, config)
+    rate = _measure_embedding_rate(images, np.arange(len(images)), classifier, config)
     weights = sum(item.nbytes for item in classifier.network.state_dict().values())
     bank = len(images) * classifier.num_features * 4  # index.faiss; made in memory, then written
     return Plan(
         rows=len(images),
-        disk=len(images) * bytes_per_row(index_columns_of(classifier)) + bank + weights,
-        host=peak_of_host() + SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
-        on_gpu=peak_of_gpu(classifier.device),
+        disk=len(images) * bytes_per_row(columns_from_classifier(classifier)) + bank + weights,
+        host=_peak_host_bytes() + _SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
+        on_gpu=_peak_gpu_bytes(classifier.device),
         seconds=len(images) / rate,
         rate=rate,
     )
@@ -97,15 +95,15 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
         config: Settings of the stage.
     """
     index = map_index(run, read_manifest(run, "index"))
-    rows = chosen_rows(images, config)
-    rate = embedding_rate(images, rows, index.classifier(device), config)
+    rows = choose_rows(images, config)
+    rate = _measure_embedding_rate(images, rows, index.classifier(device), config)
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
     count = len(rows) + round(config.patched * len(rows))
     return Plan(
         rows=count,
-        disk=count * bytes_per_row(target_columns_of(index)),
-        host=peak_of_host() + SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
-        on_gpu=peak_of_gpu(device) + bank * on_gpu,
+        disk=count * bytes_per_row(columns_from_index(index)),
+        host=_peak_host_bytes() + _SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
+        on_gpu=_peak_gpu_bytes(device) + bank * on_gpu,
         seconds=count / rate,  # the search adds a few percent at most
         rate=rate,
     )
@@ -129,20 +127,20 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"
     decoder = make_decoder(decoder_config(index, config)).to(device)  # its speed alone matters here
     num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
-    rate = training_rate(decoder, data, device, config)
+    rate = _measure_training_rate(decoder, data, device, config)
     weights = sum(item.nbytes for item in decoder.state_dict().values())
     return Plan(
         rows=len(data),
         disk=4 * weights,  # the decoder; until it is finished a checkpoint with Adam's two moments
-        host=peak_of_host() + data.num_bytes * (feed == ("pinned" if on_gpu else "resident")),
-        on_gpu=peak_of_gpu(device) + data.num_bytes * (on_gpu and feed == "resident"),
+        host=_peak_host_bytes() + data.num_bytes * (feed == ("pinned" if on_gpu else "resident")),
+        on_gpu=_peak_gpu_bytes(device) + data.num_bytes * (on_gpu and feed == "resident"),
         seconds=num_images / rate,
         rate=rate,
         feed=feed,
     )
 
 
-def embedding_rate(
+def _measure_embedding_rate(
     images: ImageSet,
     rows: NDArray[np.int64],
     classifier: Classifier,
@@ -165,13 +163,13 @@ def embedding_rate(
         done += len(batch.rows)
         if number == 0 and len(rows) > size:  # a first batch warms up
             began, done = time.perf_counter(), 0
-        elif time.perf_counter() - began > PROBE_SECONDS:
+        elif time.perf_counter() - began > _PROBE_SECONDS:
             break
     meter.bar.close()
     return done / (time.perf_counter() - began)
 
 
-def training_rate(
+def _measure_training_rate(
     decoder: Decoder, data: TrainingSet, device: torch.device, config: TrainConfig
 ) -> float:
     """Return the images/s of the step, over about two seconds; the decoder is used up."""
@@ -183,47 +181,48 @@ def training_rate(
     return measure_ceiling(step, example, config.batch_size, num_steps)
 
 
-def peak_of_host() -> int:
+def _peak_host_bytes() -> int:
     """Return the most bytes of RAM this process had so far, the probe's included."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_of_gpu(device: torch.device) -> int:
+def _peak_gpu_bytes(device: torch.device) -> int:
     """Return the most bytes of a GPU this process had so far; 0 for the CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
-def lines_of(plan: Plan, run: Path, device: torch.device) -> list[str]:
+def format_plan(plan: Plan, run: Path, device: torch.device) -> list[str]:
     """Return a plan in words, with what would not fit on this machine."""
-    on_gpu = f", {megabytes(plan.on_gpu)} of {device}" if device.type == "cuda" else ""
+    on_gpu = f", {_format_megabytes(plan.on_gpu)} of {device}" if device.type == "cuda" else ""
     minutes, seconds = divmod(round(plan.seconds), 60)
     return [
         f"rows    {plan.rows:,}",
-        f"disk    {megabytes(plan.disk)}",
-        f"memory  {megabytes(plan.host)} of the host{on_gpu}, about",
+        f"disk    {_format_megabytes(plan.disk)}",
+        f"memory  {_format_megabytes(plan.host)} of the host{on_gpu}, about",
         *([f"feed    {plan.feed}"] if plan.feed else []),
         f"time    about {minutes} min {seconds} s on {device}, from {plan.rate:,.0f} images/s",
-        *(problems(plan, run, device) or ["all of it fits"]),
+        *(_find_shortages(plan, run, device) or ["all of it fits"]),
     ]
 
 
-def problems(plan: Plan, run: Path, device: torch.device) -> list[str]:
+def _find_shortages(plan: Plan, run: Path, device: torch.device) -> list[str]:
     """Return a line for each thing there is too little of."""
     place = next(path for path in (run, *run.absolute().parents) if path.exists())
     room = [
         (f"the disk of {place}", plan.disk, shutil.disk_usage(place).free),
-        ("RAM", plan.host, available_memory(CPU) + peak_of_host()),
+        ("RAM", plan.host, available_memory(_CPU) + _peak_host_bytes()),
     ]
     if device.type == "cuda":
-        room.append((f"{device}", plan.on_gpu, available_memory(device) + peak_of_gpu(device)))
+        room.append((f"{device}", plan.on_gpu, available_memory(device) + _peak_gpu_bytes(device)))
     return [
-        f"does not fit: {what}: {megabytes(needed)} are needed, {megabytes(free)} are free"
+        f"does not fit: {what}: {_format_megabytes(needed)} are needed, "
+        f"{_format_megabytes(free)} are free"
         for what, needed, free in room
         if needed > free
     ]
 
 
-def megabytes(num_bytes: float) -> str:
+def _format_megabytes(num_bytes: float) -> str:
     """Return bytes for a reader."""
     return f"{num_bytes / 1e6:,.0f} MB"

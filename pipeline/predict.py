@@ -35,7 +35,7 @@ from ood_heatmap.sources import find_images, from_paths
 
 log = logging.getLogger(__name__)
 
-STANDARD_INPUT = Path("-")
+_STANDARD_INPUT = Path("-")
 # bytes of a file's name without its suffix; some encrypted file systems allow 143 in all
 _MAX_NAME_BYTES = 120
 # what a spreadsheet takes for the start of a formula
@@ -43,7 +43,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class _TableLine:
     """One line of the table; the fields are its columns.
 
     Args:
@@ -106,7 +106,7 @@ def list_images(places: Sequence[Path], out: Path) -> list[Path]:
     """
     paths: list[Path] = []
     for place in places:
-        if place == STANDARD_INPUT:
+        if place == _STANDARD_INPUT:
             paths += _read_list(out)
         elif place.is_dir():
             paths += find_images(place, skip=out)
@@ -148,7 +148,7 @@ def predict(
     """
     make_directory(out)
     results = PredictResults(out / f"scores.{config.format}")
-    images, names = from_paths(paths), output_names(paths)
+    images, names = from_paths(paths), make_output_names(paths)
     meter = Meter(len(paths), "predict")
     chunks = (
         np.arange(start, min(start + config.batch_size, len(paths)))
@@ -172,7 +172,7 @@ def predict(
                 _skip([Unreadable(row, images.names[row], reason) for row in rows], results)
                 yield scored
 
-    def make_lines(scored: _Scored) -> list[Prediction]:
+    def make_lines(scored: _Scored) -> list[_TableLine]:
         lines = []
         for i in np.flatnonzero(scored.is_finite).tolist():
             row = int(scored.rows[i])
@@ -242,10 +242,10 @@ def _to_device(output: Output, device: torch.device) -> Output:
     return Output(output.features.to(device), output.logits.to(device), maps)
 
 
-def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) -> Prediction:
+def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) -> _TableLine:
     """Return an image's line of the table, without pictures."""
     p_value = float(result.p_value[i])
-    return Prediction(
+    return _TableLine(
         image=str(path),
         score=round(float(result.score[i]), 6),
         p_value=None if math.isnan(p_value) else round(p_value, 6),
@@ -255,8 +255,8 @@ def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) ->
 
 
 def _write_pictures(
-    detector: HeatmapDetector, scored: _Scored, i: int, line: Prediction, path: Path
-) -> Prediction:
+    detector: HeatmapDetector, scored: _Scored, i: int, line: _TableLine, path: Path
+) -> _TableLine:
     """Write an image's overlay and its raw heatmap, and return its line with their names.
 
     Args:
@@ -280,7 +280,7 @@ def _write_pictures(
     return replace(line, overlay=overlay_path.name, heatmap=heatmap_path.name)
 
 
-def _format_legend(line: Prediction) -> list[str]:
+def _format_legend(line: _TableLine) -> list[str]:
     """Return the lines of text under an overlay."""
     numbers = [f"score {line.score:.4f}"]
     if line.p_value is not None:
@@ -295,11 +295,11 @@ def _open_table(path: Path) -> TextIO:
     return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _line_writer(file: TextIO, kind: str) -> Callable[[Prediction], object]:
+def _line_writer(file: TextIO, kind: str) -> Callable[[_TableLine], object]:
     """Return a function that writes a line of a table, ``csv`` or ``jsonl``."""
     if kind == "jsonl":
         return lambda line: file.write(json.dumps(asdict(line)) + "\n")
-    table = csv.DictWriter(file, [column.name for column in fields(Prediction)])
+    table = csv.DictWriter(file, [column.name for column in fields(_TableLine)])
     table.writeheader()
     return lambda line: table.writerow(
         {name: _to_cell(value) for name, value in asdict(line).items()}
@@ -319,7 +319,7 @@ def _to_cell(value: str | float | bool | None) -> str | float | None:
     return value
 
 
-def output_names(paths: Sequence[Path]) -> list[str]:
+def make_output_names(paths: Sequence[Path]) -> list[str]:
     """Return a name for the pictures of each image, without suffix; no two are the same.
 
     Made from the image's file name. What some file system or spreadsheet cannot take is replaced by

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.errors import DamagedCacheError
 
-Kind = TypeVar("Kind", bound="Results")
+_ResultsT = TypeVar("_ResultsT", bound="Results")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Results:
         return asdict(self)
 
     @classmethod
-    def of(cls: type[Kind], manifest: Manifest) -> Kind:
+    def from_manifest(cls: type[_ResultsT], manifest: Manifest) -> _ResultsT:
         """Return the results of a stage.
 
         Raises:

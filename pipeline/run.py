@@ -28,7 +28,7 @@ from ood_heatmap.devices import choose_device
 from ood_heatmap.distributed import is_main
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import SCALE
-from ood_heatmap.pipeline.patched import Pasting, draw_pasting
+from ood_heatmap.pipeline.patched import PastePlan, draw_paste_plan
 from ood_heatmap.pipeline.results import (
     DecoderResults,
     EvaluationResults,
@@ -37,7 +37,6 @@ from ood_heatmap.pipeline.results import (
 )
 
 log = logging.getLogger(__name__)
-Int64 = NDArray[np.int64]
 
 PROBE, PROBED = "probe.safetensors", ("images", "features")
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
@@ -54,7 +53,7 @@ COMMANDS = {
 }
 
 
-def command_of(run: Path, stage: str) -> str:
+def format_command(run: Path, stage: str) -> str:
     """Return the command line that makes a stage, for messages."""
     return f"ood-heatmap {COMMANDS.get(stage, stage)} {run} ..."
 
@@ -65,7 +64,7 @@ def read_manifest(run: Path, stage: str) -> Manifest:
     Raises:
         OodHeatmapError: The stage is missing, unfinished, damaged or of another format.
     """
-    return manifests.read_manifest(run / stage, command=command_of(run, stage))
+    return manifests.read_manifest(run / stage, command=format_command(run, stage))
 
 
 def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> None:
@@ -79,7 +78,7 @@ def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> N
     Raises:
         DamagedCacheError: Names the file.
     """
-    command = command_of(run, manifest.stage)
+    command = format_command(run, manifest.stage)
     manifests.check_files(run / manifest.stage, manifest, command=command, skip=skip)
 
 
@@ -91,7 +90,7 @@ def read_result(run: Path, stage: str, name: str) -> dict[str, Any]:
     """
     manifest = read_manifest(run, stage)
     check_files(run, manifest, skip=[other for other in manifest.files if other != name])
-    return manifests.read_json(run / stage / name, command=command_of(run, stage))
+    return manifests.read_json(run / stage / name, command=format_command(run, stage))
 
 
 def read_file(run: Path, manifest: Manifest, name: str) -> bytes:
@@ -100,7 +99,7 @@ def read_file(run: Path, manifest: Manifest, name: str) -> bytes:
     Raises:
         DamagedCacheError: The file is missing or has changed.
     """
-    command = command_of(run, manifest.stage)
+    command = format_command(run, manifest.stage)
     return manifests.read_file(run / manifest.stage, manifest, name, command=command)
 
 
@@ -115,7 +114,7 @@ def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
         raise StaleCacheError(
             f"{run / manifest.stage} was built from another {previous.stage} (fingerprint "
             f"{abbreviate(before)}, now {abbreviate(now)}). "
-            f"Run `{command_of(run, manifest.stage)}` again with --overwrite."
+            f"Run `{format_command(run, manifest.stage)}` again with --overwrite."
         )
 
 
@@ -199,7 +198,7 @@ class Index:
     @cached_property
     def results(self) -> IndexResults:
         """What stage 1 hands on."""
-        return IndexResults.of(self.manifest)
+        return IndexResults.from_manifest(self.manifest)
 
     @property
     def size(self) -> int:
@@ -301,13 +300,13 @@ def map_index(run: Path, manifest: Manifest) -> Index:
     Raises:
         DamagedCacheError: A shard is missing or not what it should be.
     """
-    results = IndexResults.of(manifest)
+    results = IndexResults.from_manifest(manifest)
     size = ClassifierConfig.from_json(results.classifier).transform.size
     columns = index_columns(size, results.num_features, results.map_shapes)
     return Index(run, manifest, open_rows(manifest.shard_paths(run / "index"), columns))
 
 
-def open_classifier_of(run: Path) -> Index:
+def _open_for_classifier(run: Path) -> Index:
     """Open a finished index for its classifier alone: its images and features are not read.
 
     Raises:
@@ -329,7 +328,7 @@ class Targets:
     @cached_property
     def results(self) -> TargetsResults:
         """What stage 2 hands on."""
-        return TargetsResults.of(self.manifest)
+        return TargetsResults.from_manifest(self.manifest)
 
 
 def open_targets(run: Path, index: Index) -> Targets:
@@ -354,24 +353,24 @@ def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
     return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets"), columns))
 
 
-def drawn_rows(num_images: int, limit: int | None, seed: int) -> Int64:
+def draw_rows(num_images: int, limit: int | None, seed: int) -> NDArray[np.int64]:
     """Return ``limit`` rows of a set, ascending; all when None."""
     if limit is None:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
 
 
-def pasting_of(index: Index, rows: Int64, share: float, seed: int) -> Pasting:
+def make_paste_plan(index: Index, rows: NDArray[np.int64], share: float, seed: int) -> PastePlan:
     """Return which patched images to make: a share of the number of OOD images."""
-    return draw_pasting(round(share * len(rows)), len(index.columns["row"]), rows, seed)
+    return draw_paste_plan(round(share * len(rows)), len(index.columns["row"]), rows, seed)
 
 
-def pasting_of_targets(targets: Targets, index: Index) -> Pasting:
+def redraw_paste_plan(targets: Targets, index: Index) -> PastePlan:
     """Return what was pasted where, drawn again from the manifest's settings."""
     inputs = targets.manifest.inputs
     options = inputs["options"]
-    rows = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
-    return pasting_of(index, rows, options["patched"], options["seed"])
+    rows = draw_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
+    return make_paste_plan(index, rows, options["patched"], options["seed"])
 
 
 @dataclass(frozen=True)
@@ -384,7 +383,7 @@ class TrainedDecoder:
     @cached_property
     def results(self) -> DecoderResults:
         """What stage 3 hands on."""
-        return DecoderResults.of(self.manifest)
+        return DecoderResults.from_manifest(self.manifest)
 
 
 def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDecoder:
@@ -406,11 +405,11 @@ def load_detector(
     run: Path, device: str = "auto", false_alarm: float | None = None
 ) -> HeatmapDetector:
     """Load the detector of a run: see ``HeatmapDetector.load``."""
-    index = open_classifier_of(run)
+    index = _open_for_classifier(run)
     torch_device = choose_device(device)
     trained = open_decoder(run, index.manifest, torch_device)
     detector = make_detector(index, trained, torch_device)
-    calibration = open_calibration(run, trained.manifest)
+    calibration = _open_calibration(run, trained.manifest)
     if calibration is not None:
         fitted, level = calibration
         return detector.calibrated(fitted, level if false_alarm is None else false_alarm)
@@ -434,7 +433,7 @@ def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -
     )
 
 
-def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:
+def _open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:
     """Return the calibration of a run and its false-alarm level.
 
     Args:
@@ -460,5 +459,5 @@ def open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] 
         return None
     path = run / "evaluation" / CALIBRATION
     calibration = Calibration.from_bytes(read_file(run, manifest, CALIBRATION), str(path))
-    level = EvaluationResults.of(manifest).false_alarm
+    level = EvaluationResults.from_manifest(manifest).false_alarm
     return None if level is None else (calibration, level)

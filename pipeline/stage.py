@@ -52,10 +52,9 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheErr
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.results import Results
-from ood_heatmap.pipeline.run import COMMANDS, command_of, read_manifest
+from ood_heatmap.pipeline.run import COMMANDS, format_command, read_manifest
 
 log = logging.getLogger(__name__)
-Int64 = NDArray[np.int64]
 
 CHECKPOINT = "last.ckpt"  # of a stage that has one, while it is unfinished
 # checksums of the files that one rank has written, while the stage is unfinished
@@ -142,7 +141,7 @@ class Stage:
             StaleCacheError: The stage was started with other inputs, or by another version.
             DamagedCacheError: Nobody can tell any more.
         """
-        command = command_of(self.run, self.name)
+        command = format_command(self.run, self.name)
         if (self.directory / MANIFEST).is_file():
             manifest = read_manifest(self.run, self.name)
             self._require_inputs(manifest.inputs)
@@ -178,7 +177,7 @@ class Stage:
             return all(
                 record.matches(self.directory / name) for name, record in manifest.files.items()
             )
-        command = command_of(self.run, self.name)
+        command = format_command(self.run, self.name)
         for name, record in manifest.files.items():
             check_size(self.directory / name, record, command=command)
         return True
@@ -270,7 +269,7 @@ class Stage:
         records = self._all_records().get(name, [])
         if len(set(records)) != 1:  # written more than once, or not through us: look
             return FileRecord.from_file(self.directory / name)
-        check_size(self.directory / name, records[0], command=command_of(self.run, self.name))
+        check_size(self.directory / name, records[0], command=format_command(self.run, self.name))
         return records[0]
 
     def _remove_unfinished(self) -> None:
@@ -312,8 +311,8 @@ class ShardTask:
     """
 
     name: str
-    positions: Int64
-    source_rows: Int64
+    positions: NDArray[np.int64]
+    source_rows: NDArray[np.int64]
 
     @property
     def rows_hash(self) -> str:
@@ -347,7 +346,7 @@ class Schedule:
 
 
 def _make_tasks(
-    prefix: str, source_rows: Int64, bytes_per_row: int, shard_mb: int
+    prefix: str, source_rows: NDArray[np.int64], bytes_per_row: int, shard_mb: int
 ) -> list[ShardTask]:
     """Split rows into shards of at most ``shard_mb`` megabytes (of one row at least).
 
@@ -369,7 +368,7 @@ def _make_tasks(
 def schedule_shards(
     stage: Stage,
     images: ImageSet,
-    rows_by_prefix: Mapping[str, Int64],
+    rows_by_prefix: Mapping[str, NDArray[np.int64]],
     bytes_per_row: int,
     *,
     shard_mb: int,
@@ -457,7 +456,7 @@ def _missing_shards(
     if complete and missing:
         raise DamagedCacheError(
             f"{stage.directory / tasks[missing[0]].name} is not the shard that belongs there. "
-            f"Delete {stage.directory} and run `{command_of(stage.run, stage.name)}` again."
+            f"Delete {stage.directory} and run `{format_command(stage.run, stage.name)}` again."
         )
     if len(missing) < len(tasks) and not complete:
         done = len(tasks) - len(missing)
@@ -465,7 +464,7 @@ def _missing_shards(
     return missing
 
 
-def _current_content_hash(images: ImageSet, rows: Int64) -> str | None:
+def _current_content_hash(images: ImageSet, rows: NDArray[np.int64]) -> str | None:
     """Return the hash of images as they are now, None when one is gone."""
     try:
         return content_hash(b"".join(images.digest(int(row)) for row in rows))

@@ -31,9 +31,9 @@ from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.patched import Pasting, pasted_images
+from ood_heatmap.pipeline.patched import PastePlan, pasted_images
 from ood_heatmap.pipeline.results import TargetsResults
-from ood_heatmap.pipeline.run import Index, drawn_rows, open_index, pasting_of, target_columns
+from ood_heatmap.pipeline.run import Index, draw_rows, make_paste_plan, open_index, target_columns
 from ood_heatmap.pipeline.stage import (
     BackgroundWriter,
     Schedule,
@@ -46,7 +46,6 @@ from ood_heatmap.pipeline.stage import (
 )
 
 log = logging.getLogger(__name__)
-Int64 = NDArray[np.int64]
 
 # search once this many queries per class, or this many bytes, are pending
 _QUERIES_PER_CLASS, _PENDING_BYTES = 256, 512 << 20
@@ -75,7 +74,7 @@ def build_targets(
             and so on.
     """
     check_faiss()
-    rows = chosen_rows(images, config)
+    rows = choose_rows(images, config)
     with run_lock(run):
         index = open_index(run)
         inputs = {
@@ -84,12 +83,12 @@ def build_targets(
             "options": result_options(config),
         }
         stage = Stage(run, "targets", inputs)
-        pasting = pasting_of(index, rows, config.patched, config.seed)
+        paste_plan = make_paste_plan(index, rows, config.patched, config.seed)
         schedule = schedule_shards(
             stage,
             images,
-            {_PAIRED: rows, _PATCHED: pasting.row},
-            bytes_per_row(columns_of(index)),
+            {_PAIRED: rows, _PATCHED: paste_plan.row},
+            bytes_per_row(columns_from_index(index)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
         )
@@ -100,7 +99,7 @@ def build_targets(
         meter = Meter(schedule.num_own_rows, "targets")
         forward = BatchedClassifier(classifier, config.batch_size)
         _pair_all(stage, schedule.own[_PAIRED], images, forward, index, bank, config, meter)
-        _paste_all(stage, schedule.own[_PATCHED], images, forward, index, pasting, config, meter)
+        _paste_all(stage, schedule.own[_PATCHED], images, forward, index, paste_plan, config, meter)
         with meter.waiting("finish"):
             barrier()
             results = _collect(stage, schedule, images, bank, config) if is_main() else None
@@ -112,7 +111,7 @@ def build_targets(
         return broadcast(manifest)
 
 
-def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
+def choose_rows(images: ImageSet, config: TargetsConfig) -> NDArray[np.int64]:
     """Return the rows to pair, ascending: all, or a seeded draw.
 
     Raises:
@@ -122,10 +121,10 @@ def chosen_rows(images: ImageSet, config: TargetsConfig) -> Int64:
         raise OodHeatmapError(
             f"{images.source} has {len(images)} images, --limit asks for {config.limit}. Lower it."
         )
-    return drawn_rows(len(images), config.limit, config.seed)
+    return draw_rows(len(images), config.limit, config.seed)
 
 
-def columns_of(index: Index) -> dict[str, Column]:
+def columns_from_index(index: Index) -> dict[str, Column]:
     """Return the columns of targets made from an index."""
     results = index.results
     return target_columns(index.size, results.num_features, results.map_shapes)
@@ -157,7 +156,7 @@ def _pair_all(
                 pairs = _pair([shard for _, shard in group], index, bank, config)
             for (task, shard), found in zip(group, pairs, strict=True):
                 arrays = _arrays(shard, shard.rows, found, index, patched=False)
-                writer.write(task, arrays, columns_of(index), content=shard.content)
+                writer.write(task, arrays, columns_from_index(index), content=shard.content)
 
 
 def _group_shards(
@@ -187,14 +186,14 @@ def _paste_all(
     images: ImageSet,
     forward: BatchedClassifier,
     index: Index,
-    pasting: Pasting,
+    paste_plan: PastePlan,
     config: TargetsConfig,
     meter: Meter,
 ) -> None:
     """Paste, embed and write, shard by shard, as ``_pair_all`` does."""
     transform = forward.classifier.config.transform
     embedded = embed(
-        pasted_images(images, index.columns["images"], pasting, transform),
+        pasted_images(images, index.columns["images"], paste_plan, transform),
         [task.positions for task in tasks],
         forward,
         meter,
@@ -205,11 +204,11 @@ def _paste_all(
     )
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            row = index.columns["row"].read()[pasting.position[shard.rows]]
+            row = index.columns["row"].read()[paste_plan.position[shard.rows]]
             same_class = np.ones(len(row), dtype=bool)
             pairs = Nearest(row, _distances_to(index, row, shard), same_class)
-            arrays = _arrays(shard, pasting.row[shard.rows], pairs, index, patched=True)
-            writer.write(task, arrays, columns_of(index), content=shard.content)
+            arrays = _arrays(shard, paste_plan.row[shard.rows], pairs, index, patched=True)
+            writer.write(task, arrays, columns_from_index(index), content=shard.content)
 
 
 def _pair(
@@ -243,14 +242,14 @@ def _scramble(found: Nearest, shard: Embedded, index: Index) -> Nearest:
     return replace(found, row=row, distance=_distances_to(index, row, shard))
 
 
-def _distances_to(index: Index, row: Int64, shard: Embedded) -> NDArray[np.float64]:
+def _distances_to(index: Index, row: NDArray[np.int64], shard: Embedded) -> NDArray[np.float64]:
     """Return the distance of each image's features to those of an ID row, float64."""
     features = index.columns["features"].take(index.positions(row))
     return np.sqrt(squared_distances(shard.features, features))
 
 
 def _arrays(
-    shard: Embedded, row: Int64, pairs: Nearest, index: Index, *, patched: bool
+    shard: Embedded, row: NDArray[np.int64], pairs: Nearest, index: Index, *, patched: bool
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard; ``row`` is of the OOD set."""
     nearest_images = index.columns["images"].take(index.positions(pairs.row))

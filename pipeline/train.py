@@ -426,7 +426,7 @@ def finish(
         num_parameters=sum(item.numel() for item in decoder.parameters()),
         num_id=data.num_id,
         num_ood=len(data) - data.num_id,
-        pairing=TargetsResults.of(targets).pairing,
+        pairing=TargetsResults.from_manifest(targets).pairing,
         color_max=color_max(decoder, data),
     )
     return stage.commit(results, [DECODER, HISTORY], speed=trained.stats)

@@ -16,16 +16,15 @@ from ood_heatmap.pipeline.run import (
     Index,
     Targets,
     check_files,
-    drawn_rows,
+    draw_rows,
     open_index,
     open_targets,
-    pasting_of_targets,
     read_manifest,
+    redraw_paste_plan,
     require_from,
 )
 
 log = logging.getLogger(__name__)
-Int64 = NDArray[np.int64]
 
 
 def verify(
@@ -46,7 +45,7 @@ def verify(
     """
     index = open_index(run)
     lines = [f"index: {len(index.manifest.files)} files as they were written"]
-    check_index_rows(index)
+    _check_index_rows(index)
     earlier = [index.manifest]
     for stage in list(COMMANDS)[1:]:
         if not (run / stage / MANIFEST).is_file():
@@ -59,13 +58,13 @@ def verify(
         check_files(run, manifest)
         lines.append(f"{stage}: {len(manifest.files)} files as they were written")
         if stage == "targets":
-            check_target_rows(index, open_targets(run, index))
-            lines += check_targets(index, open_targets(run, index), num_samples, seed)
+            _check_target_rows(index, open_targets(run, index))
+            lines += _check_targets(index, open_targets(run, index), num_samples, seed)
         earlier.append(manifest)
     return lines
 
 
-def check_index_rows(index: Index) -> None:
+def _check_index_rows(index: Index) -> None:
     """Make sure that the shards hold every row of the ID set once, less those left out.
 
     Raises:
@@ -80,7 +79,7 @@ def check_index_rows(index: Index) -> None:
         )
 
 
-def check_target_rows(index: Index, targets: Targets) -> None:
+def _check_target_rows(index: Index, targets: Targets) -> None:
     """Make sure that the shards hold every OOD row and every patched image once and in order.
 
     Raises:
@@ -89,8 +88,8 @@ def check_target_rows(index: Index, targets: Targets) -> None:
     inputs, row = targets.manifest.inputs, targets.columns["row"].read()
     patched = targets.columns["patched"].read().astype(bool)
     options = inputs["options"]
-    wanted = drawn_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
-    pasted = pasting_of_targets(targets, index).row
+    wanted = draw_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
+    pasted = redraw_paste_plan(targets, index).row
     complete = (~patched).sum() + len(targets.results.skipped) == len(wanted)
     in_order = np.array_equal(row[~patched], wanted[np.isin(wanted, row[~patched])])
     # an OOD image that was skipped as unreadable is in no patched image either
@@ -101,10 +100,10 @@ def check_target_rows(index: Index, targets: Targets) -> None:
         )
 
 
-def check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -> list[str]:
+def _check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -> list[str]:
     """Make a sample of targets again by brute force and compare; return what was checked."""
     patched = targets.columns["patched"].read().astype(bool)
-    checks = {"paired": (~patched, check_pairs), "pasted": (patched, check_pasted)}
+    checks = {"paired": (~patched, _check_pairs), "pasted": (patched, _check_patched)}
     lines = []
     for verb, (mine, check) in checks.items():
         rows = np.flatnonzero(mine)
@@ -115,7 +114,7 @@ def check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -
     return lines
 
 
-def check_pairs(index: Index, targets: Targets, sample: Int64) -> None:
+def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> None:
     """Pair OOD images again, by plain differences to every ID image.
 
     Raises:
@@ -143,49 +142,49 @@ def check_pairs(index: Index, targets: Targets, sample: Int64) -> None:
                 )
         elif partner not in row[searched]:
             raise DamagedCacheError(f"{where}: its partner is of another class.")
-        check_distance(squared[row[searched] == partner], taken["distance"][i], where)
+        _check_distance(squared[row[searched] == partner], taken["distance"][i], where)
         image = index.columns["images"].take(index.positions(np.array([partner])))[0]
-        if not in_range(image - taken["heatmap"][i]):
+        if not _is_image(image - taken["heatmap"][i]):
             raise DamagedCacheError(f"{where}: nearest minus heatmap is no image.")
 
 
-def check_pasted(index: Index, targets: Targets, sample: Int64) -> None:
+def _check_patched(index: Index, targets: Targets, sample: NDArray[np.int64]) -> None:
     """Paste patched images again, out of the OOD images that the paired targets give back.
 
     Raises:
         DamagedCacheError: Names the row that differs.
     """
     columns, images = targets.columns, index.columns["images"]
-    pasting = pasting_of_targets(targets, index)
+    paste_plan = redraw_paste_plan(targets, index)
     paired = np.flatnonzero(columns["patched"].read() == 0)
     ood_rows = columns["row"].read()[paired]
     # an OOD image that was skipped as unreadable is in no patched image either
-    numbers = np.flatnonzero(np.isin(pasting.row, ood_rows))
+    numbers = np.flatnonzero(np.isin(paste_plan.row, ood_rows))
     for at in sample:
         taken = {name: rows.take(np.array([at]))[0] for name, rows in columns.items()}
         where = f"patched row {at - len(paired)} of {targets.run / 'targets'}"
         number = numbers[at - len(paired)]
-        position = pasting.position[number : number + 1]
+        position = paste_plan.position[number : number + 1]
         if taken["nearest"] != index.columns["row"].take(position)[0]:
             raise DamagedCacheError(f"{where}: it was pasted into another ID row.")
         source = paired[np.searchsorted(ood_rows, [taken["row"]])]
         nearest = images.take(index.positions(columns["nearest"].take(source)))
         ood_image = (nearest - columns["heatmap"].take(source)).astype(np.uint8)[0]
         id_image = images.take(position)[0]
-        again = paste(id_image, ood_image, pasting.patch(int(number), id_image.shape[-1]))
+        again = paste(id_image, ood_image, paste_plan.patch(int(number), id_image.shape[-1]))
         if not np.array_equal(id_image - taken["heatmap"], again):
             raise DamagedCacheError(f"{where}: its heatmap is not the change the patch made.")
         features = index.columns["features"].take(position)
-        check_distance(squared_distances(taken["features"], features), taken["distance"], where)
+        _check_distance(squared_distances(taken["features"], features), taken["distance"], where)
 
 
-def check_distance(squared: NDArray[np.float64], stored: float, where: str) -> None:
+def _check_distance(squared: NDArray[np.float64], stored: float, where: str) -> None:
     """Raise when a stored float32 distance is not the root of the one in float64."""
     distance = float(np.sqrt(squared[0]))
     if not np.isclose(stored, distance, rtol=1e-6, atol=0):
         raise DamagedCacheError(f"{where}: distance is {distance:.6g}, {stored:.6g} is stored.")
 
 
-def in_range(image: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> bool:
+def _is_image(image: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> bool:
     """Tell whether values are pixels."""
     return bool((image >= 0).all() and (image <= 255).all())

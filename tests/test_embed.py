@@ -9,7 +9,7 @@ import torch
 from ood_heatmap.images import Batch
 from ood_heatmap.pipeline.embed import embed, iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
-from ood_heatmap.pipeline.meter import Meter, find_bottleneck, format_summary, merge_ranks
+from ood_heatmap.pipeline.meter import Meter, _find_bottleneck, _format_summary, _merge_ranks
 from ood_heatmap.sources import from_array
 
 
@@ -39,14 +39,14 @@ def test_shards_hold_each_image_with_its_own_output(classifier):
 
 def test_embedding_counts_only_beyond_the_classifier_alone():
     waits = {"decode": 2.0, "embed": 10.0, "write": 1.0}
-    assert find_bottleneck(waits, alone=9.5, stolen=0.0) == ("decode", 2.0)
-    assert find_bottleneck(waits, alone=5.0, stolen=0.0) == ("embed", 5.0)
+    assert _find_bottleneck(waits, alone=9.5, stolen=0.0) == ("decode", 2.0)
+    assert _find_bottleneck(waits, alone=5.0, stolen=0.0) == ("embed", 5.0)
 
 
 def test_the_cores_that_decoding_takes_from_the_classifier_count_as_decoding():
     waits = {"decode": 0.5, "embed": 10.0, "write": 1.0}
-    assert find_bottleneck(waits, alone=6.0, stolen=0.0) == ("embed", 4.0)
-    assert find_bottleneck(waits, alone=6.0, stolen=3.0) == ("decode", 3.5)
+    assert _find_bottleneck(waits, alone=6.0, stolen=0.0) == ("embed", 4.0)
+    assert _find_bottleneck(waits, alone=6.0, stolen=3.0) == ("decode", 3.5)
 
 
 def test_cpu_time_of_decoding_is_spread_over_the_classifiers_threads(classifier):
@@ -79,7 +79,7 @@ def test_several_ranks_are_reported_as_one():
         "wait_seconds": {"embed": 5.0},
         "ceiling": 11.0,
     }
-    merged = merge_ranks([first, second])
+    merged = _merge_ranks([first, second])
     assert merged["images_per_second"] == 8.0
     assert merged["share_of_ceiling"] == 0.5
     assert merged["wait_seconds"] == {"decode": 0.5, "embed": 4.0}
@@ -88,4 +88,4 @@ def test_several_ranks_are_reported_as_one():
 
 def test_a_slow_rate_is_not_shown_as_none():
     stats = {"images": 1, "seconds": 1.9, "images_per_second": 0.5}
-    assert format_summary(stats) == "1 images in 1.9 s, 0.5 images/s"
+    assert _format_summary(stats) == "1 images in 1.9 s, 0.5 images/s"

@@ -100,7 +100,7 @@ def test_feature_maps_are_rounded_to_float16_as_in_training(classifier, tmp_path
 def test_ties_have_the_p_value_of_the_calibration(classifier):
     detector = make_detector(classifier, "magnitude", 0)
     held_out = np.array([0.25, 0.5, 0.5, 0.75], np.float32)
-    module = export_module.ExportedDetector(
+    module = export_module._ExportedDetector(
         detector.calibrated(Calibration.fit(held_out, held_out), 0.1)
     )
     scores = torch.tensor([0.1, 0.25, 0.5, 0.6, 0.75, 0.8])
@@ -141,10 +141,10 @@ def test_the_torch_program_says_what_it_is(run, tmp_path):
 
 def test_the_metadata_has_the_thresholds_where_there_are_any(classifier):
     detector = make_detector(classifier, "magnitude", 0)
-    about = export_module.metadata(detector)
+    about = export_module._metadata(detector)
     assert json.loads(about["threshold"]) == detector.threshold
     assert json.loads(about["pixel_threshold"]) == detector.pixel_threshold
-    about = export_module.metadata(detector.calibrated(None, 0.05))
+    about = export_module._metadata(detector.calibrated(None, 0.05))
     assert (about["threshold"], about["pixel_threshold"]) == ("null", "null")
 
 
@@ -196,7 +196,7 @@ def test_a_refused_write_is_one_line_also_when_the_cleanup_is_refused(
 
 
 def test_a_missing_folder_is_found_before_the_work(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "metadata", None)
+    monkeypatch.setattr(export_module, "_metadata", None)
     with pytest.raises(OodHeatmapError, match=r"cannot write .*there is no folder .*gone"):
         export(make_detector(classifier, "magnitude", 0), tmp_path / "gone" / "d.onnx", "onnx")
 

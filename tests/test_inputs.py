@@ -1,15 +1,15 @@
 """Image sets as a user names them."""
 
-from ood_heatmap.pipeline.inputs import named_source, near_names
+from ood_heatmap.pipeline.inputs import near_names, split_named_source
 
 
 def test_names_of_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    assert named_source("photos") == ("photos", "photos")
-    assert named_source("x=photos") == ("x", "photos")
-    assert named_source("svhn/test") == ("svhn", "svhn/test")
-    assert named_source("x=svhn/test") == ("x", "svhn/test")
+    assert split_named_source("photos") == ("photos", "photos")
+    assert split_named_source("x=photos") == ("x", "photos")
+    assert split_named_source("svhn/test") == ("svhn", "svhn/test")
+    assert split_named_source("x=svhn/test") == ("x", "svhn/test")
 
 
 def test_a_near_set_is_named_as_it_was_given(tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ from ood_heatmap.pipeline import plan as module
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.plan import (
     Plan,
-    lines_of,
+    _find_shortages,
+    format_plan,
     plan_index,
     plan_targets,
     plan_train,
-    problems,
 )
 from ood_heatmap.sources import open_images
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.0)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def test_training_takes_what_was_planned(run):
 
 
 def test_a_resident_feed_counts_as_memory_and_a_streaming_one_does_not(run, monkeypatch):
-    monkeypatch.setattr(module, "peak_of_host", lambda: 0)
+    monkeypatch.setattr(module, "_peak_host_bytes", lambda: 0)
     config: dict[str, Any] = {"epochs": 1, "batch_size": 32, "width": 32, "feature_maps": 0}
     resident, streaming = (
         plan_train(run, CPU, TrainConfig(**config, feed=feed)) for feed in ("resident", "streaming")
@@ -77,12 +77,12 @@ def test_a_resident_feed_counts_as_memory_and_a_streaming_one_does_not(run, monk
 
 def test_what_does_not_fit_is_named(tmp_path):
     small = Plan(rows=1, disk=1, host=1, on_gpu=0, seconds=75, rate=2)
-    assert problems(small, tmp_path / "run", CPU) == []
-    lines = lines_of(small, tmp_path / "not" / "there", CPU)
+    assert _find_shortages(small, tmp_path / "run", CPU) == []
+    lines = format_plan(small, tmp_path / "not" / "there", CPU)
     assert "time    about 1 min 15 s on cpu, from 2 images/s" in lines
     assert lines[-1] == "all of it fits"
     large = Plan(rows=1, disk=10**18, host=10**17, on_gpu=0, seconds=1, rate=1)
-    disk, memory = problems(large, tmp_path / "not" / "there", CPU)
+    disk, memory = _find_shortages(large, tmp_path / "not" / "there", CPU)
     assert disk.startswith(f"does not fit: the disk of {tmp_path}: 1,000,000,000,000 MB are needed")
     assert memory.startswith("does not fit: RAM: 100,000,000,000 MB are needed")
 

@@ -23,7 +23,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay, truncated
 from ood_heatmap.pipeline import predict as predict_module
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.predict import list_images, output_names, predict
+from ood_heatmap.pipeline.predict import list_images, make_output_names, predict
 
 CALIBRATION = Calibration.fit(*np.linspace((0, 0), (1, 1), 99, dtype=np.float32).T)
 
@@ -208,7 +208,7 @@ def test_standard_input_lists_files_and_folders(paths, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
         return list_images(list_images_argument, tmp_path / "out")
 
-    list_images_argument = [predict_module.STANDARD_INPUT]
+    list_images_argument = [predict_module._STANDARD_INPUT]
     folder = paths[0].parent
     found = type_in(f"{paths[3]}\r\n\nno/such.png\n{folder}".encode() + b"\n\xff.png\n")
     assert found[:2] == [paths[3], type(folder)("no/such.png")]
@@ -239,7 +239,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
         tmp_path / name
         for name in ("a/x.png", "b/x.png", "x_png-2", "c/x.png", "x.jpg", "X.PNG", "x_png")
     ]
-    assert len({name.casefold() for name in output_names(paths)}) == len(paths)
+    assert len({name.casefold() for name in make_output_names(paths)}) == len(paths)
 
 
 ODD_NAMES = [

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ood_heatmap import figures
 from ood_heatmap.figures import Card
-from ood_heatmap.pipeline.gallery import MAX_CARDS
+from ood_heatmap.pipeline.gallery import _MAX_CARDS
 from ood_heatmap.report import render_report
 
 NASTY = "<script>alert(1)</script>\"'&{{ data }}</td>"
@@ -172,7 +172,7 @@ def test_a_full_gallery_of_photos_stays_below_ten_megabytes():
     """Of noise, which nothing can make smaller; as many cards as an evaluation shows at most."""
     scores = make_scores()
     cards = make_cards(scores, each=8, size=224)
-    cards = (cards * (MAX_CARDS // len(cards) + 1))[:MAX_CARDS]
+    cards = (cards * (_MAX_CARDS // len(cards) + 1))[:_MAX_CARDS]
     text = render_report(**make_arguments(cards=cards))
     assert len(text.encode()) < 10e6
 

@@ -62,7 +62,7 @@ def test_the_ood_images_come_back_exactly_from_the_shards_alone(data, classifier
 def test_a_limit_draws_the_same_rows_every_time(data, run, tmp_path):
     images = open_images(str(data / "ood"))
     draws = [
-        module.chosen_rows(images, TargetsConfig(patched=0.0, limit=20, seed=seed))
+        module.choose_rows(images, TargetsConfig(patched=0.0, limit=20, seed=seed))
         for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(draws[0], draws[1])
