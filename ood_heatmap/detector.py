@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from ood_heatmap.calibration import Calibration, num_needed
-from ood_heatmap.classifier import Classifier, Output
-from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import pixel_score, score
 from ood_heatmap.images import Transform, apply_transform
-from ood_heatmap.user_code import trusting_code
+
+if TYPE_CHECKING:
+    # whoever has a detector has made them: this module only calls them
+    from ood_heatmap.classifier import Classifier, Output
+    from ood_heatmap.decoder import Decoder
 
 log = logging.getLogger(__name__)
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | NDArray[np.uint8] | Tensor
@@ -79,8 +81,8 @@ class HeatmapDetector:
 
     def __init__(
         self,
-        classifier: Classifier,
-        decoder: Decoder,
+        classifier: "Classifier",
+        decoder: "Decoder",
         *,
         classes: Sequence[str] = (),
         color_max: float = 1.0,
@@ -126,6 +128,7 @@ class HeatmapDetector:
         """
         # not at the top: a detector in memory needs nothing that reads run directories
         from ood_heatmap.pipeline.run import load_detector
+        from ood_heatmap.user_code import trusting_code
 
         with trusting_code(trust_code):
             return load_detector(Path(run), device, false_alarm)
@@ -183,7 +186,7 @@ class HeatmapDetector:
         return self.detect(_to_pixels(images, self.classifier.config.transform))[0]
 
     @torch.inference_mode()
-    def detect(self, pixels: NDArray[np.uint8]) -> tuple[Result, Output]:
+    def detect(self, pixels: NDArray[np.uint8]) -> "tuple[Result, Output]":
         """Detect on uint8 ``(B, 3, H, W)`` of the classifier's input size.
 
         Returns:
@@ -193,7 +196,7 @@ class HeatmapDetector:
         return self.decode(output), output
 
     @torch.inference_mode()
-    def decode(self, output: Output) -> Result:
+    def decode(self, output: "Output") -> Result:
         """Return heatmaps, scores and decisions from the classifier's output."""
         prediction = output.logits.argmax(dim=1)
         heatmap = decode_heatmap(self.decoder, output, prediction)
@@ -217,7 +220,7 @@ class HeatmapDetector:
         return self.calibration.p_value(scores)
 
 
-def decode_heatmap(decoder: Decoder, output: Output, prediction: Tensor) -> Tensor:
+def decode_heatmap(decoder: "Decoder", output: "Output", prediction: Tensor) -> Tensor:
     """Return the heatmap ``(B, C, H, W)`` float32 for the classifier's output."""
     # through float16, as the decoder has seen feature maps in training
     maps = [feature_map.half().float() for feature_map in output.maps]
