@@ -79,7 +79,7 @@ class BatchedClassifier:
         for item in copies:
             self.idle.put(item)
         self.executor = (
-            InlineExecutor()
+            _InlineExecutor()
             if self.on_gpu
             else pinned_thread_pool(self.num_workers, self.num_threads // self.num_workers)
         )
@@ -220,7 +220,7 @@ def make_copies(classifier: Classifier, count: int) -> list[Classifier]:
     return [classifier, *copies]
 
 
-class InlineExecutor:
+class _InlineExecutor:
     """An executor that runs the work in the calling thread."""
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:

@@ -39,7 +39,7 @@ def training_step(
     """Take one step and return the loss, left on the device.
 
     Args:
-        loss_of: The loss of a micro-batch, see ``batch_loss``.
+        loss_of: The loss of a micro-batch, see ``_batch_loss``.
         optimizer: Of the decoder.
         batch: Of this rank.
         micro_batch_size: Images that go through the decoder at once; gradients accumulate.
@@ -54,7 +54,7 @@ def training_step(
     return total
 
 
-def batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -> Tensor:
+def _batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -> Tensor:
     """Return the loss of a part of a batch, as its share of the loss of the whole batch.
 
     Summed over micro-batches and averaged over ranks, as DistributedDataParallel averages
@@ -168,7 +168,7 @@ def make_eager_step(
     """
 
     def loss_of(batch: TrainingBatch) -> Tensor:
-        return batch_loss(decoder, config, batch)
+        return _batch_loss(decoder, config, batch)
 
     run = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
     step = partial(training_step, run, optimizer)

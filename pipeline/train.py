@@ -87,10 +87,10 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         if complete is not None:
             log.info("%s is already complete", stage.directory)
             return complete
-        trained = train(stage, data, index, device, config)
+        trained = _train(stage, data, index, device, config)
         manifest = None
         if is_main():
-            manifest = finish(stage, trained, data, index, targets.manifest)
+            manifest = _finish(stage, trained, data, index, targets.manifest)
         return broadcast(manifest)
 
 
@@ -165,7 +165,7 @@ def _standard_range(
 
 
 @dataclass(frozen=True)
-class Trained:
+class _Trained:
     """A trained decoder, its history, and throughput stats (empty if no epoch remained)."""
 
     decoder: Decoder
@@ -173,9 +173,9 @@ class Trained:
     stats: Mapping[str, Any]
 
 
-def train(
+def _train(
     stage: Stage, data: TrainingSet, index: Index, device: torch.device, config: TrainConfig
-) -> Trained:
+) -> _Trained:
     """Train the epochs that are missing after the last checkpoint."""
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     if config.batch_size < world_size():
@@ -191,9 +191,9 @@ def train(
     # 256-128-64-32, batch 100)
     decoder.to(memory_format=torch.channels_last)
     optimizer = make_adam(decoder, config)
-    history = resume(stage, decoder, optimizer)
+    history = _resume(stage, decoder, optimizer)
     if len(history) == config.epochs:
-        return Trained(decoder, history, {})
+        return _Trained(decoder, history, {})
     feed_kind, feed = open_feed(data, device, config.feed, config.batch_size)
     log.info(
         "train: %d ID and %d OOD images, %s feed (%.0f MB), decoder %s, %s target",
@@ -201,17 +201,17 @@ def train(
         *("-".join(map(str, decoder.config.widths)), config.target),
     )
     try:
-        stats = run_epochs(stage, data, feed, decoder, optimizer, history, config)
+        stats = _run_epochs(stage, data, feed, decoder, optimizer, history, config)
     except torch.OutOfMemoryError as error:
         raise OodHeatmapError(
             f"{device} has no memory for steps of {config.batch_size} images beside the "
             f"{feed_kind} feed. Use a smaller --batch-size, --feed streaming, or --stack plain in "
             f"one process: its steps can be halved."
         ) from error
-    return Trained(decoder, history, {**stats, "feed": feed_kind})
+    return _Trained(decoder, history, {**stats, "feed": feed_kind})
 
 
-def run_epochs(
+def _run_epochs(
     stage: Stage,
     data: TrainingSet,
     feed: Feed,
@@ -221,35 +221,37 @@ def run_epochs(
     config: TrainConfig,
 ) -> dict[str, Any]:
     """Run the epochs that are missing from the history, and return throughput stats."""
-    device, size, first = decoder.feature_range.device, config.batch_size, len(history)
+    device, size = decoder.feature_range.device, config.batch_size
     num_batches = len(data) // size
-    step_kind, step, ceiling = prepare_step(data, decoder, optimizer, config, config.epochs - first)
+    missing = range(len(history), config.epochs)
+    step_kind, step, ceiling = _prepare_step(data, decoder, optimizer, config, len(missing))
     # one iterator over all epochs: the feed prefetches while a checkpoint is written
-    batches = feed.batches(iter_batches(len(data), size, config.seed, range(first, config.epochs)))
-    start = last_saved = time.perf_counter()
-    for epoch in range(first, config.epochs):
+    batches = feed.batches(iter_batches(len(data), size, config.seed, missing))
+    num_images, start = 0, time.perf_counter()
+    last_saved = start
+    for epoch in missing:
         generator = noise_generator(config.seed, epoch, device)
         # summed on the device: .item() would wait for the GPU in every step
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(show_progress(batches, num_batches, epoch, config)):
-            now = epoch * num_batches + number
-            set_lr(optimizer, lr_at(now, config.epochs * num_batches, config))
+        for number, batch in enumerate(_show_progress(batches, num_batches, epoch, config)):
+            step_number = epoch * num_batches + number
+            set_lr(optimizer, lr_at(step_number, config.epochs * num_batches, config))
             total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
-        history.append({"epoch": epoch + 1, "loss": mean_over_ranks(total) / num_batches})
-        check_loss(history)
-        seconds = time.perf_counter() - start
-        images = (epoch + 1 - first) * num_batches * size
+        history.append({"epoch": epoch + 1, "loss": _mean_over_ranks(total) / num_batches})
+        _check_loss(history)
+        num_images += num_batches * size
         log.info(
             "epoch %d/%d  loss %.3f  %.0f images/s",
-            *(epoch + 1, config.epochs, history[-1]["loss"], images / seconds),
+            *(epoch + 1, config.epochs, history[-1]["loss"]),
+            num_images / (time.perf_counter() - start),
         )
-        if time.perf_counter() - last_saved > CHECKPOINT_SECONDS or epoch + 1 == config.epochs:
-            save_checkpoint(stage, decoder, optimizer, history)
+        if epoch + 1 == config.epochs or time.perf_counter() - last_saved > CHECKPOINT_SECONDS:
+            _save_checkpoint(stage, decoder, optimizer, history)
             last_saved = time.perf_counter()
-    return training_stats(images, time.perf_counter() - start, ceiling, step_kind, device)
+    return _training_stats(num_images, time.perf_counter() - start, ceiling, step_kind, device)
 
 
-def prepare_step(
+def _prepare_step(
     data: TrainingSet,
     decoder: Decoder,
     optimizer: torch.optim.Optimizer,
@@ -269,7 +271,7 @@ def prepare_step(
     return step_kind, step, ceiling
 
 
-def show_progress(
+def _show_progress(
     batches: Iterator[TrainingBatch], num_batches: int, epoch: int, config: TrainConfig
 ) -> Iterable[TrainingBatch]:
     """Return the batches of an epoch, with a progress bar in images on rank 0."""
@@ -306,14 +308,14 @@ def add_noise(
     return replace(batch, noise=config.noise * noise[rank() :: world_size()])
 
 
-def mean_over_ranks(loss: Tensor) -> float:
+def _mean_over_ranks(loss: Tensor) -> float:
     """Return the mean of a loss over all ranks."""
     if world_size() > 1:
         distributed.all_reduce(loss)
     return (loss / world_size()).item()
 
 
-def training_stats(
+def _training_stats(
     images: int, seconds: float, ceiling: float, step_kind: StepKind, device: torch.device
 ) -> dict[str, Any]:
     """Log the throughput beside its ceiling, and return both.
@@ -342,7 +344,7 @@ def training_stats(
     }
 
 
-def check_loss(history: History) -> None:
+def _check_loss(history: History) -> None:
     """Stop a training that has diverged."""
     if not np.isfinite(history[-1]["loss"]):
         raise OodHeatmapError(
@@ -351,7 +353,7 @@ def check_loss(history: History) -> None:
         )
 
 
-def save_checkpoint(
+def _save_checkpoint(
     stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer, history: History
 ) -> None:
     """Write a checkpoint atomically, on rank 0: the state is identical on all ranks."""
@@ -368,16 +370,16 @@ def save_checkpoint(
     torch.save(state, buffer)
     with stage.writing(CHECKPOINT) as scratch:
         scratch.write_bytes(buffer.getbuffer())
-    write_history(stage, history)
+    _write_history(stage, history)
 
 
-def write_history(stage: Stage, history: History) -> None:
+def _write_history(stage: Stage, history: History) -> None:
     """Write the history, a line of JSON for each epoch."""
     with stage.writing(HISTORY) as scratch:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in history), "utf-8")
 
 
-def resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> History:
+def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> History:
     """Load the last checkpoint, if there is one, and return its history.
 
     A damaged checkpoint holds nothing that could be used: training starts over, with a warning.
@@ -411,13 +413,13 @@ def resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> 
     return history
 
 
-def finish(
-    stage: Stage, trained: Trained, data: TrainingSet, index: Index, targets: Manifest
+def _finish(
+    stage: Stage, trained: _Trained, data: TrainingSet, index: Index, targets: Manifest
 ) -> Manifest:
     """Write decoder and history, then the manifest."""
     decoder = trained.decoder
     # a training that was killed behind its last checkpoint may not have written it
-    write_history(stage, trained.history)
+    _write_history(stage, trained.history)
     metadata = decoder_metadata(decoder.config, index.manifest.fingerprint)
     path, record = stage.directory / DECODER, partial(stage.record, DECODER)
     save_tensors(path, decoder.state_dict(), metadata, record=record)
@@ -427,13 +429,13 @@ def finish(
         num_id=data.num_id,
         num_ood=len(data) - data.num_id,
         pairing=TargetsResults.from_manifest(targets).pairing,
-        color_max=color_max(decoder, data),
+        color_max=_color_max(decoder, data),
     )
     return stage.commit(results, [DECODER, HISTORY], speed=trained.stats)
 
 
 @torch.inference_mode()
-def color_max(decoder: Decoder, data: TrainingSet) -> float:
+def _color_max(decoder: Decoder, data: TrainingSet) -> float:
     """Return the top of the color scale: the 99th percentile over heatmaps of OOD images."""
     decoder.eval()
     rows = data.num_id + np.linspace(0, len(data) - data.num_id - 1, 256).astype(np.int64)

@@ -133,7 +133,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(run, monkeypatch, stop_aft
     train_decoder(run, CPU, config)
     unbroken = tree(run / "decoder")
     train_decoder(run, CPU, TrainConfig(**SMALL, seed=1))
-    save_checkpoint, count = module.save_checkpoint, [0]
+    save_checkpoint, count = module._save_checkpoint, [0]
 
     def stop(*arguments):
         save_checkpoint(*arguments)
@@ -141,11 +141,11 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(run, monkeypatch, stop_aft
         if count[0] == stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_checkpoint", stop)
+    monkeypatch.setattr(module, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         train_decoder(run, CPU, config)
     assert len(history(run)) == stop_after
-    monkeypatch.setattr(module, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(module, "_save_checkpoint", save_checkpoint)
     train_decoder(run, CPU, config)
     assert tree(run / "decoder") == unbroken
 
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_do(run):
 
 def stop_after(epochs: int, run, config, monkeypatch) -> None:
     """Train until a checkpoint holds some epochs, as a kill would leave it."""
-    check_loss = module.check_loss
+    check_loss = module._check_loss
 
     def stop(losses):
         check_loss(losses)
@@ -217,7 +217,7 @@ def stop_after(epochs: int, run, config, monkeypatch) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "check_loss", stop)
+        patch.setattr(module, "_check_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train_decoder(run, CPU, config)
 
@@ -270,7 +270,7 @@ def test_killed_before_the_last_history_it_is_written_from_the_checkpoint(
 ):
     if checkpoints == "the last alone":
         monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 3600.0)
-    write_history = module.write_history
+    write_history = module._write_history
 
     def killed(stage, losses):
         if len(losses) == SMALL["epochs"]:
@@ -278,7 +278,7 @@ def test_killed_before_the_last_history_it_is_written_from_the_checkpoint(
         write_history(stage, losses)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_history", killed)
+        patch.setattr(module, "_write_history", killed)
         with pytest.raises(KeyboardInterrupt):
             train_decoder(run, CPU, TrainConfig(**SMALL))
     assert (run / "decoder" / "last.ckpt").is_file()
@@ -355,7 +355,7 @@ def test_a_step_without_memory_is_one_line(run, monkeypatch):
 @pytest.mark.parametrize("step", ["eager", "graph"])
 @pytest.mark.parametrize("feed", ["resident", "pinned", "streaming"])
 def test_an_epoch_never_waits_for_the_gpu(run, monkeypatch, feed, step):
-    show_progress = module.show_progress
+    show_progress = module._show_progress
 
     def strict(*arguments):
         torch.cuda.set_sync_debug_mode("error")
@@ -364,7 +364,7 @@ def test_an_epoch_never_waits_for_the_gpu(run, monkeypatch, feed, step):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(module, "show_progress", strict)
+    monkeypatch.setattr(module, "_show_progress", strict)
     config = TrainConfig(**SMALL, feed=feed, step=step)
     train_decoder(run, torch.device("cuda", 0), config)
     assert len(history(run)) == 4
@@ -376,7 +376,7 @@ from ood_heatmap.cli import main
 from ood_heatmap.pipeline import train as module
 
 module.CHECKPOINT_SECONDS = 0.0
-make, save_checkpoint, die_after = module.new_decoder, module.save_checkpoint, int(sys.argv[1])
+make, save_checkpoint, die_after = module.new_decoder, module._save_checkpoint, int(sys.argv[1])
 
 
 def and_die(*arguments):
@@ -386,7 +386,7 @@ def and_die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-module.save_checkpoint = and_die
+module._save_checkpoint = and_die
 module.new_decoder = lambda *arguments: make(*arguments).double()
 main(["train", *sys.argv[2:]])
 """
@@ -486,6 +486,6 @@ def test_an_epochs_progress_has_an_end(monkeypatch):
         module, "tqdm", lambda items, label, total, **_: shown.update(total=total) or items
     )
     batches = iter(range(10))
-    assert list(module.show_progress(batches, 4, 0, TrainConfig())) == [0, 1, 2, 3]
+    assert list(module._show_progress(batches, 4, 0, TrainConfig())) == [0, 1, 2, 3]
     assert shown["total"] == 4
     assert next(batches) == 4
