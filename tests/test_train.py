@@ -481,11 +481,12 @@ def test_the_cosine_schedule_rises_for_a_tenth_and_ends_near_nothing():
 
 
 def test_an_epochs_progress_has_an_end(monkeypatch):
-    shown = {}
+    shown: dict[str, int] = {}
     monkeypatch.setattr(
         module, "tqdm", lambda items, label, total, **_: shown.update(total=total) or items
     )
-    batches = iter(range(10))
-    assert list(module._show_progress(batches, 4, 0, TrainConfig())) == [0, 1, 2, 3]
+    batches: Any = iter(range(10))
+    found: list[Any] = list(module._show_progress(batches, 4, 0, TrainConfig()))
+    assert found == [0, 1, 2, 3]
     assert shown["total"] == 4
     assert next(batches) == 4

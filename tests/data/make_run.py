@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small_network import network
+from small_network import network  # type: ignore[import-not-found]
 
 from ood_heatmap.cli import main
 
