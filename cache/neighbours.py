@@ -411,6 +411,12 @@ def _chunks(items: _Int64, bytes_each: int) -> Sequence[_Int64]:
     return [items[start : start + step] for start in range(0, len(items), step)]
 
 
+def unit_length(features: _Float32) -> _Float32:
+    """Return features divided by their norm; a zero row stays zero."""
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.maximum(norms, np.finfo(np.float32).tiny), np.float32)
+
+
 def k_nearest(queries: _Float32, bank: _Float32, k: int) -> tuple[_Float32, _Int64]:
     """Search the k nearest rows of a bank by FAISS's float32 distances.
 

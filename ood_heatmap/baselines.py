@@ -6,7 +6,7 @@ images. The last two are controls: they see the auxiliary OOD images, as the dec
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ FeatureScore: TypeAlias = Callable[[Float32], Float32]  # (B, D) to (B,)
 _REACT_PERCENTILE = 0.9
 _ASH_PERCENTILE = 0.65
 _MLP_WIDTH, _MLP_EPOCHS = 256, 30
+_MAX_NEIGHBOURS = 50
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,22 @@ class Method:
     sees_ood: bool = False
 
 
+def choose_neighbours(class_sizes: Sequence[int]) -> int:
+    """Return k of the kNN score, from the ID training set alone.
+
+    A quarter of the size of a small class (the first decile of the sizes), at most 50 as in
+    OpenOOD. The k-th neighbour must be of the same class: where k is as large as a class, it is as
+    far away for the ID images of that class as for OOD images. On CIFAR-10 against CIFAR-100 with
+    20 images of each class, AUROC is 85.6 for k = 5, 62.9 for k = 20 and 19.9 for k = 50; with
+    5,000 of each class, 88.0 for k = 50.
+
+    Args:
+        class_sizes: ID images predicted as each class.
+    """
+    sizes = [size for size in class_sizes if size]
+    return int(np.clip(np.quantile(sizes, 0.1) // 4, 1, _MAX_NEIGHBOURS))
+
+
 def _float32(values: NDArray[Any]) -> Float32:
     """Return values as float32."""
     return np.asarray(values, dtype=np.float32)
@@ -117,12 +134,6 @@ def energy(logits: Float32) -> Float32:
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
     return _float32(-logsumexp(logits.astype(np.float64), axis=1))
-
-
-def unit_length(features: Float32) -> Float32:
-    """Return features divided by their norm; a zero row stays zero."""
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return _float32(features / np.maximum(norms, np.finfo(np.float32).tiny))
 
 
 def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureScore:

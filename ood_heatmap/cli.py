@@ -18,6 +18,8 @@ from ood_heatmap import __version__
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.options import CommandGroup, GroupedOption, log_to_stderr, options
 from ood_heatmap.pipeline.config import (
+    AuditConfig,
+    AuditData,
     ClassifierOptions,
     EvaluateConfig,
     EvaluateData,
@@ -257,6 +259,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             "the ID test set"
         )
     click.echo(format_table(content))
+    click.echo(f"knn: k = {content['methods']['knn']['neighbours']}")
     if "decisions" in content:
         click.echo(format_decisions(content["decisions"]))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")
@@ -306,6 +309,42 @@ def predict(
     click.echo(f"{results.num_images} images, scores in {results.table}")
     if results.problems:
         raise OodHeatmapError("; ".join(results.problems) + ".")
+
+
+@main.command()
+@existing_run
+@options(data=AuditData, config=AuditConfig)
+@device_option
+@trust_option
+def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
+    """Find images that the training sets of RUN share with each other and with further sets.
+
+    Copies are found in another file format too, and most of those that were compressed or rescaled.
+    Writes nothing. The exit code is 1 if most images of a set are in one that it must not share
+    images with.
+
+    \b
+    Example:
+        ood-heatmap audit runs/c10 --id cifar10/test --ood svhn/test
+    """
+    from ood_heatmap.devices import stage_device
+    from ood_heatmap.pipeline.audit import audit as audit_run
+    from ood_heatmap.pipeline.inputs import open_source
+    from ood_heatmap.pipeline.results import Results
+    from ood_heatmap.sanity import texts
+
+    id_sets, ood_sets = (
+        {source: open_source(source, data) for source in sources}
+        for sources in (data.id_sources, data.ood_sources)
+    )
+    with stage_device(device) as torch_device:
+        findings = audit_run(run, id_sets, ood_sets, torch_device, config)
+    results = Results(**texts(findings))
+    conclude(results)
+    if not findings:
+        click.echo("no image is in two sets")
+    if results.suspicious and not config.allow_suspicious:
+        raise OodHeatmapError("image sets overlap. Add --allow-suspicious if that is meant.")
 
 
 @main.command()

@@ -338,6 +338,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes; empty where they are only numbered."""
+        return self.classes if self.has_class_names else ()
+
     def read(self, row: int) -> tuple[Decoded, bytes]:
         """Return the decoded image of a row and the sha256 of its bytes."""
         return self.reader.read(row)

@@ -328,3 +328,66 @@ def check_calibration(num_images: int, level: float) -> list[Finding]:
             f"{math.ceil(1000 / (num_images + 1)) / 1000:g}."
         )
     ]
+
+
+def check_fits(
+    features: NDArray[np.float32],
+    num_images: int,
+    num_ood: int,
+    neighbours: int,
+    class_sizes: Sequence[int],
+) -> list[Finding]:
+    """Check that no baseline is crippled by the data that it is fitted on.
+
+    The bounds are where AUROC falls by more than 3 points on CIFAR-10 with a ResNet-20.
+
+    Args:
+        features: ``(B, D)`` of some ID training images.
+        num_images: ID training images that the baselines are fitted on.
+        num_ood: Auxiliary OOD images.
+        neighbours: k of the kNN score.
+        class_sizes: ID training images predicted as each class.
+    """
+    num_features = features.shape[1]
+    findings = []
+    if num_images < 5 * num_features:
+        findings.append(
+            Finding(
+                f"mahalanobis and vim: {num_images:,} ID images are few for a covariance of "
+                f"{num_features:,} features (take {5 * num_features:,}), so they may look worse "
+                "than they are."
+            )
+        )
+    negative = float((features < 0).mean())
+    if negative > 0.01:
+        findings.append(
+            Finding(
+                f"ash and react: {negative:.0%} of all feature values are below 0, and both are "
+                "made for features after a ReLU, so they may look worse than they are."
+            )
+        )
+    small = [size for size in class_sizes if 0 < size <= neighbours]
+    # k is chosen so that a tenth of the classes may be too small for it
+    if len(small) > 0.1 * len(class_sizes) and neighbours > 1:
+        findings.append(
+            Finding(
+                f"knn: {len(small):,} of {len(class_sizes):,} classes have no more than k = "
+                f"{neighbours} ID images, whose k-th neighbour is of another class. Lower "
+                "--neighbours."
+            )
+        )
+    if num_ood < 50:
+        findings.append(
+            Finding(
+                f"logistic_regression and mlp are fitted on {num_ood:,} OOD images (at least 50), "
+                "so they may look worse than they are."
+            )
+        )
+    return findings
+
+
+def check_resamples(num_resamples: int) -> list[Finding]:
+    """Check that there are enough resamples for a 95 % interval."""
+    if num_resamples >= 100:
+        return []
+    return [Finding(f"intervals of {num_resamples} resamples say little: take 1000.")]

@@ -536,12 +536,50 @@ class EvaluateConfig(EmbedConfig):
         int, Option("Images of each set to show in the report, at most.", "Output", min=1)
     ] = 40
     allow_suspicious: AllowSuspicious = False
-    # k of the k-nearest-neighbour baseline
-    neighbours: int = 50
+    neighbours: Annotated[
+        int | None,
+        Option(
+            "Number k of neighbours of the kNN baseline.",
+            "Evaluation",
+            min=1,
+            unset="from the class sizes",
+        ),
+    ] = None
     # of the bootstrap
     resamples: int = 1000
     # images of each set on the sheet
     examples: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditData(DataOptions):
+    """Images of ``audit``."""
+
+    id_sources: Annotated[
+        tuple[str, ...],
+        Option(
+            "ID images that the classifier was not trained on; may be repeated.",
+            "Data",
+            flag="--id",
+            metavar="SOURCE",
+        ),
+    ] = ()
+    ood_sources: Annotated[
+        tuple[str, ...],
+        Option("OOD test set; may be repeated.", "Data", flag="--ood", metavar="SOURCE"),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(Settings):
+    """Settings of ``audit``."""
+
+    batch_size: BatchSize = 256
+    workers: Workers = 2
+    skip_unreadable: Annotated[
+        bool, Option("Leave out images that cannot be read, and list them.", "Data")
+    ] = False
+    allow_suspicious: AllowSuspicious = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,19 +19,30 @@ from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, h
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import barrier, broadcast, is_main
+from ood_heatmap.duplicates import AuditedSet, find_overlaps
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.audit import audit_index, audit_open_targets
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
 from ood_heatmap.pipeline.results import EvaluationResults
-from ood_heatmap.pipeline.run import Index, check_files, open_index, read_manifest
+from ood_heatmap.pipeline.run import (
+    Index,
+    Targets,
+    check_files,
+    open_index,
+    open_targets,
+    read_manifest,
+)
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
     ID,
     ScoredSet,
     Subset,
+    check_methods,
     current_content,
     make_detection_methods,
+    num_neighbours,
     open_detectors,
     score_set,
     scores_name,
@@ -44,6 +55,7 @@ from ood_heatmap.sanity import (
     check_class_names,
     check_classification,
     check_ood_names,
+    check_resamples,
     check_scores,
     texts,
 )
@@ -88,6 +100,7 @@ def evaluate(
     _check_names(ood_sets, config)
     with run_lock(run):
         index = open_index(run)
+        targets = open_targets(run, index)
         classes = index.results.classes
         decoders = _check_runs([run, *more_runs])
         subsets = _choose_images(id_images, ood_sets, calibration_images, classes, config)
@@ -102,11 +115,11 @@ def evaluate(
             return complete
         missing = [name for name in subsets if name not in scored]
         if missing:
-            methods = make_detection_methods(index, detectors, config)
+            methods = make_detection_methods(index, targets, detectors, config)
             scored |= {name: score_set(stage, name, subsets[name], methods) for name in missing}
         scored = {name: scored[name] for name in subsets}
         if is_main():
-            _publish(stage, scored, subsets, decoders, detectors[0], index, config)
+            _publish(stage, scored, subsets, decoders, detectors[0], index, targets, config)
         barrier()
         return read_manifest(run, "evaluation")
 
@@ -118,12 +131,13 @@ def _publish(
     decoders: Sequence[Manifest],
     detector: HeatmapDetector,
     index: Index,
+    targets: Targets,
     config: EvaluateConfig,
 ) -> None:
     """Write the table, the thresholds, the pictures and the report, then the manifest."""
     shown = {name: item for name, item in scored.items() if name != CALIBRATION}
     table = metrics_table({name: item.scores for name, item in shown.items()}, config)
-    metrics = metrics_json(table, shown[ID], config)
+    metrics = metrics_json(table, shown[ID], num_neighbours(index, config), config)
     metrics["runs"] = [_describe_decoder(decoder) for decoder in decoders]
     metrics["sets"] = {
         name: _write_names(stage, name, subset.images, scored[name])
@@ -132,7 +146,7 @@ def _publish(
     calibration = _calibrate(stage, scored.get(CALIBRATION))
     if calibration is not None:
         metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
-    findings = _check(scored, subsets, index, config)
+    findings = _check(scored, subsets, index, targets, config)
     metrics["warnings"] = [finding.text for finding in findings]
     with stage.writing("metrics.json") as scratch:
         scratch.write_bytes(to_json(metrics))
@@ -144,6 +158,7 @@ def _check(
     scored: Mapping[str, ScoredSet],
     subsets: Mapping[str, Subset],
     index: Index,
+    targets: Targets,
     config: EvaluateConfig,
 ) -> list[Finding]:
     """Check that what was measured is what was meant."""
@@ -152,9 +167,7 @@ def _check(
     accuracy = results.accuracy
     before = "unknown" if accuracy is None else f"{accuracy:.2%}"
     findings = [
-        *check_class_names(
-            id_images.source, id_images.classes if id_images.has_class_names else (), classes
-        ),
+        *check_class_names(id_images.source, id_images.class_names, classes),
         *check_classification(
             id_set.label,
             id_set.prediction,
@@ -166,11 +179,44 @@ def _check(
     ]
     for name, subset in subsets.items():
         if name not in (ID, CALIBRATION):
-            findings += check_ood_names(subset.images.source, subset.images.classes, classes)
+            findings += check_ood_names(subset.images.source, subset.images.class_names, classes)
     findings += check_scores({name: item.by_method for name, item in scored.items()})
+    findings += check_resamples(config.resamples)
+    findings += check_methods(index, targets, config)
     if CALIBRATION in scored:
         findings += check_calibration(len(scored[CALIBRATION]), config.false_alarm)
-    return findings
+    return [*findings, *_find_overlaps(scored, subsets, index, targets)]
+
+
+def _find_overlaps(
+    scored: Mapping[str, ScoredSet],
+    subsets: Mapping[str, Subset],
+    index: Index,
+    targets: Targets,
+) -> list[Finding]:
+    """Check that no image is in two sets that must not share one."""
+    titles = {CALIBRATION: "the held-out ID images", ID: "the ID test set"}
+    titles |= {name: f"the OOD test set {name}" for name in scored if name not in titles}
+    sets = [audit_index(index), audit_open_targets(targets, index)]
+    for name, title in titles.items():
+        if name in scored:
+            sets.append(_to_audited(name, title, scored[name], subsets[name].images, index))
+    return find_overlaps(sets)
+
+
+def _to_audited(
+    name: str, title: str, scored: ScoredSet, images: ImageSet, index: Index
+) -> AuditedSet:
+    """Return a scored set, as far as overlaps go."""
+    return AuditedSet(
+        f"{title} ({images.source})",
+        kind="ID" if name in (ID, CALIBRATION) else "OOD",
+        fitted=name == CALIBRATION,
+        name_of=lambda position: images.names[scored.row[position]],
+        pixel_hash=scored.pixel_hash,
+        nearest=index.positions(scored.nearest),
+        difference=scored.difference,
+    )
 
 
 def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:

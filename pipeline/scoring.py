@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, unit_length
+from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, choose_neighbours
 from ood_heatmap.cache.manifest import hash_json
-from ood_heatmap.cache.neighbours import Bank, k_nearest
+from ood_heatmap.cache.neighbours import Bank, k_nearest, unit_length
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distributed import all_gather, is_main, rank, world_size
+from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.images import ImageSet, relabel
@@ -27,8 +28,9 @@ from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.run import Index, make_detector, open_decoder, open_targets
+from ood_heatmap.pipeline.run import Index, Targets, make_detector, open_decoder
 from ood_heatmap.pipeline.stage import Stage, content_hash, log_event
+from ood_heatmap.sanity import Finding, check_fits
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -76,6 +78,9 @@ class ScoredSet:
         prediction: ``(B,)`` int32 predicted class.
         label: ``(B,)`` int32 class, -1 where unknown.
         row: ``(B,)`` int64 rows of the set.
+        pixel_hash: ``(B,)`` uint64, see ``duplicates.hash_pixels``.
+        nearest: ``(B,)`` int64 row of the ID training set of the image with the nearest features.
+        difference: ``(B,)`` float32 to that image, see ``duplicates.relative_difference``.
         content: sha256 of the images' bytes.
     """
 
@@ -84,6 +89,9 @@ class ScoredSet:
     prediction: NDArray[np.int32]
     label: NDArray[np.int32]
     row: Int64
+    pixel_hash: NDArray[np.uint64]
+    nearest: Int64
+    difference: Float32
     content: str
 
     def __len__(self) -> int:
@@ -103,36 +111,39 @@ class ScoredSet:
         """Return the parts of a set as one."""
         return ScoredSet(
             {key: np.concatenate([part.scores[key] for part in parts]) for key in parts[0].scores},
-            np.concatenate([part.max_pixel_score for part in parts]),
-            np.concatenate([part.prediction for part in parts]),
-            np.concatenate([part.label for part in parts]),
-            np.concatenate([part.row for part in parts]),
-            hash_json([part.content for part in parts]),
+            **{
+                field: np.concatenate([getattr(part, field) for part in parts])
+                for field in _COLUMNS
+            },
+            content=hash_json([part.content for part in parts]),
         )
 
     def save(self, path: Path) -> None:
         """Save to an ``.npz`` file, the same bytes every time; not atomic."""
-        arrays = {
-            **self.scores,
-            "peak": self.max_pixel_score,
-            "prediction": self.prediction,
-            "label": self.label,
-            "row": self.row,
-            "content": np.array(self.content),
-        }
+        columns = {name: getattr(self, field) for field, name in _COLUMNS.items()}
         with path.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **{**self.scores, **columns, "content": np.array(self.content)})
 
     @staticmethod
     def load(path: Path) -> "ScoredSet":
         """Load what ``save`` wrote; check its checksum first."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
+        columns = {field: arrays.pop(name) for field, name in _COLUMNS.items()}
         content = str(arrays.pop("content"))
-        peak, prediction, label, row = (
-            arrays.pop(key) for key in ("peak", "prediction", "label", "row")
-        )
-        return ScoredSet(arrays, peak, prediction, label, row, content)
+        return ScoredSet(arrays, **columns, content=content)
+
+
+# fields of a scored set that are arrays, and their names in its file
+_COLUMNS = {
+    "max_pixel_score": "peak",
+    "prediction": "prediction",
+    "label": "label",
+    "row": "row",
+    "pixel_hash": "pixel_hash",
+    "nearest": "nearest",
+    "difference": "difference",
+}
 
 
 def name_of_run(number: int) -> str:
@@ -146,14 +157,18 @@ class DetectionMethods:
 
     Args:
         detectors: Of the run, then of the runs with other seeds; one classifier for all.
+        index: Of the run.
         id_features: ``(N, D)`` of all ID training images, of unit length.
         by_name: The fitted methods.
+        neighbours: k of the kNN score.
         config: Settings of the stage.
     """
 
     detectors: Sequence[HeatmapDetector]
+    index: Index
     id_features: Float32
     by_name: Mapping[str, Score]
+    neighbours: int
     config: EvaluateConfig
 
     def __call__(self, embedded: Embedded, labels: NDArray[np.int32]) -> ScoredSet:
@@ -164,18 +179,24 @@ class DetectionMethods:
             labels: ``(B,)`` classes, -1 where unknown.
         """
         heatmap_scores, max_pixel_score = self._decode(embedded)
-        distance, _ = k_nearest(
-            unit_length(embedded.features), self.id_features, self.config.neighbours
+        distance, positions = k_nearest(
+            unit_length(embedded.features), self.id_features, self.neighbours
         )
         inputs = ScoreInputs(embedded.features, embedded.logits, distance[:, -1])
         scores = {name: score(inputs) for name, score in self.by_name.items()}
+        nearest = positions[:, 0]
         return ScoredSet(
             {**heatmap_scores, **scores},
-            max_pixel_score,
-            embedded.prediction,
-            labels,
-            embedded.rows,
-            embedded.content,
+            max_pixel_score=max_pixel_score,
+            prediction=embedded.prediction,
+            label=labels,
+            row=embedded.rows,
+            pixel_hash=hash_pixels(embedded.images),
+            nearest=self.index.columns["row"].take(nearest),
+            difference=relative_difference(
+                embedded.images, self.index.columns["images"].take(nearest)
+            ),
+            content=embedded.content,
         )
 
     def _decode(self, embedded: Embedded) -> tuple[dict[str, Float32], Float32]:
@@ -215,35 +236,56 @@ def open_detectors(
 
 
 def make_detection_methods(
-    index: Index, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
+    index: Index, targets: Targets, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
 ) -> DetectionMethods:
     """Fit every method."""
-    data = fit_data(index, detectors[0].classifier, config.seed)
+    data = fit_data(index, targets, detectors[0].classifier, config.seed)
     return DetectionMethods(
         detectors,
+        index,
         unit_length(index.columns["features"].read()),
         {method.name: method.fit(data) for method in METHODS},
+        num_neighbours(index, config),
         config,
     )
 
 
-def fit_data(index: Index, classifier: Classifier, seed: int) -> FitData:
+def num_neighbours(index: Index, config: EvaluateConfig) -> int:
+    """Return k of the kNN score: as it was set, or from the class sizes."""
+    if config.neighbours is None:
+        return choose_neighbours(index.results.class_counts)
+    return min(config.neighbours, index.results.num_images)
+
+
+def fit_data(index: Index, targets: Targets, classifier: Classifier, seed: int) -> FitData:
     """Return what the caches hold for the methods to be fitted on."""
     columns = index.columns
     rows = _sample(np.arange(len(columns["row"])), seed)
     features, prediction, label = (
         columns[name].take(rows) for name in ("features", "prediction", "label")
     )
-    auxiliary = open_targets(index.run, index).columns
     # patched images are ID images in part
-    paired = np.flatnonzero(auxiliary["patched"].read() == 0)
+    paired = np.flatnonzero(targets.columns["patched"].read() == 0)
     head = copy.deepcopy(classifier.last_layer()).cpu()
     return FitData(
         features,
         np.where(label >= 0, label, prediction) if index.results.classes else prediction,
-        auxiliary["features"].take(_sample(paired, seed)),
+        targets.columns["features"].take(_sample(paired, seed)),
         head,
         seed,
+    )
+
+
+def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> list[Finding]:
+    """Check that no method is crippled by what it is fitted on."""
+    num_images = index.results.num_images
+    some = np.arange(0, num_images, -(-num_images // 1000))
+    return check_fits(
+        index.columns["features"].take(some),
+        min(num_images, _MAX_FIT),
+        targets.results.num_images,
+        num_neighbours(index, config),
+        index.results.class_counts,
     )
 
 

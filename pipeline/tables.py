@@ -221,9 +221,13 @@ def _share(flagged: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def metrics_json(
-    table: Sequence[DetectionRow], id_set: ScoredSet, config: EvaluateConfig
+    table: Sequence[DetectionRow], id_set: ScoredSet, neighbours: int, config: EvaluateConfig
 ) -> dict[str, Any]:
     """Return the first part of ``metrics.json``: the table, and how to read it."""
+    methods: dict[str, dict[str, Any]] = {
+        method.name: {"label": method.label, "sees_ood": method.sees_ood} for method in METHODS
+    }
+    methods["knn"]["neighbours"] = neighbours
     known = id_set.label >= 0
     right = id_set.prediction[known] == id_set.label[known]
     return {
@@ -239,9 +243,7 @@ def metrics_json(
         else None,
         "id_labelled": len(right),
         "near": list(config.near),
-        "methods": {
-            method.name: {"label": method.label, "sees_ood": method.sees_ood} for method in METHODS
-        },
+        "methods": methods,
         "table": [row.to_json() for row in table],
     }
 

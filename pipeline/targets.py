@@ -24,9 +24,11 @@ from ood_heatmap.cache.neighbours import (
 )
 from ood_heatmap.cache.shards import Column, bytes_per_row, open_rows
 from ood_heatmap.distributed import barrier, broadcast, is_main, main_process_first
+from ood_heatmap.duplicates import find_overlaps
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import ImageSet, Transform
+from ood_heatmap.pipeline.audit import audit_index, audit_targets
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
@@ -44,6 +46,7 @@ from ood_heatmap.pipeline.stage import (
     schedule_shards,
     stage_content,
 )
+from ood_heatmap.sanity import check_ood_names, texts
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ def build_targets(
         _paste_all(stage, schedule.own[_PATCHED], images, forward, index, paste_plan, config, meter)
         with meter.waiting("finish"):
             barrier()
-            results = _collect(stage, schedule, images, bank, config) if is_main() else None
+            results = _collect(stage, schedule, images, index, bank, config) if is_main() else None
         speed = {**meter.close(forward.rate), "device": str(device)}
         manifest = None
         if results is not None:
@@ -267,7 +270,12 @@ def _arrays(
 
 
 def _collect(
-    stage: Stage, schedule: Schedule, images: ImageSet, bank: Bank, config: TargetsConfig
+    stage: Stage,
+    schedule: Schedule,
+    images: ImageSet,
+    index: Index,
+    bank: Bank,
+    config: TargetsConfig,
 ) -> TargetsResults:
     """Return the results of the stage from its shards."""
     for tasks in schedule.tasks.values():
@@ -276,6 +284,11 @@ def _collect(
     paired = columns["patched"].read() == 0
     kept = columns["row"].read()[paired]
     wanted = np.concatenate([task.source_rows for task in schedule.tasks[_PAIRED]])
+    ood = audit_targets(columns, index, images.source, lambda row: images.names[row])
+    findings = [
+        *check_ood_names(images.source, images.class_names, index.results.classes),
+        *find_overlaps([audit_index(index), ood]),
+    ]
     return TargetsResults(
         source=images.source,
         num_images=len(kept),
@@ -285,4 +298,5 @@ def _collect(
         num_without_class=int((columns["same_class"].read() == 0).sum()),
         median_distance=float(np.median(columns["distance"].read()[paired])),
         skipped=tuple(images.names[row] for row in np.setdiff1d(wanted, kept)),
+        **texts(findings),
     )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ood_heatmap import baselines
+from ood_heatmap.cache.neighbours import k_nearest, unit_length
 
 NUM_FEATURES, NUM_CLASSES = 12, 4
 
@@ -197,3 +198,39 @@ def test_every_method_scores_clear_ood_higher(drawn):
         baselines.small_mlp(features, auxiliary, 0),
     ):
         assert np.median(score(far)) > np.median(score(features))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "k"),
+    [
+        ([5000] * 10, 50),
+        ([500] * 100, 50),
+        ([0, 100, 100], 25),
+        ([20] * 10, 5),
+        ([3] * 10, 1),
+        ([1, *([100] * 99)], 25),
+        ([8, 1000], 26),
+    ],
+)
+def test_k_is_a_quarter_of_a_small_class(sizes, k):
+    """Never above 50; a rare class or an empty one does not lower it."""
+    assert baselines.choose_neighbours(sizes) == k
+
+
+def test_k_from_the_class_sizes_tells_ood_where_a_fixed_one_does_not():
+    """Sixteen images a class: the 50th neighbour of an ID image is of another class."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(8, 16)) * 3
+    bank, test = (
+        unit_length(centres[np.arange(8).repeat(count)] + generator.normal(size=(8 * count, 16)))
+        for count in (16, 20)
+    )
+    ood = unit_length(generator.normal(size=(160, 16)) * 3)
+
+    def auroc(k):
+        ids, oods = (k_nearest(rows, bank, k)[0][:, -1] for rows in (test, ood))
+        return (oods[:, None] > ids).mean()
+
+    assert baselines.choose_neighbours([16] * 8) == 4
+    assert auroc(4) > 0.95
+    assert auroc(50) < 0.8

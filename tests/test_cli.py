@@ -38,7 +38,8 @@ def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
         index_arguments(data, spec, run),
         ["targets", run, "--ood", data / "ood", "--limit", 40],
         ["train", run, "--epochs", 1, "--batch-size", 32, "--width", 16],
-        ["evaluate", run, "--id", data / "test", *sets, "--near", "n"],
+        # n is the OOD training set
+        ["evaluate", run, "--id", data / "test", *sets, "--near", "n", "--allow-suspicious"],
         ["predict", run, data / "far", "--out", tmp_path / "out"],
         ["verify", run],
         ["localize", run, "--id", data / "test", *sets, "--count", 4],
@@ -214,7 +215,7 @@ def test_commands_are_listed_in_the_order_of_the_stages_and_described_whole():
     names = [words[0] for words in listed if words and words[0] in main.commands]
     assert names == [
         *("index", "targets", "train", "evaluate"),
-        *("predict", "localize", "export", "plan", "verify", "demo"),
+        *("predict", "audit", "localize", "export", "plan", "verify", "demo"),
     ]
     for group in (["--help"], ["plan", "--help"]):
         assert "..." not in run_command(*group).output.replace("COMMAND [ARGS]...", "")

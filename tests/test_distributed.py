@@ -98,6 +98,7 @@ def test_two_processes_evaluate_as_one_does_byte_for_byte(alone, arrays, data, t
     shutil.copytree(one, two)
     sets = ["--id", f"{arrays}/id.npz", "--ood", f"ood={arrays}/ood.npz", "--near", "ood"]
     options = [*sets, "--batch-size", "100", "--gallery", "4", "--device", "cpu"]
+    options += ["--allow-suspicious"]  # it tests on the training images
     subprocess.run(
         [program, "evaluate", str(one), *options], check=True, capture_output=True, env=ENVIRONMENT
     )

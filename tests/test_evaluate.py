@@ -20,6 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ood_heatmap.baselines import METHODS as BASELINES
+from ood_heatmap.baselines import choose_neighbours
+from ood_heatmap.cache.neighbours import unit_length
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.detector import HeatmapDetector
@@ -28,7 +30,7 @@ from ood_heatmap.metrics import METRICS
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
-from ood_heatmap.pipeline.run import open_index
+from ood_heatmap.pipeline.run import open_index, open_targets
 from ood_heatmap.pipeline.scoring import fit_data, score_set
 from ood_heatmap.pipeline.tables import (
     HEADLINES,
@@ -141,7 +143,8 @@ def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finis
 def test_controls_do_not_take_patched_id_images_for_ood(data, run):
     def auxiliary():
         index = open_index(run)
-        return fit_data(index, index.classifier(CPU), 0).ood_features
+        targets = open_targets(run, index)
+        return fit_data(index, targets, index.classifier(CPU), 0).ood_features
 
     before = auxiliary()
     config = TargetsConfig(batch_size=16, patched=1.0, overwrite=True)
@@ -149,10 +152,34 @@ def test_controls_do_not_take_patched_id_images_for_ood(data, run):
     np.testing.assert_array_equal(auxiliary(), before)
 
 
+@pytest.mark.parametrize("neighbours", [None, 7, 1000])
+def test_k_is_stored_and_is_what_the_scores_were_made_with(data, run, neighbours):
+    config = replace(CONFIG, neighbours=neighbours, overwrite=True)
+    results = evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config).results
+    index = open_index(run)
+    wanted = {None: choose_neighbours(index.results.class_counts), 7: 7, 1000: 80}[neighbours]
+    assert table(run)[0]["methods"]["knn"]["neighbours"] == wanted
+    bank = unit_length(index.columns["features"].read())
+    paths = sorted((data / "far").iterdir())
+    detector = HeatmapDetector.load(run, "cpu")
+    transform = detector.classifier.config.transform
+    pixels = torch.from_numpy(np.stack([transform(Image.open(path)) for path in paths]))
+    queries = unit_length(detector.classifier(pixels).features.numpy())
+    distance = np.sort(np.linalg.norm(queries[:, None] - bank, axis=2), axis=1)[:, wanted - 1]
+    np.testing.assert_allclose(scores(run, "far")["knn"], distance, atol=1e-3)
+    counts = index.results.class_counts
+    too_small = [count for count in counts if 0 < count <= wanted]
+    warned = any(text.startswith("knn: ") for text in results["warnings"])
+    assert warned == (len(too_small) > 0.1 * len(counts) and wanted > 1)
+
+
 def test_a_method_that_is_computed_is_shown(finished_run):
     shown = {method for method, _ in table(finished_run)[1]}
     computed = set(scores(finished_run, "id").files)
-    assert computed - shown == {"peak", "prediction", "label", "row", "content"}
+    assert computed - shown == {
+        *("peak", "prediction", "label", "row", "content"),
+        *("pixel_hash", "nearest", "difference"),
+    }
     assert shown <= computed
     assert set(table(finished_run)[0]["methods"]) == shown - {"heatmap"}
 

@@ -1,5 +1,6 @@
 """Sanity checks find what is wrong, name it, and keep quiet about what is right."""
 
+import re
 from itertools import permutations
 
 import numpy as np
@@ -185,3 +186,35 @@ def test_ood_classes_named_as_id_classes_are_said():
     assert sanity.check_ood_names("far", ["bus", "3"], classes) == []
     (finding,) = sanity.check_ood_names("far", ["bus", "Cat"], classes)
     assert "far are in classes named as ID classes: 'Cat'." in finding.text
+
+
+def fits(num_images=1000, num_ood=100, neighbours=5, sizes=(500, 500), low=0.0, width=8):
+    features = np.random.default_rng(0).uniform(low, 1, (50, width)).astype(np.float32)
+    return sanity.check_fits(features, num_images, num_ood, neighbours, sizes)
+
+
+def test_baselines_that_are_fitted_on_enough_give_no_finding():
+    assert fits() == []
+    assert fits(num_images=40) == []
+    assert fits(neighbours=1, sizes=(1, 1)) == []
+    assert fits(neighbours=25, sizes=(1, *[100] * 99)) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"num_images": 39}, "mahalanobis and vim: 39 ID images .* of 8 features .take 40."),
+        ({"low": -1.0}, "ash and react: [45].% of all feature values are below 0"),
+        ({"neighbours": 50, "sizes": (20, 50, 500)}, "knn: 2 of 3 classes .* k = 50"),
+        ({"num_ood": 12}, "logistic_regression and mlp are fitted on 12 OOD images"),
+    ],
+)
+def test_what_cripples_a_baseline_is_said(case, words):
+    (finding,) = fits(**case)
+    assert re.search(words, finding.text)
+    assert not finding.suspicious
+
+
+def test_few_resamples_are_said():
+    assert sanity.check_resamples(1000) == []
+    assert "intervals of 20 resamples" in sanity.check_resamples(20)[0].text

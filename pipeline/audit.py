@@ -1,0 +1,185 @@
+"""The image sets of a run, and further ones, as far as images that they have in common go."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ood_heatmap.cache.manifest import MANIFEST, Manifest
+from ood_heatmap.cache.neighbours import k_nearest, unit_length
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.duplicates import AuditedSet, find_overlaps, hash_pixels, relative_difference
+from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.config import AuditConfig
+from ood_heatmap.pipeline.embed import embed
+from ood_heatmap.pipeline.forward import BatchedClassifier
+from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets
+from ood_heatmap.sanity import Finding
+from ood_heatmap.sources import open_images
+
+Float32 = NDArray[np.float32]
+UInt64 = NDArray[np.uint64]
+
+_CHUNK = 64  # images in memory at once, in each of two threads
+_EMBED_CHUNK = 1024
+
+
+def audit_index(index: Index) -> AuditedSet:
+    """Return the ID training set; all of its images are read once, as for its checksums."""
+    row, source = index.columns["row"].read(), index.results.source
+    return AuditedSet(
+        f"the ID training set ({source})",
+        kind="ID",
+        fitted=True,
+        name_of=lambda position: _name_of_row(index.manifest, source, int(row[position])),
+        pixel_hash=_hash_all(index.columns["images"]),
+        nearest=np.arange(len(row)),
+        difference=np.full(len(row), np.inf, np.float32),
+    )
+
+
+def audit_targets(
+    columns: Mapping[str, Rows], index: Index, source: str, name_of_row: Callable[[int], str]
+) -> AuditedSet:
+    """Return the OOD training set, its images recovered from their targets.
+
+    Args:
+        columns: Of stage 2.
+        index: Of the run.
+        source: The OOD training set, as it was named.
+        name_of_row: Row of the OOD training set to the name of the image.
+    """
+    paired = np.flatnonzero(columns["patched"].read() == 0)
+    row = columns["row"].read()[paired]
+    positions = index.positions(columns["nearest"].read()[paired])
+
+    def compare(start: int) -> tuple[UInt64, Float32]:
+        here = slice(start, start + _CHUNK)
+        id_images = index.columns["images"].take(positions[here])
+        images = (id_images - columns["heatmap"].take(paired[here])).astype(np.uint8)
+        return hash_pixels(images), relative_difference(images, id_images)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(compare, range(0, len(paired), _CHUNK)))
+    return AuditedSet(
+        f"the OOD training set ({source})",
+        kind="OOD",
+        fitted=True,
+        name_of=lambda position: name_of_row(int(row[position])),
+        pixel_hash=np.concatenate([part for part, _ in parts]),
+        nearest=positions,
+        difference=np.concatenate([part for _, part in parts]),
+    )
+
+
+def audit_open_targets(targets: Targets, index: Index) -> AuditedSet:
+    """Return the OOD training set of finished targets."""
+    source = targets.results.source
+    return audit_targets(
+        targets.columns, index, source, lambda row: _name_of_row(targets.manifest, source, row)
+    )
+
+
+def _hash_all(images: Rows) -> UInt64:
+    """Return the hash of every image of a column."""
+    chunks = [
+        part[start : start + _CHUNK] for part in images for start in range(0, len(part), _CHUNK)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        return np.concatenate(list(pool.map(hash_pixels, chunks)))
+
+
+def _name_of_row(manifest: Manifest, source: str, row: int) -> str:
+    """Return the name of an image that a stage was made from, or its row if nobody can tell."""
+    names = _names_of_source(source, manifest.inputs["images"]["listing"])
+    return f"row {row}" if names is None else names[row]
+
+
+@lru_cache(maxsize=4)
+def _names_of_source(source: str, listing: str) -> Sequence[str] | None:
+    """Return the names of a set, if it is still where it was and the same."""
+    try:
+        images = open_images(source)
+    except OodHeatmapError:
+        return None
+    return images.names if images.listing == listing else None
+
+
+def audit(
+    run: Path,
+    id_sets: Mapping[str, ImageSet],
+    ood_sets: Mapping[str, ImageSet],
+    device: torch.device,
+    config: AuditConfig,
+) -> list[Finding]:
+    """Find overlaps between the training sets of a run and further sets; write nothing.
+
+    Args:
+        run: A run directory with a finished index, and targets where they are finished.
+        id_sets: ID test and calibration sets by title.
+        ood_sets: OOD test sets by title.
+        device: Where to compute.
+        config: Settings.
+
+    Raises:
+        OodHeatmapError: A damaged cache, an unreadable image and so on.
+    """
+    index = open_index(run)
+    sets = [audit_index(index)]
+    if (run / "targets" / MANIFEST).is_file():
+        sets.append(audit_open_targets(open_targets(run, index), index))
+    forward = BatchedClassifier(index.classifier(device, num_maps=0), config.batch_size)
+    id_features = unit_length(index.columns["features"].read())
+    kinds: tuple[Literal["ID", "OOD"], ...] = ("ID", "OOD")
+    for kind, further in zip(kinds, (id_sets, ood_sets), strict=True):
+        for title, images in further.items():
+            sets.append(_audit_images(title, kind, images, index, forward, id_features, config))
+    return find_overlaps(sets)
+
+
+def _audit_images(
+    title: str,
+    kind: Literal["ID", "OOD"],
+    images: ImageSet,
+    index: Index,
+    forward: BatchedClassifier,
+    id_features: Float32,
+    config: AuditConfig,
+) -> AuditedSet:
+    """Return a set that is no part of the run."""
+    rows = np.arange(len(images))
+    meter = Meter(len(rows), "audit")
+    row, pixel_hash, nearest, difference = [], [], [], []
+    for chunk in embed(
+        images,
+        [rows[start : start + _EMBED_CHUNK] for start in range(0, len(rows), _EMBED_CHUNK)],
+        forward,
+        meter,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+    ):
+        positions = k_nearest(unit_length(chunk.features), id_features, k=1)[1][:, 0]
+        row.append(chunk.rows)
+        pixel_hash.append(hash_pixels(chunk.images))
+        nearest.append(positions)
+        difference.append(
+            relative_difference(chunk.images, index.columns["images"].take(positions))
+        )
+    meter.close()
+    kept = np.concatenate(row)
+    return AuditedSet(
+        title,
+        kind,
+        fitted=False,
+        name_of=lambda position: images.names[kept[position]],
+        pixel_hash=np.concatenate(pixel_hash),
+        nearest=np.concatenate(nearest),
+        difference=np.concatenate(difference),
+    )

@@ -1,0 +1,153 @@
+"""Overlaps between the sets of a run are found by targets, evaluate and audit, and named."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from ood_heatmap.cli import main
+from ood_heatmap.duplicates import hash_pixels, relative_difference
+from ood_heatmap.pipeline.audit import audit, audit_index, audit_open_targets
+from ood_heatmap.pipeline.config import AuditConfig, EvaluateConfig, TargetsConfig
+from ood_heatmap.pipeline.evaluate import evaluate
+from ood_heatmap.pipeline.run import open_index, open_targets
+from ood_heatmap.pipeline.targets import build_targets
+from ood_heatmap.sources import open_images
+
+CPU = torch.device("cpu")
+CONFIG = EvaluateConfig(batch_size=16, examples=3)
+
+
+def pixels_of(data, run, name):
+    transform = open_index(run).classifier_config.transform
+    paths = sorted((data / name).rglob("*.png"))
+    return np.stack([transform(Image.open(path)) for path in paths])
+
+
+def overlaps(texts):
+    return [text for text in texts if " are also in " in text or " almost equal in " in text]
+
+
+def test_the_hashes_of_a_run_are_those_of_the_images_themselves(data, run):
+    config = TargetsConfig(batch_size=16, patched=1.0, limit=30, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    index = open_index(run)
+    targets = open_targets(run, index)
+    id_pixels, ood_pixels = pixels_of(data, run, "id"), pixels_of(data, run, "ood")
+    np.testing.assert_array_equal(audit_index(index).pixel_hash, hash_pixels(id_pixels))
+    found = audit_open_targets(targets, index)
+    rows = targets.columns["row"].read()[:30]
+    np.testing.assert_array_equal(found.pixel_hash, hash_pixels(ood_pixels[rows]))
+    nearest = targets.columns["nearest"].read()[:30]
+    np.testing.assert_array_equal(found.nearest, nearest)
+    wanted = relative_difference(ood_pixels[rows], id_pixels[nearest])
+    np.testing.assert_allclose(found.difference, wanted)
+    names = sorted(path.name for path in (data / "ood").iterdir())
+    assert [found.name_of(number) for number in range(30)] == [names[row] for row in rows]
+
+
+def test_targets_of_the_id_images_themselves_are_suspicious(data, run, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(data / "ood", mixed)
+    for number, path in enumerate(sorted((data / "id").rglob("*.png"))[:60:10]):
+        shutil.copy(path, mixed / f"copy{number}.png")
+    config = TargetsConfig(batch_size=16, patched=0.0, overwrite=True)
+    some = build_targets(run, open_images(str(mixed)), CPU, config).results
+    (text,) = overlaps(some["warnings"])
+    assert f"6 of 56 images of the OOD training set ({mixed}) are also in" in text
+    assert "copy0.png = class0/000.png, copy1.png = class0/010.png, copy2.png = class1/000" in text
+    assert not some["suspicious"]
+    same = build_targets(run, open_images(str(data / "id")), CPU, config).results
+    assert "80 of 80 images of the OOD training set" in same["suspicious"][0]
+
+
+def test_a_name_that_nobody_knows_any_more_is_a_row(data, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data / "ood", copy)
+    (copy / "049.png").unlink()
+    config = TargetsConfig(batch_size=16, patched=0.0, overwrite=True)
+    build_targets(run, open_images(str(copy)), CPU, config)
+    shutil.rmtree(copy)
+    index = open_index(run)
+    assert audit_open_targets(open_targets(run, index), index).name_of(7) == "row 7"
+
+
+@pytest.mark.parametrize(
+    ("id_name", "ood_name", "words"),
+    [
+        ("id", "far", "images of the ID test set ({id}) are also in the ID training set ({id})"),
+        ("test", "ood", "images of the OOD test set x ({ood}) are also in the OOD training set"),
+        ("test", "id", "images of the OOD test set x ({ood}) are also in the ID training set"),
+        ("test", "test", "images of the OOD test set x ({ood}) are also in the ID test set"),
+    ],
+)
+def test_an_evaluation_on_training_images_is_suspicious(data, run, id_name, ood_name, words):
+    shutil.rmtree(run / "evaluation")
+    id_images, ood_images = (open_images(str(data / name)) for name in (id_name, ood_name))
+    manifest = evaluate(run, id_images, {"x": ood_images}, CPU, CONFIG)
+    wanted = words.format(id=data / id_name, ood=data / ood_name)
+    assert any(wanted in text for text in manifest.results["suspicious"])
+
+
+def test_an_honest_evaluation_has_no_overlap(data, run):
+    shutil.rmtree(run / "evaluation")
+    test, far = open_images(str(data / "test")), open_images(str(data / "far"))
+    manifest = evaluate(run, test, {"far": far}, CPU, CONFIG)
+    assert not overlaps(manifest.results["warnings"])
+
+
+def test_held_out_images_that_are_tested_are_suspicious(data, run):
+    shutil.rmtree(run / "evaluation")
+    test, far = open_images(str(data / "test")), open_images(str(data / "far"))
+    again = open_images(str(data / "test"))
+    manifest = evaluate(run, test, {"far": far}, CPU, CONFIG, calibration_images=again)
+    (text,) = overlaps(manifest.results["suspicious"])
+    assert "30 of 30 images of the ID test set" in text
+    assert "are also in the held-out ID images" in text
+
+
+def test_audit_finds_what_an_evaluation_would(data, run):
+    def find(*names, **sets):
+        id_sets = {name: open_images(str(data / name)) for name in names}
+        ood_sets = {title: open_images(str(data / name)) for title, name in sets.items()}
+        return audit(run, id_sets, ood_sets, CPU, AuditConfig(batch_size=16))
+
+    assert find("test", far="far") == []
+    found = find("test", near="ood", same="test")
+    assert [finding.suspicious for finding in found] == [True, True]
+    assert "50 of 50 images of near are also in the OOD training set" in found[0].text
+    assert "30 of 30 images of same are also in test" in found[1].text
+    shutil.rmtree(run / "targets")
+    assert len(find("test", near="ood")) == 0
+
+
+def test_audit_as_typed(data, run):
+    def run_command(*arguments):
+        command = ["audit", run, *arguments, "--device", "cpu"]
+        return CliRunner().invoke(main, [str(item) for item in command])
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = run_command("--id", data / "test", "--ood", data / "far")
+    assert result.exit_code == 0, result.output
+    assert "no image is in two sets" in result.output
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    result = run_command("--id", data / "id", "--ood", data / "far")
+    assert result.exit_code == 1
+    assert "80 of 80 images" in result.output
+    assert "Traceback" not in result.output
+    assert run_command("--id", data / "id", "--allow-suspicious").exit_code == 0
+
+
+def test_a_resumed_evaluation_knows_the_overlaps_too(data, run):
+    config = replace(CONFIG, near=("near",), neighbours=5)
+    sets = {"far": open_images(str(data / "far")), "near": open_images(str(data / "ood"))}
+    test = open_images(str(data / "test"))
+    before = evaluate(run, test, sets, CPU, replace(config, overwrite=True))
+    (run / "evaluation" / "scores-near.npz").unlink()
+    after = evaluate(run, test, sets, CPU, replace(config, overwrite=True))
+    assert after.results == before.results
+    assert "50 of 50 images of the OOD test set near" in overlaps(after.results["suspicious"])[0]
