@@ -370,7 +370,7 @@ def _resume_or_start(
             return None, {}
         raise StaleCacheError(
             f"{stage.directory} was made from other images (images.{name}.content differs in "
-            f"{subsets[name].images.source}). Add --overwrite to make this stage again."
+            f"{subsets[name].images.source}). Add --overwrite to rebuild this stage."
         )
     return complete, scored
 

@@ -127,7 +127,7 @@ def _resume_or_start(stage: Stage, content: str, config: LocalizeConfig) -> Mani
     if not config.overwrite:
         raise StaleCacheError(
             f"{stage.directory} was made from other images (images.content differs). "
-            "Add --overwrite to make this stage again."
+            "Add --overwrite to rebuild this stage."
         )
     stage.discard()
     return stage.resume_or_start(overwrite=False)

@@ -1,4 +1,4 @@
-"""ID images with a patch of an OOD image in them, as a set that stage 2 reads like any other."""
+"""ID images with a pasted patch of an OOD image, as an image set that stage 2 reads."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from ood_heatmap.patches import Patch, draw_patch, paste
 
 @dataclass(frozen=True)
 class PastePlan:
-    """Which OOD image goes into which ID image.
+    """Which OOD image is pasted into which ID image.
 
     Args:
-        position: ``(P,)`` of the ID image in the index.
-        row: ``(P,)`` of the OOD set.
-        seed: Of the patches' sizes and places.
+        position: ``(P,)`` positions of the ID images in the index.
+        row: ``(P,)`` rows of the OOD set.
+        seed: Seed of the patches' sizes and positions.
     """
 
     position: NDArray[np.int64]
@@ -28,13 +28,17 @@ class PastePlan:
         return len(self.position)
 
     def patch(self, number: int, size: int) -> Patch:
-        """Return what of the OOD image goes where."""
+        """Return the patch of one image: size, source and destination."""
         return draw_patch(size, self.seed, number)
 
 
 def draw_paste_plan(count: int, num_id: int, ood_rows: NDArray[np.int64], seed: int) -> PastePlan:
-    """Draw ``count`` pairs at random; no image is taken again before all were taken as often."""
-    generator = np.random.default_rng([seed, 0, 1])  # not the generator of any single row
+    """Draw ``count`` random pairs.
+
+    Cycles through random permutations, so all images are used equally often (plus or minus one).
+    """
+    # a seed of three numbers: independent of the per-patch generators, seeded by [seed, number]
+    generator = np.random.default_rng([seed, 0, 1])
     position, row = (
         np.resize(generator.permutation(rows), count) for rows in (np.arange(num_id), ood_rows)
     )
@@ -43,7 +47,7 @@ def draw_paste_plan(count: int, num_id: int, ood_rows: NDArray[np.int64], seed: 
 
 @dataclass(frozen=True)
 class _PastedReader:
-    """Pastes patches when they are read; the bytes of an image are those of its OOD image."""
+    """Pastes patches on reading; the digest of an image is that of its OOD image."""
 
     images: ImageSet
     id_images: Rows
@@ -64,14 +68,14 @@ class _PastedReader:
 def pasted_images(
     images: ImageSet, id_images: Rows, paste_plan: PastePlan, transform: Transform
 ) -> ImageSet:
-    """Return the patched images, at the input size already; a row is a position in the paste plan.
+    """Return the patched images as a set at the input size; rows are positions in the plan.
 
     Args:
-        images: The OOD set; its bytes are the patched images' content, the ID images belong to
-            the index.
-        id_images: ``(N, 3, H, W)`` uint8, of the index.
-        paste_plan: What goes where.
-        transform: Brings OOD images to the input size.
+        images: The OOD set. Digests are of its images only: the ID images are covered by the
+            fingerprint of the index.
+        id_images: ``(N, 3, H, W)`` uint8 images of the index.
+        paste_plan: Which image is pasted where.
+        transform: Transform of the OOD images to the input size.
     """
     return ImageSet(
         source=f"ID images with patches of {images.source}",

@@ -1,4 +1,4 @@
-"""What each stage hands on in its manifest, typed: written by the stage, parsed when it is read."""
+"""Typed results of each stage, stored in its manifest and parsed when it is read."""
 
 import types
 from dataclasses import asdict, dataclass, fields
@@ -12,26 +12,26 @@ _ResultsT = TypeVar("_ResultsT", bound="Results")
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What every stage hands on.
+    """Fields common to the results of all stages.
 
     Args:
-        warnings: What was measured and is probably not meant, one sentence each.
-        suspicious: Those of the warnings after which going on is pointless unless it is meant.
+        warnings: Findings that are probably not intended, one sentence each.
+        suspicious: The warnings after which continuing is pointless unless they are intended.
     """
 
     warnings: tuple[str, ...] = ()
     suspicious: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results as a manifest holds them."""
+        """Return the results as stored in a manifest."""
         return asdict(self)
 
     @classmethod
     def from_manifest(cls: type[_ResultsT], manifest: Manifest) -> _ResultsT:
-        """Return the results of a stage.
+        """Parse the results of a stage.
 
         Raises:
-            DamagedCacheError: A field is missing, or of another type.
+            DamagedCacheError: A field is missing or has another type.
         """
         hints = get_type_hints(cls)
         values = {}
@@ -41,13 +41,13 @@ class Results:
             except (KeyError, TypeError) as error:
                 raise DamagedCacheError(
                     f"the manifest of stage {manifest.stage} is damaged (results.{field.name}). "
-                    "Make the stage again with --overwrite."
+                    "Run the stage again with --overwrite."
                 ) from error
         return cls(**values)
 
 
 def _parse(kind: Any, value: Any) -> Any:
-    """Return a value of JSON as one of a type: tuples from lists, numbers as float."""
+    """Convert a JSON value to a type: lists become tuples; other types are only checked."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else _parse(arguments[0], value)
@@ -66,23 +66,23 @@ class IndexResults(Results):
     """Results of stage 1.
 
     Args:
-        source: The ID training set, as it was named.
+        source: The ID training set, as named by the user.
         classes: Class names by label, empty when unknown.
         classifier: ``ClassifierConfig.to_json()``.
         head: Name of the classifier's last linear layer.
-        num_features: D, width of the features.
-        num_classes: L, classes of the classifier.
-        map_names: Modules that the feature maps come from, the deepest first.
+        num_features: D, feature width.
+        num_classes: L, number of classes of the classifier.
+        map_names: Names of the modules whose outputs are the feature maps, the deepest first.
         map_shapes: ``(C, h, w)`` of each feature map.
-        backend: What searches.
-        num_images: ID images indexed.
-        num_labelled: Those with a known label.
-        accuracy: Share of them that is predicted as labelled; None when there are none.
-        class_counts: ID images predicted as each class.
-        feature_min: Over all ID training features.
-        feature_max: Over all ID training features.
-        skipped: Names of the images left out as unreadable.
-        versions: Of the libraries that decode, resize and classify.
+        backend: Search library and device.
+        num_images: Number of ID images indexed.
+        num_labelled: Number of ID images with a known label.
+        accuracy: Accuracy on the labelled images; None if there are none.
+        class_counts: Number of ID images predicted as each class.
+        feature_min: Minimum over all ID training features.
+        feature_max: Maximum over all ID training features.
+        skipped: Names of the images skipped as unreadable.
+        versions: Versions of the libraries that decode, resize and classify.
     """
 
     source: str
@@ -109,14 +109,14 @@ class TargetsResults(Results):
     """Results of stage 2.
 
     Args:
-        source: The OOD training set, as it was named.
-        num_images: OOD images paired.
-        num_patched: ID images with a patch of an OOD image.
-        pairing: How they were paired.
-        backend: What searched.
-        num_without_class: OOD images whose predicted class has no ID image.
-        median_distance: Of the features, between the images of a pair.
-        skipped: Names of the images left out as unreadable.
+        source: The OOD training set, as named by the user.
+        num_images: Number of OOD images paired.
+        num_patched: Number of ID images with a patch of an OOD image.
+        pairing: How OOD images were paired with ID images.
+        backend: Search library and device.
+        num_without_class: Number of OOD images whose predicted class has no ID image.
+        median_distance: Median feature distance between the images of a pair.
+        skipped: Names of the images skipped as unreadable.
     """
 
     source: str
@@ -135,11 +135,11 @@ class DecoderResults(Results):
 
     Args:
         decoder: The fields of ``DecoderConfig``.
-        num_parameters: Of the decoder.
-        num_id: ID images trained on.
-        num_ood: OOD images trained on, patched ones included.
-        pairing: How the OOD images were paired.
-        color_max: Top of the one colour scale for heatmaps of this decoder.
+        num_parameters: Number of parameters of the decoder.
+        num_id: Number of ID training images.
+        num_ood: Number of OOD training images, patched ones included.
+        pairing: How OOD images were paired with ID images.
+        color_max: Top of the shared colour scale for heatmaps of this decoder.
     """
 
     decoder: dict[str, Any]
@@ -156,9 +156,9 @@ class EvaluationResults(Results):
 
     Args:
         sets: Names of the OOD test sets.
-        near: Those that count as near.
+        near: Names of the near-OOD sets.
         false_alarm: Share of ID images that may be called OOD; None without thresholds.
-        num_calibration: Held-out ID images that the thresholds are from; None without.
+        num_calibration: Number of held-out ID images behind the thresholds; None without.
     """
 
     sets: tuple[str, ...]
@@ -172,7 +172,7 @@ class LocalizationResults(Results):
     """Results of ``localize``; the table is in ``localization.json``.
 
     Args:
-        lowered_pixel_auroc: By how much each sanity check lowers the pixel AUROC.
+        lowered_pixel_auroc: Decrease of the pixel AUROC in each sanity check.
     """
 
     lowered_pixel_auroc: dict[str, Any]

@@ -1,6 +1,6 @@
-"""What a run directory holds: each finished stage, opened for reading.
+"""Read access to the finished stages of a run directory.
 
-Nothing here makes anything, so that inference loads no training code and no stage imports another.
+Nothing here builds a stage: inference imports no training code, and no stage imports another.
 """
 
 import logging
@@ -43,7 +43,7 @@ INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safe
 CALIBRATION = "calibration.safetensors"
 
 
-# a stage is named as its directory; this is the command that makes it
+# maps a stage, named as its directory, to the command that builds it
 COMMANDS = {
     "index": "index",
     "targets": "targets",
@@ -54,12 +54,12 @@ COMMANDS = {
 
 
 def format_command(run: Path, stage: str) -> str:
-    """Return the command line that makes a stage, for messages."""
+    """Format the command line that builds a stage, for messages."""
     return f"ood-heatmap {COMMANDS.get(stage, stage)} {run} ..."
 
 
 def read_manifest(run: Path, stage: str) -> Manifest:
-    """Return the manifest of a finished stage.
+    """Read the manifest of a finished stage.
 
     Raises:
         OodHeatmapError: The stage is missing, unfinished, damaged or of another format.
@@ -68,25 +68,25 @@ def read_manifest(run: Path, stage: str) -> Manifest:
 
 
 def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> None:
-    """Make sure that every file of a finished stage is there and unchanged.
+    """Verify the checksum of every file of a finished stage.
 
     Args:
         run: The run directory.
-        manifest: Of the stage.
-        skip: Names of files that do not matter now.
+        manifest: Manifest of the stage.
+        skip: Names of files to skip.
 
     Raises:
-        DamagedCacheError: Names the file.
+        DamagedCacheError: A file is missing or changed; names the file.
     """
     command = format_command(run, manifest.stage)
     manifests.check_files(run / manifest.stage, manifest, command=command, skip=skip)
 
 
 def read_result(run: Path, stage: str, name: str) -> dict[str, Any]:
-    """Return what a JSON file of a finished stage holds, its checksum compared.
+    """Read a JSON file of a finished stage and verify its checksum.
 
     Raises:
-        OodHeatmapError: The stage is not finished, or the file was changed.
+        OodHeatmapError: The stage is not finished, or the file has changed.
     """
     manifest = read_manifest(run, stage)
     check_files(run, manifest, skip=[other for other in manifest.files if other != name])
@@ -94,7 +94,7 @@ def read_result(run: Path, stage: str, name: str) -> dict[str, Any]:
 
 
 def read_file(run: Path, manifest: Manifest, name: str) -> bytes:
-    """Return a file of a finished stage; exactly the bytes that are returned were checked.
+    """Return the verified bytes of a file of a finished stage.
 
     Raises:
         DamagedCacheError: The file is missing or has changed.
@@ -104,16 +104,16 @@ def read_file(run: Path, manifest: Manifest, name: str) -> bytes:
 
 
 def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
-    """Refuse a stage that was built from another state of the stage before it.
+    """Reject a stage that was built from another version of the previous stage.
 
     Raises:
-        StaleCacheError: Names both fingerprints.
+        StaleCacheError: The fingerprints differ; names both.
     """
     before, now = manifest.inputs.get(previous.stage), previous.fingerprint
     if before != now:
         raise StaleCacheError(
-            f"{run / manifest.stage} was built from another {previous.stage} (fingerprint "
-            f"{abbreviate(before)}, now {abbreviate(now)}). "
+            f"{run / manifest.stage} was built from a different {previous.stage} "
+            f"(fingerprint {abbreviate(before)}, now {abbreviate(now)}). "
             f"Run `{format_command(run, manifest.stage)}` again with --overwrite."
         )
 
@@ -121,7 +121,7 @@ def require_from(manifest: Manifest, previous: Manifest, run: Path) -> None:
 def index_columns(
     size: int, num_features: int, map_shapes: Sequence[tuple[int, ...]]
 ) -> dict[str, Column]:
-    """Return the columns of stage 1: a row for each ID image."""
+    """Return the columns of stage 1, one row per ID image."""
     return {
         "images": Column(
             "uint8",
@@ -139,7 +139,7 @@ def index_columns(
 def target_columns(
     size: int, num_features: int, map_shapes: Sequence[tuple[int, ...]]
 ) -> dict[str, Column]:
-    """Return the columns of stage 2: a row for each OOD image and each patched image."""
+    """Return the columns of stage 2, one row per OOD image and per patched image."""
     return {
         "heatmap": Column(
             "int16",
@@ -176,7 +176,7 @@ def _feature_maps(map_shapes: Sequence[tuple[int, ...]]) -> dict[str, Column]:
 
 
 def map_column(number: int) -> str:
-    """Return the column of a feature map, 0 for the deepest."""
+    """Return the column name of a feature map; 0 is the deepest."""
     return f"feature_maps_{number + 1}"
 
 
@@ -186,7 +186,7 @@ class Index:
 
     Args:
         run: The run directory.
-        manifest: Of stage 1.
+        manifest: Manifest of stage 1.
         columns: ``images``, ``features``, ``prediction``, ``label``, ``row`` and feature maps, in
             data set order.
     """
@@ -197,12 +197,12 @@ class Index:
 
     @cached_property
     def results(self) -> IndexResults:
-        """What stage 1 hands on."""
+        """Results of stage 1."""
         return IndexResults.from_manifest(self.manifest)
 
     @property
     def size(self) -> int:
-        """Pixels of a side of the images."""
+        """Side length of the images in pixels."""
         return ClassifierConfig.from_json(self.results.classifier).transform.size
 
     @property
@@ -211,31 +211,32 @@ class Index:
         return self.results.feature_min, self.results.feature_max
 
     def bank(self, device: torch.device) -> Bank:
-        """Return the features by predicted class, to be searched on a device."""
+        """Open the features for nearest-neighbour search on a device."""
         prediction, row = self.columns["prediction"].read(), self.columns["row"].read()
         order = order_by_class(prediction, row)
         path = self.run / "index" / INDEX
-        if not path.is_file():  # derived: lost is no harm
-            log.warning("%s is lost: made again from the shards", path)
+        # derived from the shards, so losing it does no harm
+        if not path.is_file():
+            log.warning("%s is missing: rebuilding it from the shards", path)
             write_index(path, self.columns["features"], order)
         features = read_index(path, len(row), self.results.num_features)
         return Bank(features, prediction[order], row[order], device=device)
 
     @property
     def classifier_config(self) -> ClassifierConfig:
-        """All that builds the classifier again, but for its weights."""
+        """Configuration of the classifier: everything except its weights."""
         return ClassifierConfig.from_json(self.results.classifier)
 
     def classifier(self, device: torch.device, num_maps: int | None = None) -> Classifier:
-        """Return the classifier the index was made with, from the run's own copy of its weights.
+        """Restore the classifier of the index from the run's own copy of its weights.
 
         Args:
-            device: Where it shall compute.
-            num_maps: How many feature maps it shall return; as many as the index holds when None.
+            device: Device of the classifier.
+            num_maps: Number of feature maps to return; as many as the index has if None.
 
         Raises:
-            StaleCacheError: It is another classifier by now; names what differs.
-            OodHeatmapError: It is code that the user does not trust, see ``user_code``.
+            StaleCacheError: The restored classifier is a different one; names what differs.
+            OodHeatmapError: It runs code that the user does not trust, see ``user_code``.
         """
         classifier = restore_classifier(
             self.classifier_config,
@@ -250,14 +251,14 @@ class Index:
         except SafetensorError as error:
             raise DamagedCacheError(f"{path} is not safetensors ({error}). Index again.") from error
         if not tensors.keys() >= set(PROBED):
-            raise DamagedCacheError(f"{path} holds no {' and '.join(PROBED)}. Index again.")
+            raise DamagedCacheError(f"{path} lacks {' or '.join(PROBED)}. Index again.")
         check_probe(classifier, tensors, self.results.versions)
         return classifier
 
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where data set rows lie in the columns.
+        """Return the positions of data set rows in the columns.
 
-        They differ where unreadable images were left out.
+        They differ from the rows if unreadable images were skipped.
         """
         return np.searchsorted(self.columns["row"].read(), rows)
 
@@ -265,15 +266,15 @@ class Index:
 def check_probe(
     classifier: Classifier, tensors: Mapping[str, torch.Tensor], versions: Mapping[str, str]
 ) -> None:
-    """Compare what a restored classifier returns for a few ID images with what it returned.
+    """Compare the outputs of a restored classifier on a few ID images with the stored ones.
 
     Args:
-        classifier: On its device.
+        classifier: The restored classifier, on its device.
         tensors: Content of the probe file.
-        versions: Of the libraries when the index was made.
+        versions: Library versions at the time of indexing.
 
     Raises:
-        StaleCacheError: It differs by more than rounding.
+        StaleCacheError: The outputs differ by more than rounding.
     """
     maps = [tensors[name].numpy() for name in sorted(tensors) if name not in PROBED]
     images, features = (tensors[name].numpy() for name in PROBED)
@@ -281,13 +282,13 @@ def check_probe(
 
 
 def open_index(run: Path) -> Index:
-    """Open a finished index, every file checked (by the first process, for all).
+    """Open a finished index; rank 0 verifies every file for all ranks.
 
     Raises:
-        OodHeatmapError: It is missing, unfinished or damaged.
+        OodHeatmapError: The index is missing, unfinished or damaged.
     """
     manifest = read_manifest(run, "index")
-    # derived from the shards: it can be made again
+    # derived from the shards: it can be rebuilt
     lost = [] if (run / "index" / INDEX).is_file() else [INDEX]
     if is_main():
         check_files(run, manifest, skip=lost)
@@ -295,10 +296,10 @@ def open_index(run: Path) -> Index:
 
 
 def map_index(run: Path, manifest: Manifest) -> Index:
-    """Return a finished index without reading the bytes of its files.
+    """Memory-map a finished index without verifying its files.
 
     Raises:
-        DamagedCacheError: A shard is missing or not what it should be.
+        DamagedCacheError: A shard is missing or does not match the columns.
     """
     results = IndexResults.from_manifest(manifest)
     size = ClassifierConfig.from_json(results.classifier).transform.size
@@ -307,10 +308,10 @@ def map_index(run: Path, manifest: Manifest) -> Index:
 
 
 def _open_for_classifier(run: Path) -> Index:
-    """Open a finished index for its classifier alone: its images and features are not read.
+    """Open a finished index without its columns, for its classifier only.
 
     Raises:
-        OodHeatmapError: It is missing, unfinished, or the weights are damaged.
+        OodHeatmapError: The index is missing or unfinished, or the weights are damaged.
     """
     manifest = read_manifest(run, "index")
     check_files(run, manifest, skip=[name for name in manifest.files if name != WEIGHTS])
@@ -327,15 +328,15 @@ class Targets:
 
     @cached_property
     def results(self) -> TargetsResults:
-        """What stage 2 hands on."""
+        """Results of stage 2."""
         return TargetsResults.from_manifest(self.manifest)
 
 
 def open_targets(run: Path, index: Index) -> Targets:
-    """Open finished targets, every file checked.
+    """Open finished targets and verify every file.
 
     Raises:
-        OodHeatmapError: They are missing, unfinished, damaged, or of another index.
+        OodHeatmapError: The targets are missing, unfinished, damaged or of another index.
     """
     manifest = read_manifest(run, "targets")
     require_from(manifest, index.manifest, run)
@@ -344,29 +345,29 @@ def open_targets(run: Path, index: Index) -> Targets:
 
 
 def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
-    """Return finished targets without reading the bytes of their files.
+    """Memory-map finished targets without verifying their files.
 
     Raises:
-        DamagedCacheError: A shard is missing or not what it should be.
+        DamagedCacheError: A shard is missing or does not match the columns.
     """
     columns = target_columns(index.size, index.results.num_features, index.results.map_shapes)
     return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets"), columns))
 
 
 def draw_rows(num_images: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Return ``limit`` rows of a set, ascending; all when None."""
+    """Draw ``limit`` random rows of a set, ascending; all rows if None."""
     if limit is None:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
 
 
 def make_paste_plan(index: Index, rows: NDArray[np.int64], share: float, seed: int) -> PastePlan:
-    """Return which patched images to make: a share of the number of OOD images."""
+    """Draw which patched images to make: ``share`` times the number of OOD images."""
     return draw_paste_plan(round(share * len(rows)), len(index.columns["row"]), rows, seed)
 
 
 def redraw_paste_plan(targets: Targets, index: Index) -> PastePlan:
-    """Return what was pasted where, drawn again from the manifest's settings."""
+    """Draw the paste plan of finished targets again from the settings in their manifest."""
     inputs = targets.manifest.inputs
     options = inputs["options"]
     rows = draw_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
@@ -382,7 +383,7 @@ class TrainedDecoder:
 
     @cached_property
     def results(self) -> DecoderResults:
-        """What stage 3 hands on."""
+        """Results of stage 3."""
         return DecoderResults.from_manifest(self.manifest)
 
 
@@ -390,7 +391,7 @@ def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDec
     """Load a finished decoder.
 
     Raises:
-        OodHeatmapError: It is missing, unfinished, damaged, or of another index.
+        OodHeatmapError: The decoder is missing, unfinished, damaged or of another index.
     """
     manifest = read_manifest(run, "decoder")
     targets = read_manifest(run, "targets")
@@ -415,14 +416,14 @@ def load_detector(
         return detector.calibrated(fitted, level if false_alarm is None else false_alarm)
     if false_alarm is not None:
         raise OodHeatmapError(
-            f"{run} is not calibrated, so it knows no false-alarm level: run "
-            f"`ood-heatmap evaluate {run} ...` first."
+            f"{run} is not calibrated, so a false-alarm level cannot be applied: "
+            f"run `ood-heatmap evaluate {run} ...` first."
         )
     return detector
 
 
 def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -> HeatmapDetector:
-    """Return the detector of an opened index and an opened decoder, not calibrated."""
+    """Make the uncalibrated detector of an opened index and decoder."""
     num_maps = len(trained.decoder.config.map_shapes)
     return HeatmapDetector(
         index.classifier(device, num_maps=num_maps),
@@ -434,15 +435,15 @@ def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -
 
 
 def _open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:
-    """Return the calibration of a run and its false-alarm level.
+    """Load the calibration of a run and its false-alarm level.
 
     Args:
         run: The run directory.
-        decoder: Manifest of the decoder that is in use. It is not read again: another process may
-            be training and evaluating in the run, and its calibration would belong to its decoder.
+        decoder: Manifest of the decoder in use. It is not read again: another process may be
+            training and evaluating in the run, and its calibration would belong to its decoder.
 
     Returns:
-        None when this decoder has not been evaluated, or was evaluated without held-out images.
+        None if this decoder has not been evaluated, or was evaluated without held-out images.
 
     Raises:
         DamagedCacheError: The evaluation's manifest or the calibration is damaged.

@@ -1,8 +1,8 @@
 """The protocol of every stage: lock, resume or refuse, shard schedule, atomic writes, commit.
 
-A stage is started (its inputs are written down), filled with whole files whose checksums are
-recorded before they get their names, and committed (the manifest, written last). Started again
-with equal inputs it resumes; with others it is refused.
+Starting a stage records its inputs. Its files are written atomically, with their checksums recorded
+before the rename. Committing writes the manifest as the last file. A stage started again resumes if
+its inputs are equal, and raises if they differ.
 """
 
 import contextlib
@@ -56,26 +56,27 @@ from ood_heatmap.pipeline.run import COMMANDS, format_command, read_manifest
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "last.ckpt"  # of a stage that has one, while it is unfinished
-# checksums of the files that one rank has written, while the stage is unfinished
+# checkpoint of an unfinished stage that has one
+CHECKPOINT = "last.ckpt"
+# checksums of the files that one rank has written in an unfinished stage
 _JOURNAL, _JOURNALS = "checksums-{:05d}.jsonl", "checksums-*.jsonl"
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold a run's lock on rank 0, for all ranks."""
+    """Hold the lock of a run; rank 0 holds it for all ranks."""
     with locked(run) if is_main() else nullcontext():
         yield
 
 
 @dataclass
 class Stage:
-    """The directory of a stage while it is being made.
+    """The directory of a stage while it is being built.
 
     Args:
         run: The run directory.
-        name: Of the stage and its directory.
-        inputs: All that the result depends on, known before the work; JSON.
+        name: Name of the stage and its directory.
+        inputs: Everything the result depends on and that is known at the start; JSON.
     """
 
     run: Path
@@ -84,37 +85,37 @@ class Stage:
     _records: dict[str, list[FileRecord]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        # as it will be read back: tuples are lists then
+        # normalize to what is read back from JSON: tuples become lists
         self.inputs = json.loads(json.dumps(self.inputs))
 
     @property
     def directory(self) -> Path:
-        """Where the stage's files are."""
+        """Directory of the stage."""
         return self.run / self.name
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the inputs, written into every shard."""
+        """sha256 of the inputs, stored in every shard."""
         return hash_json([FORMAT, self.name, self.inputs])
 
     def resume_or_start(self, *, overwrite: bool) -> Manifest | None:
-        """Make the directory, or resume in the one that is there; on rank 0, for all ranks.
+        """Start the stage, or resume it if its directory exists; rank 0 acts for all ranks.
 
         Args:
-            overwrite: Discard what was made from other inputs, and make damaged files again.
+            overwrite: Discard a stage made from different inputs, and rebuild damaged files.
 
         Returns:
-            The manifest when the stage is complete, otherwise None.
+            The manifest if the stage is complete, otherwise None.
 
         Raises:
-            StaleCacheError: It was started with other inputs; names the fields.
+            StaleCacheError: The stage was started with different inputs; names the fields.
             DamagedCacheError: A file of the complete stage is missing or damaged.
         """
         return broadcast(self.prepare(overwrite=overwrite) if is_main() else None)
 
     def prepare(self, *, overwrite: bool) -> Manifest | None:
-        """Do the work of ``resume_or_start``, on rank 0 alone."""
-        # what a kill in the middle of discarding has left
+        """Start or resume as ``resume_or_start`` does, without broadcasting; call it on rank 0."""
+        # leftover of a run killed while discarding
         remove_directory(self.directory.with_name(f".{self.name}.discarded"))
         try:
             manifest = self._manifest_before()
@@ -126,7 +127,7 @@ class Stage:
         make_directory(self.directory)
         remove_scratch(self.directory)
         if manifest is not None:
-            if self._is_whole(manifest, overwrite=overwrite):
+            if self._is_undamaged(manifest, overwrite=overwrite):
                 self._remove_unfinished()
                 return manifest
             self._reopen(manifest)
@@ -138,8 +139,8 @@ class Stage:
         """Return the manifest of a complete stage with these inputs, or None.
 
         Raises:
-            StaleCacheError: The stage was started with other inputs, or by another version.
-            DamagedCacheError: Nobody can tell any more.
+            StaleCacheError: The stage was started with different inputs, or by another version.
+            DamagedCacheError: The manifest or the recorded inputs cannot be read.
         """
         command = format_command(self.run, self.name)
         if (self.directory / MANIFEST).is_file():
@@ -163,15 +164,17 @@ class Stage:
         ]
         if fields:
             raise StaleCacheError(
-                f"{self.directory} was made with another {', '.join(fields[:4])}. "
-                "Name another run directory, or add --overwrite to make this stage again."
+                f"{self.directory} was made with a different {', '.join(fields[:4])}. "
+                "Use another run directory, or add --overwrite to rebuild this stage."
             )
 
-    def _is_whole(self, manifest: Manifest, *, overwrite: bool) -> bool:
-        """Tell whether the files of a complete stage are there; with overwrite, every byte.
+    def _is_undamaged(self, manifest: Manifest, *, overwrite: bool) -> bool:
+        """Return whether the files of a complete stage are undamaged.
+
+        Sizes are always compared, checksums only with ``overwrite``.
 
         Raises:
-            DamagedCacheError: One is not, and it may not be made again.
+            DamagedCacheError: A file is damaged, and ``overwrite`` is not given.
         """
         if overwrite:
             return all(
@@ -183,8 +186,8 @@ class Stage:
         return True
 
     def _reopen(self, manifest: Manifest) -> None:
-        """Make a complete stage unfinished: its whole files stay, the damaged are made again."""
-        log.warning("%s is damaged: its damaged files are made again", self.directory)
+        """Turn a complete stage into an unfinished one: intact files stay, damaged are rebuilt."""
+        log.warning("%s is damaged: rebuilding its damaged files", self.directory)
         lines = [_journal_line(name, record) for name, record in manifest.files.items()]
         journal = self.directory / _JOURNAL.format(rank())
         with replacing(journal) as scratch:
@@ -195,15 +198,15 @@ class Stage:
         self._records = None
 
     def discard(self) -> None:
-        """Remove all that the stage holds, in one step as far as a reader can see."""
+        """Remove the stage atomically, as seen by readers."""
         remove_directory(self.directory)
         self._records = None
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
-        """Return a context that yields a temporary path for a file of the stage.
+        """Return a context manager that yields a temporary path for a file of the stage.
 
-        On success the file's checksum is recorded, and then it gets its name: a file that is not
-        on record, or not as it was recorded, is never taken into the stage.
+        On success the file's checksum is recorded and then the file is renamed: a file without a
+        record, or with another checksum, never becomes part of the stage.
 
         Raises:
             OodHeatmapError: The disk is full or read-only.
@@ -212,7 +215,7 @@ class Stage:
         return replacing(self.directory / name, record=lambda scratch: self.record(name, scratch))
 
     def record(self, name: str, path: Path) -> None:
-        """Put the size and checksum of a file on record under the name that it will have."""
+        """Record the size and checksum of a file under its final name."""
         record = FileRecord.from_file(path)
         journal = self.directory / _JOURNAL.format(rank())
         append_text(journal, _journal_line(name, record))
@@ -220,22 +223,22 @@ class Stage:
             self._records.setdefault(name, []).append(record)
 
     def is_intact(self, name: str) -> bool:
-        """Tell whether a file of the unfinished stage is there, as one of its ranks wrote it."""
+        """Return whether a file of the unfinished stage exists and matches a recorded checksum."""
         path = self.directory / name
         records = self._all_records().get(name, [])
         return path.is_file() and bool(records) and FileRecord.from_file(path) in records
 
     def _all_records(self) -> dict[str, list[FileRecord]]:
         if self._records is None:
-            found = defaultdict(list)
+            records = defaultdict(list)
             for journal in sorted(self.directory.glob(_JOURNALS)):
                 for line in journal.read_text("utf-8", "replace").splitlines():
-                    # the last line of a killed process may be cut short: its file has no name yet
+                    # a killed process may truncate its last line: that file was not yet renamed
                     with contextlib.suppress(ValueError, KeyError, TypeError):
                         item = json.loads(line)
                         record = FileRecord(str(item["sha256"]), int(item["num_bytes"]))
-                        found[str(item["name"])].append(record)
-            self._records = dict(found)
+                        records[str(item["name"])].append(record)
+            self._records = dict(records)
         return self._records
 
     def commit(
@@ -246,17 +249,18 @@ class Stage:
         content: str = "",
         speed: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write the manifest, the last file of a stage; on rank 0, after all ranks have written.
+        """Write the manifest, the last file of a stage; call it on rank 0 after a barrier.
 
         Args:
-            results: What the stage hands on.
-            names: The stage's files, all written through ``writing`` or ``record``.
+            results: Results of the stage.
+            names: Names of the stage's files, all written through ``writing`` or ``record``.
             content: sha256 of the images that were read, or "".
-            speed: Throughput of this run of the stage; also a line of ``log.jsonl``.
+            speed: Throughput of this run, also logged to ``log.jsonl``.
         """
-        self._records = None  # the other ranks have written since
-        files = {name: self._record_of(name) for name in names}
-        # as it will be read back
+        # read the journals again: other ranks have written since
+        self._records = None
+        files = {name: self._find_record(name) for name in names}
+        # normalize to what is read back from JSON
         values, speed = (json.loads(json.dumps(item)) for item in (results.to_json(), speed or {}))
         manifest = Manifest(self.name, self.inputs, content, values, files, speed)
         write_manifest(self.directory, manifest)
@@ -265,27 +269,28 @@ class Stage:
             log_event(self.run, COMMANDS[self.name], **speed)
         return manifest
 
-    def _record_of(self, name: str) -> FileRecord:
+    def _find_record(self, name: str) -> FileRecord:
         records = self._all_records().get(name, [])
-        if len(set(records)) != 1:  # written more than once, or not through us: look
+        # written several times, or without a record: hash the file
+        if len(set(records)) != 1:
             return FileRecord.from_file(self.directory / name)
         check_size(self.directory / name, records[0], command=format_command(self.run, self.name))
         return records[0]
 
     def _remove_unfinished(self) -> None:
-        """Remove what only an unfinished stage needs."""
-        own = [self.directory / name for name in (UNFINISHED, CHECKPOINT)]
-        for path in [*own, *self.directory.glob(_JOURNALS)]:
+        """Remove the files that only an unfinished stage needs."""
+        paths = [self.directory / name for name in (UNFINISHED, CHECKPOINT)]
+        for path in [*paths, *self.directory.glob(_JOURNALS)]:
             path.unlink(missing_ok=True)
 
 
 def _journal_line(name: str, record: FileRecord) -> str:
-    # on a line of its own even after one that was cut short
+    # the leading line break ends a truncated line before it
     return "\n" + json.dumps({"name": name, **asdict(record)}) + "\n"
 
 
 def log_event(run: Path, command: str, **stats: Any) -> None:
-    """Append a line to ``log.jsonl`` of a run: when a command ran, on what, and how fast."""
+    """Append a line with time, version and stats of a command to ``log.jsonl`` of a run."""
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "stage": command,
@@ -295,19 +300,19 @@ def log_event(run: Path, command: str, **stats: Any) -> None:
     try:
         append_text(run / "log.jsonl", json.dumps(line, ensure_ascii=False) + "\n")
     except OodHeatmapError as error:
-        # the work is done: a log is no reason to fail
+        # the stage is complete: do not fail because of the log
         log.warning("%s", error)
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to be written.
+    """A shard to write.
 
     Args:
-        name: Of its file.
-        positions: ``(M,)`` int64, ascending, among all images of the kind.
-        source_rows: ``(M,)`` int64 rows of the image set that they are made from: the shard's
-            dataset ``row``, unreadable images aside.
+        name: Name of the file.
+        positions: ``(M,)`` int64 positions, ascending, among all images with the same prefix.
+        source_rows: ``(M,)`` int64 rows of the image set; except for unreadable images, the shard's
+            dataset ``row``.
     """
 
     name: str
@@ -316,18 +321,18 @@ class ShardTask:
 
     @property
     def rows_hash(self) -> str:
-        """sha256 of the rows, an attribute of the shard: a shard of other rows is not this one."""
+        """sha256 of the rows, stored in the shard to detect one with other rows."""
         return hashlib.sha256(np.asarray(self.source_rows, "<i8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which shards a stage consists of, and which of them this rank writes.
+    """The shards of a stage, and those assigned to this rank.
 
     Args:
-        manifest: Of the complete stage, when nothing is left to do.
+        manifest: Manifest of the stage if it is complete, otherwise None.
         tasks: All shards in order, by filename prefix.
-        own: Those that this rank writes.
+        own: The shards that this rank writes, by filename prefix.
     """
 
     manifest: Manifest | None
@@ -336,22 +341,21 @@ class Schedule:
 
     @property
     def names(self) -> list[str]:
-        """Names of all shards, in order."""
+        """Filenames of all shards, in order."""
         return [task.name for tasks in self.tasks.values() for task in tasks]
 
     @property
     def num_own_rows(self) -> int:
-        """Rows that this rank writes."""
+        """Number of rows that this rank writes."""
         return sum(len(task.positions) for tasks in self.own.values() for task in tasks)
 
 
 def _make_tasks(
     prefix: str, source_rows: NDArray[np.int64], bytes_per_row: int, shard_mb: int
 ) -> list[ShardTask]:
-    """Split rows into shards of at most ``shard_mb`` megabytes (of one row at least).
+    """Split rows into shards of at most ``shard_mb`` megabytes, at least one row each.
 
-    A function of the rows and their size alone: neither the batch size nor the number of ranks
-    moves a shard's borders.
+    Shard boundaries depend only on the rows and their size, not on the batch size or world size.
     """
     size = max(1, shard_mb * 1_000_000 // bytes_per_row)
     starts = range(0, len(source_rows), size)
@@ -379,42 +383,44 @@ def schedule_shards(
     Args:
         stage: The stage.
         images: The set that the shards are made from.
-        rows_by_prefix: Rows of the set that the images of each kind are made from, by filename
-            prefix of the kind's shards.
-        bytes_per_row: Bytes of one image in a shard.
-        shard_mb: Megabytes of a shard.
-        overwrite: As of ``Stage.resume_or_start``.
+        rows_by_prefix: Maps filename prefix to the rows of the set.
+        bytes_per_row: Bytes of one row of a shard.
+        shard_mb: Maximum size of a shard in megabytes.
+        overwrite: As for ``Stage.resume_or_start``.
 
     Raises:
-        OodHeatmapError: The stage was made from something else, is damaged, or the disk is too
+        OodHeatmapError: The stage was made from different inputs or is damaged, or the disk is too
             small.
     """
     tasks = {
         prefix: _make_tasks(prefix, rows, bytes_per_row, shard_mb)
         for prefix, rows in rows_by_prefix.items()
     }
-    everything = [task for part in tasks.values() for task in part]
+    all_tasks = [task for same_prefix in tasks.values() for task in same_prefix]
     manifest, missing = broadcast(
-        _scan_shards(stage, images, everything, overwrite=overwrite) if is_main() else (None, [])
+        _scan_shards(stage, images, all_tasks, overwrite=overwrite) if is_main() else (None, [])
     )
     if manifest is not None:
         log.info("%s is already complete", stage.directory)
         return Schedule(manifest, tasks, {})
-    num_rows = sum(len(everything[number].positions) for number in missing)
+    num_rows = sum(len(all_tasks[number].positions) for number in missing)
     if is_main():
         log.info(
             "%s: %d rows to write, %.0f MB", stage.name, num_rows, num_rows * bytes_per_row / 1e6
         )
         require_space(stage.run, num_rows * bytes_per_row)
-    own = {everything[number].name for number in missing[rank() :: world_size()]}
-    mine = {prefix: [task for task in part if task.name in own] for prefix, part in tasks.items()}
-    return Schedule(None, tasks, mine)
+    own_names = {all_tasks[number].name for number in missing[rank() :: world_size()]}
+    own = {
+        prefix: [task for task in same_prefix if task.name in own_names]
+        for prefix, same_prefix in tasks.items()
+    }
+    return Schedule(None, tasks, own)
 
 
 def _scan_shards(
     stage: Stage, images: ImageSet, tasks: Sequence[ShardTask], *, overwrite: bool
 ) -> tuple[Manifest | None, list[int]]:
-    """Return the manifest of a complete stage, and the positions of its missing shards."""
+    """Return the manifest if the stage is complete, and the positions of missing shards."""
     manifest = stage.prepare(overwrite=overwrite)
     try:
         missing = _missing_shards(stage, images, tasks, complete=manifest is not None)
@@ -430,11 +436,11 @@ def _scan_shards(
 def _missing_shards(
     stage: Stage, images: ImageSet, tasks: Sequence[ShardTask], *, complete: bool
 ) -> list[int]:
-    """Return the positions of shards that are not there, not whole, or hold other rows.
+    """Return the positions of shards that are missing, damaged or contain other rows.
 
     Raises:
-        StaleCacheError: The images of a finished shard have changed since.
-        DamagedCacheError: The stage is complete and its shards are not those of the tasks.
+        StaleCacheError: The images of a finished shard have changed.
+        DamagedCacheError: The stage is complete, but its shards are not those of the tasks.
     """
     missing = []
     for number, task in enumerate(tasks):
@@ -451,21 +457,21 @@ def _missing_shards(
             raise StaleCacheError(
                 f"{path} was made from other images (images.content differs in rows "
                 f"{task.source_rows[0]} to {task.source_rows[-1]} of {images.source}). "
-                "Add --overwrite to make this stage again."
+                "Add --overwrite to rebuild this stage."
             )
     if complete and missing:
         raise DamagedCacheError(
-            f"{stage.directory / tasks[missing[0]].name} is not the shard that belongs there. "
+            f"{stage.directory / tasks[missing[0]].name} is not the expected shard. "
             f"Delete {stage.directory} and run `{format_command(stage.run, stage.name)}` again."
         )
     if len(missing) < len(tasks) and not complete:
         done = len(tasks) - len(missing)
-        log.info("%s: %d of %d shards are already there", stage.directory, done, len(tasks))
+        log.info("%s: %d of %d shards already exist", stage.directory, done, len(tasks))
     return missing
 
 
 def _current_content_hash(images: ImageSet, rows: NDArray[np.int64]) -> str | None:
-    """Return the hash of images as they are now, None when one is gone."""
+    """Hash images as they are now; None if one cannot be read any more."""
     try:
         return content_hash(b"".join(images.digest(int(row)) for row in rows))
     except (OSError, OodHeatmapError):
@@ -473,22 +479,22 @@ def _current_content_hash(images: ImageSet, rows: NDArray[np.int64]) -> str | No
 
 
 def content_hash(digests: bytes) -> str:
-    """Return the hash of a shard's images from the sha256 of each."""
+    """Hash the images of a shard, given their concatenated sha256 digests."""
     return hashlib.sha256(digests).hexdigest()
 
 
 def stage_content(stage: Stage, names: Iterable[str]) -> str:
-    """Return the hash of all images of a stage from those of its shards."""
+    """Hash all images of a stage, given the content hashes of its shards."""
     return hash_json([read_attributes(stage.directory / name)["content"] for name in names])
 
 
 def require_rows(stage: Stage, tasks: Iterable[ShardTask]) -> None:
-    """Make sure that the shards hold the rows of their tasks, each once and in order.
+    """Verify that the shards contain the rows of their tasks, each once and in order.
 
-    Those that a shard has left out as unreadable, and counts, may be missing.
+    Rows that a shard has skipped as unreadable, and counted, may be missing.
 
     Raises:
-        DamagedCacheError: Names the shard.
+        DamagedCacheError: A shard has other rows; names the shard.
     """
     for task in tasks:
         path = stage.directory / task.name
@@ -497,8 +503,8 @@ def require_rows(stage: Stage, tasks: Iterable[ShardTask]) -> None:
         in_order = all(row in wanted for row in found.tolist())
         if not in_order or len(found) + num_skipped != len(task.source_rows):
             raise DamagedCacheError(
-                f"{path} does not hold the rows {task.source_rows[0]} to {task.source_rows[-1]} "
-                "that it should, each once. Delete it and start the stage again."
+                f"{path} does not contain each of the rows {task.source_rows[0]} to "
+                f"{task.source_rows[-1]} once. Delete it and run the stage again."
             )
 
 
@@ -521,13 +527,13 @@ class BackgroundWriter:
         *,
         content: str,
     ) -> None:
-        """Write one shard after the one before.
+        """Enqueue one shard; waits for the previous one first.
 
         Args:
-            task: Which.
-            arrays: Its datasets.
-            columns: What they must be.
-            content: Hash of its images.
+            task: The shard.
+            arrays: Maps dataset name to array.
+            columns: Expected dtype and shape of each dataset.
+            content: Hash of the shard's images.
         """
         attributes: dict[str, str | int] = {
             "fingerprint": self.stage.fingerprint,
@@ -556,7 +562,7 @@ class BackgroundWriter:
         self.meter.thread_seconds["write"] += time.perf_counter() - started
 
     def wait(self) -> None:
-        """Wait for the shard that is being written."""
+        """Wait for the pending write, and raise its error."""
         with self.meter.waiting("write"):
             if self._last is not None:
                 self._last.result()

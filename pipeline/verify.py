@@ -75,7 +75,7 @@ def _check_index_rows(index: Index) -> None:
     complete = len(row) + len(index.results.skipped) == num_images
     if not complete or (np.diff(row) <= 0).any() or row[0] < 0 or row[-1] >= num_images:
         raise DamagedCacheError(
-            f"{index.run / 'index'} does not hold the rows of its {num_images} images, each once."
+            f"{index.run / 'index'} does not contain each row of its {num_images} images once."
         )
 
 
@@ -96,7 +96,7 @@ def _check_target_rows(index: Index, targets: Targets) -> None:
     as_drawn = np.array_equal(row[patched], pasted[np.isin(pasted, row[~patched])])
     if not (complete and in_order and as_drawn):
         raise DamagedCacheError(
-            f"{targets.run / 'targets'} does not hold the rows that were drawn, each once."
+            f"{targets.run / 'targets'} does not contain each of the drawn rows once."
         )
 
 

@@ -116,7 +116,7 @@ def bad_calls(data: Path, spec: str, run: Path, folder: Path):
         ),
         "a missing run": (["train", folder / "nowhere"], 2, "does not exist"),
         "no index": (["train", empty], 1, "no index stage: run `ood-heatmap index"),
-        "a stale cache": (["train", run, "--epochs", 3], 1, "another options.epochs"),
+        "a stale cache": (["train", run, "--epochs", 3], 1, "different options.epochs"),
         "no GPU": (["train", run, "--device", "cuda:7"], 2, "this machine has"),
         "no such device": (["train", run, "--device", "tpu"], 2, "no device 'tpu'"),
         "a wrong class count": ([*index, "--num-classes", 5], 1, "does not fit the classifier"),
@@ -169,7 +169,7 @@ def test_class_folders_are_numbered_in_the_order_that_is_named(data, spec, tmp_p
         counted[order] = results["accuracy"]
     assert counted["name"] != counted["natural"]
     result = run_command(*arguments, "--class-order", "name")
-    assert "was made with another images.listing" in result.output
+    assert "was made with a different images.listing" in result.output
 
 
 def test_what_is_wrong_ends_in_one_line_and_leaves_the_run_as_it_was(data, spec, run, tmp_path):

@@ -704,7 +704,7 @@ def raise_keyboard_interrupt(*_):
 
 
 def test_another_test_set_is_refused_by_name(data, run):
-    with pytest.raises(StaleCacheError, match=r"another images\.id\."):
+    with pytest.raises(StaleCacheError, match=r"different images\.id\."):
         evaluate(run, open_images(str(data / "far")), sets_of(data), CPU, CONFIG)
 
 

@@ -85,14 +85,15 @@ def test_other_weights_are_refused_by_name(data, spec, run):
     other = load_classifier(
         spec, weights=data / "weights.safetensors", mean=(0.5, 0.5, 0.5), num_maps=2
     )
-    with pytest.raises(StaleCacheError, match=r"another classifier\.mean"):
+    with pytest.raises(StaleCacheError, match=r"different classifier\.mean"):
         build_index(run, open_images(str(data / "id")), other, CONFIG)
 
 
 def test_autocast_changes_the_features_a_little_and_the_fingerprint(data, spec, run, tmp_path):
     other = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2, autocast=True)
     images = open_images(str(data / "id"))
-    with pytest.raises(StaleCacheError, match=r"another classifier\.autocast \(False, now True\)"):
+    message = r"different classifier\.autocast \(False, now True\)"
+    with pytest.raises(StaleCacheError, match=message):
         build_index(run, images, other, CONFIG)
     build_index(tmp_path / "other", images, other, CONFIG)
     found, exact = open_index(tmp_path / "other"), open_index(run).columns["features"].read()

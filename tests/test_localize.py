@@ -193,7 +193,7 @@ def test_made_again_it_is_the_same_byte_for_byte_and_verified(measured, data, tm
     before = (run / "localization" / "manifest.json").stat().st_mtime_ns
     measure(run, data)  # finished: nothing is written
     assert (run / "localization" / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(StaleCacheError, match=r"another options\.seed"):
+    with pytest.raises(StaleCacheError, match=r"different options\.seed"):
         measure(run, data, LocalizeConfig(count=12, seed=1))
 
 

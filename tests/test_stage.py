@@ -72,7 +72,7 @@ def test_a_committed_stage_holds_its_files_and_the_manifest(tmp_path):
 @pytest.mark.parametrize("finished", [True, False])
 def test_every_changed_input_is_refused_by_name(tmp_path, changed, field, finished):
     make(tmp_path) if finished else start(tmp_path)
-    with pytest.raises(StaleCacheError, match=f"another {field} \\(.*--overwrite"):
+    with pytest.raises(StaleCacheError, match=f"different {field} \\(.*--overwrite"):
         Stage(tmp_path, "index", changed).resume_or_start(overwrite=False)
     start(tmp_path, changed, overwrite=True)
     assert names(tmp_path / "index") == ["unfinished.json"]
@@ -214,7 +214,9 @@ def test_rows_of_a_shard_less_those_left_out(tmp_path, rows, num_skipped):
 )
 def test_lost_doubled_strange_and_swapped_rows_of_a_shard_are_refused(tmp_path, rows, num_skipped):
     stage = start(tmp_path)
-    with pytest.raises(DamagedCacheError, match=r"a\.h5 does not hold the rows 2 to 9"):
+    with pytest.raises(
+        DamagedCacheError, match=r"a\.h5 does not contain each of the rows 2 to 9 once"
+    ):
         require_rows(stage, [shard_of(stage, rows, num_skipped)])
 
 

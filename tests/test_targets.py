@@ -166,12 +166,12 @@ def test_random_pairing_keeps_the_class(data, run):
     ],
 )
 def test_other_options_are_refused_by_name(data, run, config, field):
-    with pytest.raises(StaleCacheError, match=f"another {field}"):
+    with pytest.raises(StaleCacheError, match=f"different {field}"):
         build_targets(run, open_images(str(data / "ood")), CPU, config)
 
 
 def test_other_images_are_refused_by_name(data, run):
-    with pytest.raises(StaleCacheError, match=r"another images\.num_images \(50, now 25\)"):
+    with pytest.raises(StaleCacheError, match=r"different images\.num_images \(50, now 25\)"):
         build_targets(run, open_images(str(data / "far")), CPU, TargetsConfig(patched=0.0))
 
 
@@ -181,7 +181,7 @@ def test_an_index_made_anew_makes_the_targets_stale(run, tmp_path, data, classif
 
     config = IndexConfig(batch_size=16, shard_mb=1, overwrite=True)
     build_index(run, open_images(str(data / "id")), classifier, config)
-    with pytest.raises(StaleCacheError, match="built from another index"):
+    with pytest.raises(StaleCacheError, match="built from a different index"):
         columns_of(run)
 
 

@@ -193,7 +193,7 @@ def test_other_settings_are_refused_by_name(run, option):
         **TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=0).__dict__,
         option: other[option],
     }
-    with pytest.raises(StaleCacheError, match=f"another options.{option} "):
+    with pytest.raises(StaleCacheError, match=f"different options.{option} "):
         train_decoder(run, CPU, TrainConfig(**settings))
 
 
@@ -315,7 +315,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(
 def test_a_stopped_training_is_not_resumed_with_other_settings(run, monkeypatch):
     stop_after(1, run, TrainConfig(**SMALL), monkeypatch)
     other = {**SMALL, "lr": 5e-3, "overwrite": False}
-    with pytest.raises(StaleCacheError, match=r"another options\.lr "):
+    with pytest.raises(StaleCacheError, match=r"different options\.lr "):
         train_decoder(run, CPU, TrainConfig(**other))
     train_decoder(run, CPU, TrainConfig(**{**other, "overwrite": True}))
     assert len(history(run)) == SMALL["epochs"]
@@ -337,7 +337,7 @@ def test_the_output_says_how_near_the_ceiling_it_came(run, caplog):
 def test_a_decoder_of_another_index_is_refused(run):
     index = read_manifest(run, "index")
     other = Manifest("index", {"other": 1}, index.content, index.results, index.files)
-    with pytest.raises(StaleCacheError, match="built from another index"):
+    with pytest.raises(StaleCacheError, match="built from a different index"):
         open_decoder(run, other, CPU)
 
 

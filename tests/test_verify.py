@@ -98,7 +98,7 @@ def test_a_wrong_row_is_found_behind_a_right_checksum(run, data, name):
     config = TargetsConfig(patched=0.5, limit=40, seed=3, batch_size=16, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), torch.device("cpu"), config)
     change(run, name, "row", 7, 49)
-    with pytest.raises(DamagedCacheError, match="does not hold the rows that were drawn"):
+    with pytest.raises(DamagedCacheError, match="does not contain each of the drawn rows"):
         verify(run)
 
 
