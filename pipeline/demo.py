@@ -1,4 +1,4 @@
-"""Writes what the demo needs into its run directory."""
+"""Write the demo's images and classifier into its run directory."""
 
 import logging
 from pathlib import Path
@@ -15,17 +15,17 @@ log = logging.getLogger(__name__)
 
 
 def prepare_demo(run: Path) -> Path:
-    """Write images and a trained classifier, unless they are there, and return their folder.
+    """Write images and a trained classifier unless they exist, and return their folder.
 
     Raises:
-        UsageError: ``run`` holds something that is not the demo's.
+        UsageError: ``run`` contains files that are not the demo's.
         OodHeatmapError: A file cannot be written.
     """
     data = run / "data"
     if (data / WEIGHTS).is_file():
         return data
     if not _is_free(run):
-        raise UsageError(f"{run} is not a run of the demo: name a new directory.")
+        raise UsageError(f"{run} is not a run of the demo: use a new directory.")
     log.info("writing images to %s and training a small classifier of digits", data)
     images, labels = [], []
     for name, image in demo_images():
@@ -35,14 +35,14 @@ def prepare_demo(run: Path) -> Path:
             images.append(np.asarray(image))
             labels.append(int(label))
     network = train_classifier(np.stack(images), np.array(labels))
-    # last: it marks the images as complete
+    # written last: its existence marks the images as complete
     with replacing(data / WEIGHTS) as scratch:
         save_file(network.state_dict(), scratch)
     return data
 
 
 def _is_free(run: Path) -> bool:
-    """Return whether a directory is missing, empty, or holds data of an interrupted demo."""
+    """Return whether a directory is missing, empty or has data of an interrupted demo."""
     known = {("data",), ("data", f".{WEIGHTS}.tmp"), *(("data", name) for name in FOLDERS)}
     return all(
         path.relative_to(run).parts in known for path in [*run.glob("*"), *run.glob("data/*")]
@@ -50,7 +50,7 @@ def _is_free(run: Path) -> bool:
 
 
 def _save_png(image: Image.Image, path: Path) -> None:
-    """Write one PNG. Not atomic: images count only once the classifier is there."""
+    """Write one PNG; not atomic, since images are used only once the classifier exists."""
     make_directory(path.parent)
     try:
         image.save(path, "png")

@@ -1,4 +1,4 @@
-"""Images through the classifier: threads decode ahead of it, and whole shards come out."""
+"""Run the classifier over an image set: prefetched decoding in threads, output shard by shard."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from ood_heatmap.pipeline.stage import content_hash
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images of one shard with the classifier's outputs, on the host.
+    """Images and classifier outputs of one shard, on the host.
 
     Args:
         rows: ``(B,)`` int64 rows of the set.
@@ -29,7 +29,7 @@ class Embedded:
         features: ``(B, D)`` float32.
         logits: ``(B, L)`` float32.
         maps: Feature maps ``(B, C, h, w)`` float16, the deepest first.
-        content: sha256 of the images' bytes.
+        content: Hash of the digests of all images.
     """
 
     rows: NDArray[np.int64]
@@ -47,8 +47,8 @@ class Embedded:
 
     @property
     def map_arrays(self) -> dict[str, NDArray[np.float16]]:
-        """The feature maps under the names they have in every shard."""
-        return {map_column(number): item for number, item in enumerate(self.maps)}
+        """Maps column name to feature map."""
+        return {map_column(number): values for number, values in enumerate(self.maps)}
 
     @property
     def prediction(self) -> NDArray[np.int32]:
@@ -67,22 +67,22 @@ def embed(
     skip_unreadable: bool,
     transform: Transform | None = None,
 ) -> Iterator[Embedded]:
-    """Yield the images of each shard with their embedding.
+    """Yield the images and outputs of each shard.
 
-    Decoding continues across the shards' borders.
+    Decoding continues across shard boundaries.
 
     Args:
         images: The set.
         shards: Rows of each shard, ascending.
         forward: The classifier on its device.
         meter: Accumulates image counts and wait times.
-        workers: Threads that decode.
-        skip_unreadable: Leave unreadable images out.
-        transform: The classifier's when None.
+        workers: Number of decoding threads.
+        skip_unreadable: Skip unreadable images instead of raising.
+        transform: Transform of the images; the classifier's if None.
 
     Raises:
-        OodHeatmapError: An image is unreadable, features are not finite, or no image of a shard is
-            left.
+        OodHeatmapError: An image is unreadable, features are not finite, or a shard has no readable
+            image.
     """
     size = forward.batch_size
     chunks = [
@@ -90,17 +90,18 @@ def embed(
     ]
     decoded = iter_batches(
         images,
-        [chunk for of_shard in chunks for chunk in of_shard],
+        [chunk for shard_chunks in chunks for chunk in shard_chunks],
         transform or forward.classifier.config.transform,
         workers=workers,
         skip_unreadable=skip_unreadable,
     )
-    done = iter_outputs(decoded, forward, meter, images.names)
-    for rows, of_shard in zip(shards, chunks, strict=True):
-        shard = _concatenate(islice(done, len(of_shard)), len(rows), forward.classifier)
+    outputs = iter_outputs(decoded, forward, meter, images.names)
+    for rows, shard_chunks in zip(shards, chunks, strict=True):
+        batches = islice(outputs, len(shard_chunks))
+        shard = _concatenate(batches, len(rows), forward.classifier)
         if not len(shard.rows):
             raise OodHeatmapError(
-                f"none of {len(rows)} images in a row of {images.source} is readable."
+                f"none of {len(rows)} consecutive images of {images.source} is readable."
             )
         yield shard
 
@@ -119,7 +120,7 @@ def iter_outputs(
         decoded: Batches of images.
         forward: The classifier.
         meter: Accumulates image counts and wait times.
-        names: Of all images, for the error that features are not finite; None to let them pass.
+        names: Names of all images, for the error on non-finite outputs; None to allow those.
     """
     pipeline: deque[tuple[Batch, PendingOutputs]] = deque()
 
@@ -139,10 +140,10 @@ def iter_outputs(
         return batch, outputs
 
     try:
-        for batch in meter.each(decoded, "decode"):
+        for batch in meter.iter_timed(decoded, "decode"):
             with meter.waiting("embed"):
                 pipeline.append((batch, forward.start(batch.pixels)))
-            # on a CPU both share the cores
+            # on a CPU, decoding and the classifier share the cores
             stolen = 0.0 if forward.on_gpu else batch.cpu_seconds / forward.num_threads
             meter.add(batch, stolen_seconds=stolen)
             if len(pipeline) > 1:
@@ -155,9 +156,9 @@ def iter_outputs(
 
 
 def _concatenate(
-    parts: Iterable[tuple[Batch, Sequence[Output]]], num_rows: int, classifier: Classifier
+    batches: Iterable[tuple[Batch, Sequence[Output]]], num_rows: int, classifier: Classifier
 ) -> Embedded:
-    """Return the batches of a shard as one; memory for ``num_rows`` is allocated once."""
+    """Concatenate the batches of a shard into arrays allocated once for ``num_rows``."""
     size = classifier.config.transform.size
     rows = np.empty(num_rows, np.int64)
     images = np.empty((num_rows, 3, size, size), np.uint8)
@@ -166,16 +167,16 @@ def _concatenate(
     maps = [np.empty((num_rows, *shape), np.float16) for shape in classifier.map_shapes]
     digests: list[bytes] = []
     count = 0
-    for batch, outputs in parts:
-        here = slice(count, count + len(batch.rows))
-        rows[here], images[here] = batch.rows, batch.pixels
+    for batch, outputs in batches:
+        chunk = slice(count, count + len(batch.rows))
+        rows[chunk], images[chunk] = batch.rows, batch.pixels
         digests.append(batch.digests)
         for output in outputs:
-            here = slice(count, count + len(output.features))
-            features[here], logits[here] = output.features, output.logits
-            for whole, item in zip(maps, output.maps, strict=True):
-                whole[here] = item
+            chunk = slice(count, count + len(output.features))
+            features[chunk], logits[chunk] = output.features, output.logits
+            for values, feature_map in zip(maps, output.maps, strict=True):
+                values[chunk] = feature_map
             count += len(output.features)
-    kept = tuple(item[:count] for item in maps)
+    kept = tuple(values[:count] for values in maps)
     content = content_hash(b"".join(digests))
     return Embedded(rows[:count], images[:count], features[:count], logits[:count], kept, content)

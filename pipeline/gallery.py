@@ -1,4 +1,4 @@
-"""Figures and report of an evaluation, and the example images in them."""
+"""Write the figures and the report of an evaluation, with their example images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ from ood_heatmap.report import render_report
 
 _HISTOGRAMS, _ROC, _EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
 FIGURES, REPORT = (_HISTOGRAMS, _ROC, _EXAMPLES), "report.html"
-# over all sets: keeps the report under 10 MB
+# maximum over all sets: keeps the report under 10 MB
 _MAX_CARDS = 320
 
 
@@ -37,13 +37,13 @@ def write_report(
     """Write the figures and the report.
 
     Args:
-        stage: The evaluation.
+        stage: The evaluation stage.
         metrics: Content of ``metrics.json``.
-        subsets: The images of each set.
-        scored: The scores of each set, ``id`` among them.
-        detector: Of the run.
-        index: Of the run.
-        calibration: For p-values.
+        subsets: Images of each set.
+        scored: Scores of each set, including ``id``.
+        detector: The detector of the run.
+        index: The index of the run.
+        calibration: Calibration for p-values.
         config: Settings of the stage.
     """
     bank = index.bank(detector.classifier.device)
@@ -93,7 +93,7 @@ def _write(stage: Stage, name: str, content: bytes) -> None:
 
 
 def _collect_warnings(stage: Stage, metrics: Mapping[str, Any]) -> list[str]:
-    """Return the warnings of all stages that led to this evaluation, each once."""
+    """Return the deduplicated warnings of this stage and the stages before it."""
     manifests = [read_manifest(stage.run, name) for name in ("index", "targets", "decoder")]
     results = [Results.from_manifest(manifest) for manifest in manifests]
     before = [text for result in results for text in result.warnings]
@@ -102,10 +102,9 @@ def _collect_warnings(stage: Stage, metrics: Mapping[str, Any]) -> list[str]:
 
 def _steps(num_items: int, count: int) -> NDArray[np.int64]:
     """Return at most ``count`` evenly spaced positions from the first to the last."""
-    even: NDArray[np.int64] = (
-        np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64)
-    )
-    return even
+    steps = np.linspace(0, num_items - 1, min(count, num_items))
+    positions: NDArray[np.int64] = steps.round().astype(np.int64)
+    return positions
 
 
 def _make_cards(
@@ -118,10 +117,7 @@ def _make_cards(
     bank: Bank,
     calibration: Calibration | None,
 ) -> list[Card]:
-    """Return images evenly spaced from the lowest to the highest score of a set.
-
-    None is picked for its looks.
-    """
+    """Make cards of images evenly spaced from the lowest to the highest score of a set."""
     order = np.argsort(scored.scores[HEATMAP], kind="stable")
     chosen = order[_steps(len(order), count)]
     rows, score = scored.row[chosen], scored.scores[HEATMAP][chosen]

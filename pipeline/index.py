@@ -42,7 +42,7 @@ from ood_heatmap.user_code import trusting_code
 log = logging.getLogger(__name__)
 
 _SHARDS = "images"
-# images whose features are kept to recognise the classifier by
+# number of images whose outputs are stored to verify a restored classifier
 _NUM_PROBES = 8
 
 
@@ -51,21 +51,20 @@ def build_index(
 ) -> Manifest:
     """Embed and index the ID training set.
 
-    Finished shards are kept, so a stopped run goes on where it was.
+    Finished shards are kept, so an interrupted run resumes.
 
     Args:
-        run: The run directory; made when it is not there.
+        run: The run directory; created if missing.
         images: The ID training set.
-        classifier: The fixed classifier, on the device that shall compute.
+        classifier: The fixed classifier, on the device to compute on.
         config: Settings of the stage.
 
     Returns:
-        The manifest; ``results`` has the accuracy, the class counts, the range of the features and
-        ``warnings``, of which ``suspicious`` say that going on is probably pointless.
+        The manifest; its ``results`` are those of ``IndexResults``.
 
     Raises:
-        OodHeatmapError: See the design: stale or damaged caches, unreadable images, a full disk
-            and so on.
+        OodHeatmapError: A cache is stale or damaged, an image is unreadable, the disk is full, or
+            the labels cannot be the classifier's classes.
     """
     check_faiss()
     check_classes(images, classifier, config)
@@ -112,7 +111,7 @@ def _embed_shards(
     config: IndexConfig,
     meter: Meter,
 ) -> None:
-    """Embed and write, shard by shard."""
+    """Embed the images and write them shard by shard."""
     embedded = embed(
         images,
         [task.source_rows for task in tasks],
@@ -128,16 +127,20 @@ def _embed_shards(
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
-    """Refuse labels that cannot be the classifier's classes."""
+    """Reject labels that cannot be the classifier's classes.
+
+    Raises:
+        OodHeatmapError: The number of classes differs.
+    """
     if (
         images.classes
         and not config.ignore_labels
         and len(images.classes) != classifier.num_classes
     ):
         raise OodHeatmapError(
-            f"{images.source} has {len(images.classes)} classes, the classifier "
-            f"{classifier.num_classes}. "
-            "Name the set it was trained on, or add --ignore-labels if the folders are no classes."
+            f"{images.source} has {len(images.classes)} classes, "
+            f"but the classifier has {classifier.num_classes}. "
+            "Use its training set, or add --ignore-labels if the folders are not classes."
         )
 
 
@@ -154,7 +157,7 @@ def _arrays(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
 
 
 def columns_from_classifier(classifier: Classifier) -> dict[str, Column]:
-    """Return the columns of an index made with a classifier."""
+    """Return the columns of an index built with a classifier."""
     size = classifier.config.transform.size
     return index_columns(size, classifier.num_features, classifier.map_shapes)
 
@@ -162,7 +165,7 @@ def columns_from_classifier(classifier: Classifier) -> dict[str, Column]:
 def _write_derived(
     stage: Stage, schedule: Schedule, images: ImageSet, classifier: Classifier
 ) -> IndexResults:
-    """Write what is derived from the shards, and return the results of the stage."""
+    """Write the files derived from the shards, and return the results of the stage."""
     require_rows(stage, schedule.tasks[_SHARDS])
     columns = open_rows([stage.directory / name for name in schedule.names])
     prediction, label, row = (columns[name].read() for name in ("prediction", "label", "row"))
@@ -195,23 +198,23 @@ def _write_derived(
         num_labelled=int(known.sum()),
         accuracy=float((prediction == label)[known].mean()) if known.any() else None,
         class_counts=tuple(np.bincount(prediction, minlength=classifier.num_classes).tolist()),
-        feature_min=min(float(part.min()) for part in columns["features"]),
-        feature_max=max(float(part.max()) for part in columns["features"]),
-        skipped=tuple(images.names[number] for number in skipped),
+        feature_min=min(float(shard.min()) for shard in columns["features"]),
+        feature_max=max(float(shard.max()) for shard in columns["features"]),
+        skipped=tuple(images.names[row] for row in skipped),
         versions=library_versions(),
         **texts(findings),
     )
 
 
 def _write_probe(stage: Stage, columns: Mapping[str, Rows], classifier: Classifier) -> None:
-    """Write a few images with their features, and make sure that the restored classifier agrees.
+    """Store outputs of a few images, and verify that the restored classifier reproduces them.
 
-    Whatever restores the classifier later compares it with them: libraries, data that the user's
-    code reads and the processor change without a hash of ours.
+    Later stages repeat this check: no hash covers a change of a library, of data that the user's
+    code reads, or of the processor.
 
     Raises:
-        OodHeatmapError: The classifier cannot be restored from its weights and its SPEC, or it
-            is another one then.
+        OodHeatmapError: The classifier cannot be restored from its weights and SPEC, or has other
+            outputs when restored.
     """
     row = columns["row"]
     rows = np.unique(np.linspace(0, len(row) - 1, _NUM_PROBES).astype(np.int64))
@@ -232,7 +235,7 @@ def _check(
     """Check what the classifier predicts on the ID training set.
 
     Args:
-        columns: Of the index.
+        columns: Columns of the index.
         classes: Class names by label; empty when unknown.
         classifier: The classifier of the index.
     """
@@ -250,10 +253,10 @@ def _check(
 
 
 def _is_users_code(config: ClassifierConfig) -> bool:
-    """Tell whether a function of the user makes the network."""
+    """Return whether the network is built by a function of the user."""
     return ":" in config.spec and not config.spec.startswith(("torchvision/", "timm/"))
 
 
 def _is_unnormalized(config: ClassifierConfig) -> bool:
-    """Tell whether the network takes pixels in [0, 1], which is so where nobody said otherwise."""
+    """Return whether the network takes pixels in [0, 1], the default without a mean and std."""
     return set(config.mean) == {0.0} and set(config.std) == {1.0}

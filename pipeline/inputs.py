@@ -1,4 +1,4 @@
-"""The image sets and the classifier that a user names, opened."""
+"""Open the image sets and the classifier named by command-line options."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def open_source(source: str, data: DataOptions, *, class_order: ClassOrder = "name") -> ImageSet:
-    """Open an image set; rank 0 first, so that only one process downloads."""
+    """Open an image set; rank 0 first, so that only one rank downloads."""
     with main_process_first():
         images = open_images(
             source, data_root=data.data_root, download=data.download, class_order=class_order
@@ -29,46 +29,46 @@ def open_source(source: str, data: DataOptions, *, class_order: ClassOrder = "na
 def open_ood_sets(data: TestData) -> dict[str, ImageSet]:
     """Open the OOD test sets, by name."""
     sets: dict[str, ImageSet] = {}
-    for item in data.ood_sources:
-        name, source = split_named_source(item)
+    for text in data.ood_sources:
+        name, source = split_named_source(text)
         if name in sets:
-            raise UsageError(f"two OOD sets are called {name!r}: name them with NAME=SOURCE.")
+            raise UsageError(f"two OOD sets are named {name!r}: name them with NAME=SOURCE.")
         sets[name] = open_source(source, data)
     return sets
 
 
-def split_named_source(item: str) -> tuple[str, str]:
-    """Split ``NAME=SOURCE``; without a name it is the last part of the source."""
-    name, equals, source = item.partition("=")
-    if equals and not Path(item).exists():
+def split_named_source(text: str) -> tuple[str, str]:
+    """Split ``NAME=SOURCE``; the name defaults to the stem of a path or the name of a data set."""
+    name, equals, source = text.partition("=")
+    if equals and not Path(text).exists():
         return name, source
-    path = Path(item)
-    return (path.stem if path.exists() else item.partition("/")[0]), item
+    path = Path(text)
+    return (path.stem if path.exists() else text.partition("/")[0]), text
 
 
 def near_names(near: tuple[str, ...], ood_sources: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of near sets that were given by name, by source, or by both."""
-    named = [(item, *split_named_source(item)) for item in ood_sources]
+    """Return the names of the near-OOD sets, given as name, source, or ``NAME=SOURCE``."""
+    named = [(text, *split_named_source(text)) for text in ood_sources]
     names = {
-        os.path.normpath(text): name for item, name, source in named for text in (item, source)
+        os.path.normpath(given): name for text, name, source in named for given in (text, source)
     }
     names |= {name: name for _, name, _ in named}
-    return tuple(dict.fromkeys(names.get(os.path.normpath(item), item) for item in near))
+    return tuple(dict.fromkeys(names.get(os.path.normpath(given), given) for given in near))
 
 
-def open_classifier(given: ClassifierOptions, device: torch.device) -> Classifier:
-    """Load the classifier that the options name, rank 0 first."""
+def open_classifier(options: ClassifierOptions, device: torch.device) -> Classifier:
+    """Load the classifier named by the options; rank 0 first."""
     with main_process_first():
         classifier = load_classifier(
-            given.spec,
-            weights=given.weights,
-            num_classes=given.num_classes,
-            mean=given.mean,
-            std=given.std,
-            size=given.size,
-            head=given.head,
-            num_maps=given.feature_maps,
-            autocast=given.autocast,
+            options.spec,
+            weights=options.weights,
+            num_classes=options.num_classes,
+            mean=options.mean,
+            std=options.std,
+            size=options.size,
+            head=options.head,
+            num_maps=options.feature_maps,
+            autocast=options.autocast,
         )
-    log.debug("%s: %s", given.spec, classifier.config)
+    log.debug("%s: %s", options.spec, classifier.config)
     return classifier.to(device)

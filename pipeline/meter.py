@@ -1,4 +1,4 @@
-"""Progress of a stage, where its time goes, and how close it comes to the classifier alone."""
+"""Progress bar and time accounting of a stage: wait times, throughput and its bottleneck."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ from ood_heatmap.images import Batch, Unreadable
 
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
-# how long the ceiling is measured: at most, and as a share of the stage's own time
+# duration of the ceiling measurement: its maximum, and its share of the stage's own time
 _MAX_PROBE_SECONDS, _PROBE_SHARE = 1.5, 0.2
 
 
@@ -26,15 +26,15 @@ class Meter:
     Args:
         total: Images to process.
         label: Name of the stage.
-        done: Images processed.
-        modes: Images converted to RGB, by their mode.
-        notes: Images with something else to be said of them, by what it is.
-        skipped: Images left out as unreadable.
-        wait_seconds: Seconds that the main loop waited for each part: ``decode``, ``embed``,
+        done: Images processed so far.
+        modes: Number of images converted to RGB, by original mode.
+        notes: Number of images with another peculiarity, by description.
+        skipped: Images skipped as unreadable.
+        wait_seconds: Seconds that the main loop waited, by phase: ``decode``, ``embed``,
             ``search``, ``write``, ``finish``.
-        thread_seconds: Seconds of work in the threads that decode and write.
-        stolen_seconds: Seconds for which decoding kept the classifier from all cores of a CPU.
-        started: When the stage started.
+        thread_seconds: Seconds of work in the decoding and writing threads.
+        stolen_seconds: Seconds that decoding took from the classifier's cores on a CPU.
+        started: Start time of the stage, from ``time.perf_counter``.
     """
 
     total: int
@@ -62,7 +62,7 @@ class Meter:
 
         Args:
             batch: The batch.
-            stolen_seconds: For which decoding it kept the classifier from all cores.
+            stolen_seconds: Seconds that decoding it took from the classifier's cores.
         """
         self.modes.update(batch.modes)
         self.notes.update(batch.notes)
@@ -74,21 +74,21 @@ class Meter:
         self.bar.update(count)
 
     @contextmanager
-    def waiting(self, part: str) -> Iterator[None]:
-        """Count the time of the block as spent on one part."""
+    def waiting(self, phase: str) -> Iterator[None]:
+        """Add the duration of the block to the wait time of a phase."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.wait_seconds[part] += time.perf_counter() - started
+            self.wait_seconds[phase] += time.perf_counter() - started
 
-    def each(self, items: Iterable[_Item], part: str) -> Iterator[_Item]:
-        """Yield the items; waiting for the next one counts as spent on one part."""
-        iterator, nothing = iter(items), object()
+    def iter_timed(self, items: Iterable[_Item], phase: str) -> Iterator[_Item]:
+        """Yield the items; add the time to get each one to the wait time of a phase."""
+        iterator, sentinel = iter(items), object()
         while True:
-            with self.waiting(part):
-                item: Any = next(iterator, nothing)
-            if item is nothing:
+            with self.waiting(phase):
+                item: Any = next(iterator, sentinel)
+            if item is sentinel:
                 return
             yield item
 
@@ -96,12 +96,13 @@ class Meter:
         """Log the totals over all ranks and return them (``{}`` except on rank 0).
 
         Args:
-            ceiling: Returns the images/s of the classifier alone, measured over some seconds. It
-                is called on all ranks at once, as they may share a machine.
+            ceiling: Measures images/s of the classifier alone over the given seconds. It is called
+                on all ranks simultaneously, as they may share a machine.
         """
         self.bar.close()
         stats = self.stats()
         if ceiling is not None:
+            # a barrier: all ranks start measuring together
             all_gather(None)
             seconds = min(_MAX_PROBE_SECONDS, _PROBE_SHARE * stats["seconds"])
             stats["ceiling"] = ceiling(seconds)
@@ -109,7 +110,7 @@ class Meter:
         return _log_summary(self.label, ranks) if is_main() else {}
 
     def stats(self) -> dict[str, Any]:
-        """Return what this rank did so far."""
+        """Return the stats of this rank so far."""
         return {
             "images": self.done,
             "seconds": time.perf_counter() - self.started,
@@ -124,7 +125,7 @@ class Meter:
 
 
 def _log_summary(label: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Log what all ranks did together, and return it."""
+    """Log and return the merged stats of all ranks."""
     modes: Counter[str] = sum((stats["modes"] for stats in ranks), Counter())
     if modes:
         kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(modes.items()))
@@ -142,7 +143,7 @@ def _log_summary(label: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the stats of all ranks as one: counts are summed, wait times averaged."""
+    """Merge the stats of all ranks: counts are summed, times averaged."""
     images = sum(stats["images"] for stats in ranks)
     seconds = max(stats["seconds"] for stats in ranks)
     merged = {
@@ -152,47 +153,46 @@ def _merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "processes": len(ranks),
     }
     for kind in ("wait_seconds", "thread_seconds"):
-        parts = sorted(set().union(*(stats[kind] for stats in ranks)))
+        phases = sorted(set().union(*(stats[kind] for stats in ranks)))
         merged[kind] = {
-            part: _mean([stats[kind].get(part, 0.0) for stats in ranks]) for part in parts
+            phase: _mean([stats[kind].get(phase, 0.0) for stats in ranks]) for phase in phases
         }
     ceiling = sum(stats["ceiling"] for stats in ranks)
     if ceiling:
         merged["ceiling_images_per_second"] = round(ceiling, 1)
         merged["share_of_ceiling"] = round(images / seconds / ceiling, 4)
         stolen = _mean([stats["stolen_seconds"] for stats in ranks])
-        part, lost = _find_bottleneck(merged["wait_seconds"], images / ceiling, stolen)
-        merged |= {"bottleneck": part, "bottleneck_seconds": round(lost, 3)}
+        phase, cost = _find_bottleneck(merged["wait_seconds"], images / ceiling, stolen)
+        merged |= {"bottleneck": phase, "bottleneck_seconds": round(cost, 3)}
     return merged
 
 
 def _mean(seconds: list[float]) -> float:
-    """Return the mean to a millisecond."""
+    """Return the mean, rounded to milliseconds."""
     return round(sum(seconds) / len(seconds), 3)
 
 
 def _find_bottleneck(
     wait_seconds: dict[str, float], alone: float, stolen: float
 ) -> tuple[str, float]:
-    """Return the part that cost the most, and its seconds.
+    """Return the phase that cost the most time, and its seconds.
 
     Args:
-        wait_seconds: By part.
-        alone: Seconds that the classifier alone needs; only what is beyond them counts as
-            ``embed``.
-        stolen: Seconds that decoding took from the classifier's cores: they count as decoding.
+        wait_seconds: Wait time by phase.
+        alone: Seconds that the classifier alone needs; only the excess counts as ``embed``.
+        stolen: Seconds that decoding took from the classifier's cores; counted as ``decode``.
     """
     cost = {
         **wait_seconds,
         "embed": wait_seconds.get("embed", 0.0) - alone - stolen,
         "decode": wait_seconds.get("decode", 0.0) + stolen,
     }
-    part = max(cost, key=lambda part: cost[part])
-    return part, cost[part]
+    phase = max(cost, key=lambda phase: cost[phase])
+    return phase, cost[phase]
 
 
 def _format_summary(stats: dict[str, Any]) -> str:
-    """Return the stats of a stage as one line."""
+    """Format the stats of a stage as one line."""
     rate = stats["images_per_second"]
     digits = 0 if rate >= 10 else 1
     text = f"{stats['images']} images in {stats['seconds']:.1f} s, {rate:.{digits}f} images/s"

@@ -1,6 +1,6 @@
-"""What a stage would take, before it runs: rows, bytes, time from a probe, and what does not fit.
+"""Estimate what a stage needs before it runs: rows, bytes, time from a probe, and shortages.
 
-Nothing is written. A plan is for the whole stage, also where a part of it is done already.
+Nothing is written. A plan covers the whole stage, even if some of its shards already exist.
 """
 
 import resource
@@ -36,22 +36,23 @@ from ood_heatmap.pipeline.targets import choose_rows, columns_from_index
 from ood_heatmap.pipeline.train import check_maps, decoder_config
 
 _PROBE_SECONDS = 2.0
-_SHARDS_IN_MEMORY = 3  # one is computed, joined and written at the same time
+# one being computed, one being concatenated, one being written
+_SHARDS_IN_MEMORY = 3
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage takes.
+    """Estimated requirements of a stage.
 
     Args:
-        rows: Images to go through, once.
-        disk: Bytes it writes.
-        host: Bytes of RAM at the peak, about.
-        on_gpu: Bytes of the GPU's memory at the peak, about; 0 on the CPU.
-        seconds: Expected, on this device.
+        rows: Number of images.
+        disk: Bytes written.
+        host: Approximate peak of RAM in bytes.
+        on_gpu: Approximate peak of GPU memory in bytes; 0 on the CPU.
+        seconds: Expected duration on this device.
         rate: Images/s of the probe.
-        feed: Of the training.
+        feed: Data feed of training; empty for other stages.
     """
 
     rows: int
@@ -64,17 +65,18 @@ class Plan:
 
 
 def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) -> Plan:
-    """Return what stage 1 would take.
+    """Estimate stage 1.
 
     Args:
         images: The ID training set.
-        classifier: On the device that shall compute.
+        classifier: The classifier, on the device to compute on.
         config: Settings of the stage.
     """
     check_classes(images, classifier, config)
     rate = _measure_embedding_rate(images, np.arange(len(images)), classifier, config)
-    weights = sum(item.nbytes for item in classifier.network.state_dict().values())
-    bank = len(images) * classifier.num_features * 4  # index.faiss; made in memory, then written
+    weights = sum(tensor.nbytes for tensor in classifier.network.state_dict().values())
+    # index.faiss: built in memory, then written
+    bank = len(images) * classifier.num_features * 4
     return Plan(
         rows=len(images),
         disk=len(images) * bytes_per_row(columns_from_classifier(classifier)) + bank + weights,
@@ -86,12 +88,12 @@ def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) ->
 
 
 def plan_targets(run: Path, images: ImageSet, device: torch.device, config: TargetsConfig) -> Plan:
-    """Return what stage 2 would take.
+    """Estimate stage 2.
 
     Args:
         run: A run directory with a finished index.
         images: The OOD training set.
-        device: Where to embed and search.
+        device: Device to embed and search on.
         config: Settings of the stage.
     """
     index = map_index(run, read_manifest(run, "index"))
@@ -104,17 +106,18 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
         disk=count * bytes_per_row(columns_from_index(index)),
         host=_peak_host_bytes() + _SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
         on_gpu=_peak_gpu_bytes(device) + bank * on_gpu,
-        seconds=count / rate,  # the search adds a few percent at most
+        # the search adds a few percent at most
+        seconds=count / rate,
         rate=rate,
     )
 
 
 def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
-    """Return what stage 3 would take.
+    """Estimate stage 3.
 
     Args:
         run: A run directory with finished index and targets.
-        device: Where to train.
+        device: Device to train on.
         config: Settings of the stage.
     """
     index = map_index(run, read_manifest(run, "index"))
@@ -125,13 +128,15 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     check_maps(data, config)
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"
-    decoder = make_decoder(decoder_config(index, config)).to(device)  # its speed alone matters here
+    # untrained: only its speed and size matter here
+    decoder = make_decoder(decoder_config(index, config)).to(device)
     num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
     rate = _measure_training_rate(decoder, data, device, config)
-    weights = sum(item.nbytes for item in decoder.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in decoder.state_dict().values())
     return Plan(
         rows=len(data),
-        disk=4 * weights,  # the decoder; until it is finished a checkpoint with Adam's two moments
+        # the decoder, and before it a checkpoint with Adam's two moments
+        disk=4 * weights,
         host=_peak_host_bytes() + data.num_bytes * (feed == ("pinned" if on_gpu else "resident")),
         on_gpu=_peak_gpu_bytes(device) + data.num_bytes * (on_gpu and feed == "resident"),
         seconds=num_images / rate,
@@ -146,10 +151,10 @@ def _measure_embedding_rate(
     classifier: Classifier,
     config: IndexConfig | TargetsConfig,
 ) -> float:
-    """Return the images/s from the disk through the classifier, over about two seconds."""
+    """Measure images/s of decoding and the classifier, over about two seconds."""
     size, meter = config.batch_size, Meter(0, "probe")
     forward = BatchedClassifier(classifier, size)
-    began, done = time.perf_counter(), 0
+    started, done = time.perf_counter(), 0
     for number, batch in enumerate(
         embed(
             images,
@@ -161,18 +166,19 @@ def _measure_embedding_rate(
         )
     ):
         done += len(batch.rows)
-        if number == 0 and len(rows) > size:  # a first batch warms up
-            began, done = time.perf_counter(), 0
-        elif time.perf_counter() - began > _PROBE_SECONDS:
+        # the first batch is a warm-up
+        if number == 0 and len(rows) > size:
+            started, done = time.perf_counter(), 0
+        elif time.perf_counter() - started > _PROBE_SECONDS:
             break
     meter.bar.close()
-    return done / (time.perf_counter() - began)
+    return done / (time.perf_counter() - started)
 
 
 def _measure_training_rate(
     decoder: Decoder, data: TrainingSet, device: torch.device, config: TrainConfig
 ) -> float:
-    """Return the images/s of the step, over about two seconds; the decoder is used up."""
+    """Measure images/s of the training step, over about two seconds; modifies the decoder."""
     decoder.train().to(memory_format=torch.channels_last)
     rows = next(iter_batches(len(data), config.batch_size, config.seed, [0]))
     example = read_batch(data, rows, device)
@@ -182,18 +188,18 @@ def _measure_training_rate(
 
 
 def _peak_host_bytes() -> int:
-    """Return the most bytes of RAM this process had so far, the probe's included."""
+    """Return the peak resident memory of this process in bytes, the probe included."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _peak_gpu_bytes(device: torch.device) -> int:
-    """Return the most bytes of a GPU this process had so far; 0 for the CPU."""
+    """Return the peak GPU memory of this process in bytes; 0 for the CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def format_plan(plan: Plan, run: Path, device: torch.device) -> list[str]:
-    """Return a plan in words, with what would not fit on this machine."""
+    """Format a plan as lines of text, including shortages on this machine."""
     on_gpu = f", {_format_megabytes(plan.on_gpu)} of {device}" if device.type == "cuda" else ""
     minutes, seconds = divmod(round(plan.seconds), 60)
     return [
@@ -207,22 +213,23 @@ def format_plan(plan: Plan, run: Path, device: torch.device) -> list[str]:
 
 
 def _find_shortages(plan: Plan, run: Path, device: torch.device) -> list[str]:
-    """Return a line for each thing there is too little of."""
-    place = next(path for path in (run, *run.absolute().parents) if path.exists())
-    room = [
-        (f"the disk of {place}", plan.disk, shutil.disk_usage(place).free),
+    """Return one line for each resource that is too small."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    resources = [
+        (f"the disk of {existing}", plan.disk, shutil.disk_usage(existing).free),
         ("RAM", plan.host, available_memory(_CPU) + _peak_host_bytes()),
     ]
     if device.type == "cuda":
-        room.append((f"{device}", plan.on_gpu, available_memory(device) + _peak_gpu_bytes(device)))
+        free_on_gpu = available_memory(device) + _peak_gpu_bytes(device)
+        resources.append((f"{device}", plan.on_gpu, free_on_gpu))
     return [
         f"does not fit: {what}: {_format_megabytes(needed)} are needed, "
         f"{_format_megabytes(free)} are free"
-        for what, needed, free in room
+        for what, needed, free in resources
         if needed > free
     ]
 
 
 def _format_megabytes(num_bytes: float) -> str:
-    """Return bytes for a reader."""
+    """Format a number of bytes in megabytes."""
     return f"{num_bytes / 1e6:,.0f} MB"

@@ -1,7 +1,7 @@
-"""Stage 2 of 4.
+"""Stage 2 of 4: pair OOD training images with ID images, and store the target heatmaps.
 
-Pair each OOD training image with its nearest ID image and store the target heatmap; and paste
-patches of OOD images into ID images, whose target is the change they made.
+The target of an OOD image is the difference to its nearest ID image. In addition, patches of OOD
+images are pasted into ID images; the target of such an image is the change made by the patch.
 """
 
 import logging
@@ -61,20 +61,19 @@ def build_targets(
 ) -> Manifest:
     """Pair OOD images and store their targets, and those of patched ID images.
 
-    Finished shards are kept, so a stopped run goes on where it was.
+    Finished shards are kept, so an interrupted run resumes.
 
     Args:
         run: A run directory with a finished index.
         images: The OOD training set.
-        device: Where to embed and search.
+        device: Device to embed and search on.
         config: Settings of the stage.
 
     Returns:
-        The manifest.
+        The manifest; its ``results`` are those of ``TargetsResults``.
 
     Raises:
-        OodHeatmapError: See the design: stale or damaged caches, unreadable images, a full disk
-            and so on.
+        OodHeatmapError: A cache is stale or damaged, an image is unreadable, or the disk is full.
     """
     check_faiss()
     rows = choose_rows(images, config)
@@ -97,7 +96,8 @@ def build_targets(
         )
         if schedule.manifest is not None:
             return schedule.manifest
-        with main_process_first():  # a lost index.faiss is made again once
+        # rank 0 first: a missing index.faiss is rebuilt only once
+        with main_process_first():
             classifier, bank = index.classifier(device), index.bank(device)
         meter = Meter(schedule.num_own_rows, "targets")
         forward = BatchedClassifier(classifier, config.batch_size)
@@ -115,10 +115,10 @@ def build_targets(
 
 
 def choose_rows(images: ImageSet, config: TargetsConfig) -> NDArray[np.int64]:
-    """Return the rows to pair, ascending: all, or a seeded draw.
+    """Return the rows to pair, ascending: all, or a seeded random subset.
 
     Raises:
-        OodHeatmapError: There are fewer than asked for.
+        OodHeatmapError: ``--limit`` exceeds the number of images.
     """
     if config.limit is not None and config.limit > len(images):
         raise OodHeatmapError(
@@ -128,7 +128,7 @@ def choose_rows(images: ImageSet, config: TargetsConfig) -> NDArray[np.int64]:
 
 
 def columns_from_index(index: Index) -> dict[str, Column]:
-    """Return the columns of targets made from an index."""
+    """Return the columns of targets built from an index."""
     results = index.results
     return target_columns(index.size, results.num_features, results.map_shapes)
 
@@ -143,7 +143,7 @@ def _pair_all(
     config: TargetsConfig,
     meter: Meter,
 ) -> None:
-    """Embed, search and write: shards are searched together, and written one by one."""
+    """Embed, search and write: shards are searched in groups and written one by one."""
     embedded = embed(
         images,
         [task.source_rows for task in tasks],
@@ -165,17 +165,17 @@ def _pair_all(
 def _group_shards(
     shards: Iterable[tuple[ShardTask, Embedded]], num_queries: int
 ) -> Iterator[list[tuple[ShardTask, Embedded]]]:
-    """Yield shards in groups of ``num_queries`` images at least, as far as memory allows.
+    """Yield shards in groups of at least ``num_queries`` images, or less if memory is exceeded.
 
     Searching a few queries per class is launch-bound and rereads the whole bank.
     """
     group: list[tuple[ShardTask, Embedded]] = []
     for item in shards:
         group.append(item)
-        waiting = [shard for _, shard in group]
+        pending = [shard for _, shard in group]
         if (
-            sum(len(shard.rows) for shard in waiting) >= num_queries
-            or sum(shard.num_bytes for shard in waiting) >= _PENDING_BYTES
+            sum(len(shard.rows) for shard in pending) >= num_queries
+            or sum(shard.num_bytes for shard in pending) >= _PENDING_BYTES
         ):
             yield group
             group = []
@@ -202,7 +202,7 @@ def _paste_all(
         meter,
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
-        # they come at the input size already
+        # patched images are already at the input size
         transform=Transform(transform.size),
     )
     with BackgroundWriter(stage, meter) as writer:
@@ -217,7 +217,7 @@ def _paste_all(
 def _pair(
     shards: Sequence[Embedded], index: Index, bank: Bank, config: TargetsConfig
 ) -> list[Nearest]:
-    """Return the ID partner of each OOD image of each shard."""
+    """Find the ID image paired with each OOD image, for several shards."""
     features = np.concatenate([shard.features for shard in shards])
     prediction = np.concatenate([shard.prediction for shard in shards])
     if config.pairing == "random":
@@ -228,25 +228,25 @@ def _pair(
     else:
         found = bank.nearest(features, prediction)
     ends = np.cumsum([len(shard.rows) for shard in shards]).tolist()
-    parts = [
+    pairs = [
         found.subset(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
     if config.pairing == "scrambled":
-        return [_scramble(part, shard, index) for part, shard in zip(parts, shards, strict=True)]
-    return parts
+        return [_scramble(found, shard, index) for found, shard in zip(pairs, shards, strict=True)]
+    return pairs
 
 
 def _scramble(found: Nearest, shard: Embedded, index: Index) -> Nearest:
-    """Return partners as the released code confuses them, within a shard.
+    """Permute the pairs of a shard as the paper's released code does by mistake.
 
-    It lists the partners class by class, and reads them in the order of the images.
+    It collects the nearest images class by class, and then reads them in the order of the images.
     """
     row = found.row[np.argsort(shard.prediction, kind="stable")]
     return replace(found, row=row, distance=_distances_to(index, row, shard))
 
 
 def _distances_to(index: Index, row: NDArray[np.int64], shard: Embedded) -> NDArray[np.float64]:
-    """Return the distance of each image's features to those of an ID row, float64."""
+    """Return the float64 feature distance of each image to an ID row."""
     features = index.columns["features"].take(index.positions(row))
     return np.sqrt(squared_distances(shard.features, features))
 
@@ -254,7 +254,7 @@ def _distances_to(index: Index, row: NDArray[np.int64], shard: Embedded) -> NDAr
 def _arrays(
     shard: Embedded, row: NDArray[np.int64], pairs: Nearest, index: Index, *, patched: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return the datasets of one shard; ``row`` is of the OOD set."""
+    """Return the datasets of one shard; ``row`` is a row of the OOD set."""
     nearest_images = index.columns["images"].take(index.positions(pairs.row))
     return {
         "heatmap": difference(nearest_images, shard.images),
@@ -277,7 +277,7 @@ def _collect(
     bank: Bank,
     config: TargetsConfig,
 ) -> TargetsResults:
-    """Return the results of the stage from its shards."""
+    """Compute the results of the stage from its shards."""
     for tasks in schedule.tasks.values():
         require_rows(stage, tasks)
     columns = open_rows([stage.directory / name for name in schedule.names])

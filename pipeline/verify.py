@@ -1,4 +1,4 @@
-"""Check a run: every checksum, and a sample of targets by brute force."""
+"""Verify a run: every checksum, and a sample of targets by brute force."""
 
 import logging
 from pathlib import Path
@@ -30,21 +30,21 @@ log = logging.getLogger(__name__)
 def verify(
     run: Path, *, num_samples: int = VerifyConfig.samples, seed: int = VerifyConfig.seed
 ) -> list[str]:
-    """Check every checksum and the chain of fingerprints, and recompute a sample of targets.
+    """Verify every checksum and the chain of fingerprints, and recompute a sample of targets.
 
     Args:
         run: The run directory.
-        num_samples: Targets to pair again, in float64, by plain differences to every ID image.
-        seed: Of the sample.
+        num_samples: Number of targets to recompute, in float64 against every ID image.
+        seed: Random seed of the sample.
 
     Returns:
-        A line for each thing that was checked.
+        One line per check.
 
     Raises:
-        OodHeatmapError: Names the first thing that is wrong.
+        OodHeatmapError: A check failed; names the first one.
     """
     index = open_index(run)
-    lines = [f"index: {len(index.manifest.files)} files as they were written"]
+    lines = [f"index: {len(index.manifest.files)} files unchanged"]
     _check_index_rows(index)
     earlier = [index.manifest]
     for stage in list(COMMANDS)[1:]:
@@ -56,7 +56,7 @@ def verify(
             if previous.stage in manifest.inputs:
                 require_from(manifest, previous, run)
         check_files(run, manifest)
-        lines.append(f"{stage}: {len(manifest.files)} files as they were written")
+        lines.append(f"{stage}: {len(manifest.files)} files unchanged")
         if stage == "targets":
             _check_target_rows(index, open_targets(run, index))
             lines += _check_targets(index, open_targets(run, index), num_samples, seed)
@@ -65,10 +65,10 @@ def verify(
 
 
 def _check_index_rows(index: Index) -> None:
-    """Make sure that the shards hold every row of the ID set once, less those left out.
+    """Verify that the shards contain every row of the ID set once, except skipped ones.
 
     Raises:
-        DamagedCacheError: They do not.
+        DamagedCacheError: A row is missing or duplicated.
     """
     row = index.columns["row"].read()
     num_images = index.manifest.inputs["images"]["num_images"]
@@ -80,19 +80,19 @@ def _check_index_rows(index: Index) -> None:
 
 
 def _check_target_rows(index: Index, targets: Targets) -> None:
-    """Make sure that the shards hold every OOD row and every patched image once and in order.
+    """Verify that the shards contain every OOD row and patched image once and in order.
 
     Raises:
-        DamagedCacheError: They do not.
+        DamagedCacheError: A row is missing, duplicated or out of order.
     """
     inputs, row = targets.manifest.inputs, targets.columns["row"].read()
     patched = targets.columns["patched"].read().astype(bool)
     options = inputs["options"]
-    wanted = draw_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
+    expected = draw_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
     pasted = redraw_paste_plan(targets, index).row
-    complete = (~patched).sum() + len(targets.results.skipped) == len(wanted)
-    in_order = np.array_equal(row[~patched], wanted[np.isin(wanted, row[~patched])])
-    # an OOD image that was skipped as unreadable is in no patched image either
+    complete = (~patched).sum() + len(targets.results.skipped) == len(expected)
+    in_order = np.array_equal(row[~patched], expected[np.isin(expected, row[~patched])])
+    # an OOD image that was skipped as unreadable is not in a patched image either
     as_drawn = np.array_equal(row[patched], pasted[np.isin(pasted, row[~patched])])
     if not (complete and in_order and as_drawn):
         raise DamagedCacheError(
@@ -101,12 +101,12 @@ def _check_target_rows(index: Index, targets: Targets) -> None:
 
 
 def _check_targets(index: Index, targets: Targets, num_samples: int, seed: int) -> list[str]:
-    """Make a sample of targets again by brute force and compare; return what was checked."""
+    """Recompute a sample of targets by brute force and compare; return one line per check."""
     patched = targets.columns["patched"].read().astype(bool)
     checks = {"paired": (~patched, _check_pairs), "pasted": (patched, _check_patched)}
     lines = []
-    for verb, (mine, check) in checks.items():
-        rows = np.flatnonzero(mine)
+    for verb, (selected, check) in checks.items():
+        rows = np.flatnonzero(selected)
         sample = np.random.default_rng(seed).choice(rows, min(num_samples, len(rows)), False)
         if len(rows) or verb == "paired":
             check(index, targets, np.sort(sample))
@@ -115,76 +115,78 @@ def _check_targets(index: Index, targets: Targets, num_samples: int, seed: int) 
 
 
 def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> None:
-    """Pair OOD images again, by plain differences to every ID image.
+    """Pair a sample of OOD images again, by brute force over every ID image.
 
     Raises:
-        DamagedCacheError: Names the row that differs.
+        DamagedCacheError: A target differs; names its row.
     """
     features, prediction, row = (
         index.columns[name].read() for name in ("features", "prediction", "row")
     )
-    taken = {name: rows.take(sample) for name, rows in targets.columns.items()}
+    stored = {name: rows.take(sample) for name, rows in targets.columns.items()}
     pairing = targets.results.pairing
     for i in range(len(sample)):
-        where = f"row {taken['row'][i]} of {targets.run / 'targets'}"
-        own = np.flatnonzero(prediction == taken["prediction"][i])
-        in_class = len(own) > 0 and pairing in ("nearest", "random")
-        searched = own if in_class else np.arange(len(row))
-        if bool(taken["same_class"][i]) != bool(len(own)):
-            raise DamagedCacheError(f"{where}: same_class is wrong.")
-        partner = taken["nearest"][i]
-        squared = squared_distances(taken["features"][i], features[searched])
+        name = f"row {stored['row'][i]} of {targets.run / 'targets'}"
+        same_class = np.flatnonzero(prediction == stored["prediction"][i])
+        in_class = len(same_class) > 0 and pairing in ("nearest", "random")
+        searched = same_class if in_class else np.arange(len(row))
+        if bool(stored["same_class"][i]) != bool(len(same_class)):
+            raise DamagedCacheError(f"{name}: the stored same_class is wrong.")
+        partner = stored["nearest"][i]
+        squared = squared_distances(stored["features"][i], features[searched])
         if pairing in ("nearest", "any"):
             nearest = row[searched[squared == squared.min()]].min()
             if partner != nearest:
                 raise DamagedCacheError(
-                    f"{where}: its nearest ID row is {nearest}, {partner} is stored."
+                    f"{name}: its nearest ID row is {nearest}, but {partner} is stored."
                 )
         elif partner not in row[searched]:
-            raise DamagedCacheError(f"{where}: its partner is of another class.")
-        _check_distance(squared[row[searched] == partner], taken["distance"][i], where)
+            raise DamagedCacheError(f"{name}: its nearest ID row {partner} is of another class.")
+        _check_distance(squared[row[searched] == partner], stored["distance"][i], name)
         image = index.columns["images"].take(index.positions(np.array([partner])))[0]
-        if not _is_image(image - taken["heatmap"][i]):
-            raise DamagedCacheError(f"{where}: nearest minus heatmap is no image.")
+        if not _is_image(image - stored["heatmap"][i]):
+            raise DamagedCacheError(f"{name}: nearest minus heatmap is not an image.")
 
 
 def _check_patched(index: Index, targets: Targets, sample: NDArray[np.int64]) -> None:
-    """Paste patched images again, out of the OOD images that the paired targets give back.
+    """Make a sample of patched images again, with OOD images reconstructed from paired targets.
 
     Raises:
-        DamagedCacheError: Names the row that differs.
+        DamagedCacheError: A target differs; names its row.
     """
     columns, images = targets.columns, index.columns["images"]
     paste_plan = redraw_paste_plan(targets, index)
     paired = np.flatnonzero(columns["patched"].read() == 0)
     ood_rows = columns["row"].read()[paired]
-    # an OOD image that was skipped as unreadable is in no patched image either
+    # an OOD image that was skipped as unreadable is not in a patched image either
     numbers = np.flatnonzero(np.isin(paste_plan.row, ood_rows))
-    for at in sample:
-        taken = {name: rows.take(np.array([at]))[0] for name, rows in columns.items()}
-        where = f"patched row {at - len(paired)} of {targets.run / 'targets'}"
-        number = numbers[at - len(paired)]
+    for row in sample:
+        stored = {name: rows.take(np.array([row]))[0] for name, rows in columns.items()}
+        name = f"patched row {row - len(paired)} of {targets.run / 'targets'}"
+        number = numbers[row - len(paired)]
         position = paste_plan.position[number : number + 1]
-        if taken["nearest"] != index.columns["row"].take(position)[0]:
-            raise DamagedCacheError(f"{where}: it was pasted into another ID row.")
-        source = paired[np.searchsorted(ood_rows, [taken["row"]])]
+        if stored["nearest"] != index.columns["row"].take(position)[0]:
+            raise DamagedCacheError(f"{name}: it was pasted into another ID row.")
+        source = paired[np.searchsorted(ood_rows, [stored["row"]])]
         nearest = images.take(index.positions(columns["nearest"].take(source)))
         ood_image = (nearest - columns["heatmap"].take(source)).astype(np.uint8)[0]
         id_image = images.take(position)[0]
-        again = paste(id_image, ood_image, paste_plan.patch(int(number), id_image.shape[-1]))
-        if not np.array_equal(id_image - taken["heatmap"], again):
-            raise DamagedCacheError(f"{where}: its heatmap is not the change the patch made.")
+        pasted = paste(id_image, ood_image, paste_plan.patch(int(number), id_image.shape[-1]))
+        if not np.array_equal(id_image - stored["heatmap"], pasted):
+            raise DamagedCacheError(f"{name}: its heatmap is not the change made by the patch.")
         features = index.columns["features"].take(position)
-        _check_distance(squared_distances(taken["features"], features), taken["distance"], where)
+        _check_distance(squared_distances(stored["features"], features), stored["distance"], name)
 
 
-def _check_distance(squared: NDArray[np.float64], stored: float, where: str) -> None:
-    """Raise when a stored float32 distance is not the root of the one in float64."""
+def _check_distance(squared: NDArray[np.float64], stored: float, name: str) -> None:
+    """Raise if a stored float32 distance is not the square root of a float64 one."""
     distance = float(np.sqrt(squared[0]))
     if not np.isclose(stored, distance, rtol=1e-6, atol=0):
-        raise DamagedCacheError(f"{where}: distance is {distance:.6g}, {stored:.6g} is stored.")
+        raise DamagedCacheError(
+            f"{name}: its distance is {distance:.6g}, but {stored:.6g} is stored."
+        )
 
 
 def _is_image(image: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> bool:
-    """Tell whether values are pixels."""
+    """Return whether all values are valid uint8 pixels."""
     return bool((image >= 0).all() and (image <= 255).all())

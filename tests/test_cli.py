@@ -136,7 +136,7 @@ def bad_calls(data: Path, spec: str, run: Path, folder: Path):
         "two sets of one name": (
             ["evaluate", run, "--id", data / "test", "--ood", data / "far", "--ood", data / "far"],
             2,
-            "two OOD sets are called 'far'",
+            "two OOD sets are named 'far'",
         ),
         "an unknown near set": (
             ["evaluate", run, "--id", data / "test", "--ood", data / "far", "--near", "x"],

@@ -71,7 +71,7 @@ def test_a_directory_with_anything_else_is_refused_and_left_alone(tmp_path, own)
     (tmp_path / own).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / own).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match="is not a run of the demo: name a new directory"):
+    with pytest.raises(UsageError, match="is not a run of the demo: use a new directory"):
         prepare_demo(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 

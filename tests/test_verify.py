@@ -63,7 +63,7 @@ def change(run, name, column, row, value):
         ("nearest", 79, "its nearest ID row is"),
         ("same_class", 0, "same_class is wrong"),
         ("distance", 0.01, "0.01 is stored"),
-        ("heatmap", 256, "nearest minus heatmap is no image"),
+        ("heatmap", 256, "nearest minus heatmap is not an image"),
     ],
 )
 def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words):
@@ -76,7 +76,7 @@ def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words
     ("column", "value", "words"),
     [
         ("nearest", 79, "it was pasted into another ID row"),
-        ("heatmap", 1, "its heatmap is not the change the patch made"),
+        ("heatmap", 1, "its heatmap is not the change made by the patch"),
         ("distance", 0.01, "0.01 is stored"),
     ],
 )
