@@ -145,7 +145,9 @@ def test_classes_that_do_not_match_are_refused(data, classifier, tmp_path):
     shutil.copytree(data / "id", tmp_path / "id")
     shutil.rmtree(tmp_path / "id" / "class3")
     images = open_images(str(tmp_path / "id"))
-    with pytest.raises(OodHeatmapError, match=r"has 3 classes, the classifier 4.*--ignore-labels"):
+    with pytest.raises(
+        OodHeatmapError, match=r"has 3 classes, but the classifier has 4.*--ignore-labels"
+    ):
         build_index(tmp_path / "run", images, classifier, CONFIG)
     manifest = build_index(
         tmp_path / "run", images, classifier, IndexConfig(batch_size=16, ignore_labels=True)
