@@ -238,7 +238,7 @@ def _run_epochs(
             set_lr(optimizer, lr_at(step_number, config.epochs * num_batches, config))
             total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
         history.append({"epoch": epoch + 1, "loss": _mean_over_ranks(total) / num_batches})
-        _check_loss(history)
+        _check_finite(history, decoder)
         num_images += num_batches * size
         log.info(
             "epoch %d/%d  loss %.3f  %.0f images/s",
@@ -344,9 +344,10 @@ def _training_stats(
     }
 
 
-def _check_loss(history: History) -> None:
-    """Stop a training that has diverged."""
-    if not np.isfinite(history[-1]["loss"]):
+def _check_finite(history: History, decoder: Decoder) -> None:
+    """Stop a training that has diverged, before its weights reach a checkpoint."""
+    finite = torch.stack([item.isfinite().all() for item in decoder.state_dict().values()]).all()
+    if not (np.isfinite(history[-1]["loss"]) and finite):
         raise OodHeatmapError(
             f"the loss is no longer finite in epoch {len(history)}. "
             f"Train with a lower --lr and --overwrite."

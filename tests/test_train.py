@@ -207,17 +207,39 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_do(run):
     train_decoder(run, CPU, TrainConfig(**SMALL))
 
 
+def test_weights_that_the_last_step_made_infinite_are_not_kept(run, monkeypatch):
+    """Their loss was finite: it is that of the weights before the step."""
+    make_step = module.make_step
+
+    def make_breaking_step(decoder, *arguments):
+        kind, step = make_step(decoder, *arguments)
+
+        def breaking_step(batch):
+            loss = step(batch)
+            with torch.no_grad():
+                decoder.last.bias[0] = torch.inf
+            return loss
+
+        return kind, breaking_step
+
+    monkeypatch.setattr(module, "make_step", make_breaking_step)
+    config = TrainConfig(**{**SMALL, "epochs": 1, "batch_size": 130})
+    with pytest.raises(OodHeatmapError, match="no longer finite in epoch 1"):
+        train_decoder(run, CPU, config)
+    assert [path.name for path in (run / "decoder").iterdir()] == ["unfinished.json"]
+
+
 def stop_after(epochs: int, run, config, monkeypatch) -> None:
     """Train until a checkpoint holds some epochs, as a kill would leave it."""
-    check_loss = module._check_loss
+    check_finite = module._check_finite
 
-    def stop(losses):
-        check_loss(losses)
+    def stop(losses, decoder):
+        check_finite(losses, decoder)
         if len(losses) > epochs:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_check_loss", stop)
+        patch.setattr(module, "_check_finite", stop)
         with pytest.raises(KeyboardInterrupt):
             train_decoder(run, CPU, config)
 
