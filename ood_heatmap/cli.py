@@ -329,12 +329,12 @@ def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
     """
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.audit import audit as audit_run
-    from ood_heatmap.pipeline.inputs import open_source
+    from ood_heatmap.pipeline.inputs import open_source, split_named_source
     from ood_heatmap.pipeline.results import Results
     from ood_heatmap.sanity import texts
 
     id_sets, ood_sets = (
-        {source: open_source(source, data) for source in sources}
+        {source: open_source(split_named_source(source)[1], data) for source in sources}
         for sources in (data.id_sources, data.ood_sources)
     )
     with stage_device(device) as torch_device:

@@ -131,7 +131,7 @@ def test_audit_as_typed(data, run):
         return CliRunner().invoke(main, [str(item) for item in command])
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    result = run_command("--id", data / "test", "--ood", data / "far")
+    result = run_command("--id", data / "test", "--ood", f"far={data / 'far'}")
     assert result.exit_code == 0, result.output
     assert "no image is in two sets" in result.output
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
