@@ -148,8 +148,11 @@ def _read_layout(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.
                     f"{path} has format {file.attrs.get('format')}, this version reads {FORMAT}. "
                     "Rebuild it with this version, or read it with the version that wrote it."
                 )
+            # by name: items() gives None where the system refuses to read, and hides why
+            datasets = {name: file[name] for name in file}
             return {
-                name: (item.id.get_offset(), item.shape, item.dtype) for name, item in file.items()
+                name: (item.id.get_offset(), item.shape, item.dtype)
+                for name, item in datasets.items()
             }
     except _UNREADABLE as error:
         _raise_if_refused(path, error)
