@@ -1,5 +1,7 @@
 """The lock of a run directory, and what a refused write says."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -8,7 +10,17 @@ import time
 
 import pytest
 
-from ood_heatmap.cache.files import hash_file, locked, make_directory, require_space, write_json
+from ood_heatmap.cache.files import (
+    hash_file,
+    locked,
+    make_directory,
+    remove_directory,
+    remove_scratch,
+    replacing,
+    require_space,
+    write_bytes,
+    write_json,
+)
 from ood_heatmap.errors import OodHeatmapError
 
 HOLD = """
@@ -88,3 +100,60 @@ def test_sha256_is_that_of_the_standard_example(tmp_path):
         hash_file(tmp_path / "abc")
         == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+def test_an_error_of_a_library_is_the_system_s_only_if_it_says_so(tmp_path):
+    with (
+        pytest.raises(OodHeatmapError, match=r"cannot write .*a: Input/output error"),
+        replacing(tmp_path / "a"),
+    ):
+        raise RuntimeError("Can't write data (errno = 5, error message = 'Input/output error')")
+    with pytest.raises(RuntimeError, match="wrong shape"), replacing(tmp_path / "a"):
+        raise RuntimeError("wrong shape")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\N{SNOWMAN}" * 85])
+def test_a_name_of_the_longest_kind_can_be_written(tmp_path, name):
+    write_bytes(tmp_path / name, b"content")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"content"
+
+
+def test_a_directory_that_cannot_be_removed_is_named_and_whole(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "file").touch()
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OodHeatmapError, match=r"cannot write .*stage: Permission denied"):
+        remove_directory(tmp_path / "stage")
+    assert (tmp_path / "stage" / "file").is_file()
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "figures").mkdir()
+    kept = [".lock", "a.tmp", ".tmp", ".tmpAbc12", "figures/roc.png"]
+    for name in [*kept, ".a.h5.tmp", "figures/.roc.png.tmp", ".tmpAbc123"]:
+        (tmp_path / name).touch()
+    remove_scratch(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
+    assert sorted(found) == sorted([*kept, "figures"])
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(OodHeatmapError, match=r"cannot read .*missing: No such file"):
+        hash_file(tmp_path / "missing")
+
+
+def test_a_lock_that_cannot_be_opened_or_held_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(OodHeatmapError, match=r"cannot write .*missing/\.lock"):
+        locked(tmp_path / "missing").__enter__()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OodHeatmapError, match=r"file system without locks \(No locks available\)"):
+        locked(tmp_path).__enter__()

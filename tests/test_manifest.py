@@ -13,6 +13,7 @@ from ood_heatmap.cache.manifest import (
     check_files,
     differing_fields,
     hash_json,
+    read_file,
     read_manifest,
     write_manifest,
 )
@@ -174,6 +175,21 @@ def test_a_damaged_file_is_named(directory, damage, words):
     with pytest.raises(DamagedCacheError, match=f"data.bin {words}"):
         check_files(directory, manifest, command=COMMAND)
     check_files(directory, manifest, command=COMMAND, skip=["data.bin"])
+
+
+def test_only_the_bytes_that_were_checked_are_returned(directory, monkeypatch):
+    manifest = read(directory)
+    assert read_file(directory, manifest, "data.bin", command=COMMAND) == b"content"
+    (directory / "data.bin").write_bytes(b"cOntent")
+    with pytest.raises(DamagedCacheError, match=r"data\.bin has changed since it was written"):
+        read_file(directory, manifest, "data.bin", command=COMMAND)
+
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(OodHeatmapError, match=r"cannot read .*data\.bin: Input/output error"):
+        read_file(directory, manifest, "data.bin", command=COMMAND)
 
 
 def test_differing_fields_by_dotted_name():

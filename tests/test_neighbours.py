@@ -1,5 +1,6 @@
 """Nearest neighbours: the truth is a loop over all rows in float64."""
 
+import contextlib
 import importlib.metadata
 import subprocess
 import sys
@@ -221,6 +222,84 @@ def test_torch_is_imported_before_faiss():
         "assert names.index('torch') < names.index('faiss')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class SimulatedGpu:
+    """Stands in for CUDA and for FAISS on it: host memory, FAISS on the CPU, and failures.
+
+    Args:
+        room: Classes that fit into its memory.
+        error: What a search raises, if anything.
+    """
+
+    def __init__(self, room: int = 100, error: Exception | None = None) -> None:
+        self.room, self.error, self.searches = room, error, 0
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.room -= 1
+        if self.room < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tensor
+
+    def knn(self, _: object, queries: torch.Tensor, bank: torch.Tensor, k: int):
+        self.searches += 1
+        if self.error is not None:
+            raise self.error
+        found = faiss.knn(queries.numpy(), bank.numpy(), k)
+        return tuple(torch.from_numpy(item) for item in found)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: self.take(tensor))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+        monkeypatch.setattr(faiss, "knn_gpu", self.knn, raising=False)
+        monkeypatch.setattr(importlib, "import_module", lambda _: None)
+
+
+OUT_OF_MEMORY = RuntimeError("Error: 'err == cudaSuccess' failed: out of memory")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "searches", "says"),
+    [
+        (SimulatedGpu(), 6, ""),
+        (SimulatedGpu(room=3), 0, "out of memory for the search: falling back to the CPU"),
+        (SimulatedGpu(error=OUT_OF_MEMORY), 1, "falling back to the CPU"),
+    ],
+    ids=["enough memory", "too little for the index", "too little for a search"],
+)
+def test_a_gpu_with_and_without_memory_answers_as_brute_force(
+    monkeypatch, caplog, gpu, searches, says
+):
+    query, query_class, bank, bank_class = clusters(0.02)
+    gpu.install(monkeypatch)
+    order = order_by_class(bank_class, np.arange(len(bank)))
+    searched = Bank(bank[order], bank_class[order], order, device=torch.device("cuda"))
+    found = searched.nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
+    assert gpu.searches == searches
+    assert says in caplog.text
+
+
+def test_any_other_error_of_a_gpu_is_not_hidden(monkeypatch):
+    SimulatedGpu(error=RuntimeError("an illegal instruction was encountered")).install(monkeypatch)
+    query, query_class, bank, bank_class = clusters(0.02)
+    order = order_by_class(bank_class, np.arange(len(bank)))
+    searched = Bank(bank[order], bank_class[order], order, device=torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        searched.nearest(query, query_class)
+
+
+def test_the_backend_says_where_faiss_searches(monkeypatch):
+    version, cuda = faiss.__version__, torch.device("cuda:0")
+    assert neighbours.describe_backend(torch.device("cpu")) == f"faiss {version} on CPU"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    assert neighbours.describe_backend(cuda) == f"faiss {version} on A GPU"
+    monkeypatch.delattr(faiss, "StandardGpuResources")
+    assert "this build has no GPU support" in neighbours.describe_backend(cuda)
 
 
 @pytest.mark.gpu

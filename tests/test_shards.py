@@ -175,6 +175,28 @@ def test_what_the_system_refuses_to_read_is_not_called_damaged(tmp_path, monkeyp
     assert "elete" not in str(caught.value)
 
 
+def test_what_the_system_refuses_to_map_is_not_called_damaged(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.h5", example())
+    monkeypatch.setattr(shards.mmap, "MAP_SHARED", 0)  # the system knows no map of this kind
+    with pytest.raises(OodHeatmapError, match=r"cannot read .*a\.h5: Invalid argument"):
+        map_shard(tmp_path / "a.h5")
+
+
+def test_a_dataset_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise KeyError("unable to open object (file read failed: errno = 5)")
+
+    write_shard(tmp_path / "a.h5", example())
+    monkeypatch.setattr(h5py.Group, "__getitem__", refuse)
+    with pytest.raises(OodHeatmapError, match=r"cannot read .*a\.h5: Input/output error"):
+        map_shard(tmp_path / "a.h5")
+
+
+def test_a_file_that_is_no_shard_has_no_attributes(tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"not HDF5")
+    assert read_attributes(tmp_path / "a.h5") == {}
+
+
 def test_a_chunked_dataset_is_refused(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.attrs["format"] = shards.FORMAT
