@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types reliability bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/ood-heatmap demo runs/demo
@@ -29,6 +29,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 $(VENV)/tested: $(VENV)/installed
 	$(RUN)/pip install --editable '.[test]'
 	touch $@
+
+# every trial of which `make test` takes a sample: kills, refused calls, damage; a table at the end
+reliability: $(VENV)/tested
+	OOD_HEATMAP_RELIABILITY=full $(RUN)/python -m pytest tests/reliability
 
 # ratios within one run; writes benchmarks/results.md and .json
 bench: $(VENV)/tested
