@@ -1,7 +1,7 @@
-"""From a score to a decision: p-values and thresholds from held-out ID images alone.
+"""Calibration: p-values and thresholds from held-out ID images.
 
-Split conformal: of n held-out ID scores, the share that is at least as high is a p-value, valid for
-every further ID image whatever the distribution of scores. No OOD image is needed.
+Split conformal prediction: the share of held-out ID scores that are at least as high is a p-value,
+valid for any further ID image and any score distribution. No OOD image is needed.
 
 Source: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; Bates et al.,
     Testing for Outliers with Conformal p-values, Annals of Statistics 2023.
@@ -25,11 +25,11 @@ _Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of held-out ID images, to which every further score is compared.
+    """Scores of held-out ID images, the reference for p-values and thresholds.
 
     Args:
         scores: ``(n,)`` float32 image scores, ascending.
-        max_pixel_scores: ``(n,)`` float32, of each image the maximum over its pixels, ascending.
+        max_pixel_scores: ``(n,)`` float32 maximum pixel score of each image, ascending.
     """
 
     scores: _Float32
@@ -37,14 +37,14 @@ class Calibration:
 
     @staticmethod
     def fit(scores: _Float32, max_pixel_scores: _Float32) -> "Calibration":
-        """Return the calibration of held-out ID images, in any order."""
+        """Fit a calibration to scores of held-out ID images, in any order."""
         columns = (scores, max_pixel_scores)
         return Calibration(*(np.sort(values.astype(np.float32)) for values in columns))
 
     def p_value(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Return ``(1 + number of held-out ID images with at least this score) / (n + 1)``.
 
-        For an ID image it is at most ``a`` with a probability of at most ``a``.
+        For an ID image, ``P(p_value <= a) <= a``.
 
         Args:
             scores: ``(B,)``.
@@ -58,8 +58,8 @@ class Calibration:
     def threshold(self, false_alarm: float) -> float:
         """Return the score above which an image is called OOD.
 
-        ``p_value(score) <= false_alarm`` and ``score > threshold`` are the same. Infinite when
-        ``has_threshold`` is False: then nothing can be called OOD, and nothing ID either.
+        ``p_value(score) <= false_alarm`` is equivalent to ``score > threshold``. Infinite when
+        ``has_threshold`` is False: then no decision is possible.
         """
         return _largest_allowed(self.scores, false_alarm)
 
@@ -75,16 +75,16 @@ class Calibration:
         return len(self.scores) >= num_needed(false_alarm)
 
     def to_bytes(self) -> bytes:
-        """Return the content of a calibration file; ``from_bytes`` reads it."""
+        """Serialize to the bytes of a calibration file, for ``from_bytes``."""
         return save({"scores": self.scores, "peaks": self.max_pixel_scores})
 
     @staticmethod
     def from_bytes(content: bytes, name: str) -> "Calibration":
-        """Return the calibration of a file's content.
+        """Parse the bytes of a calibration file.
 
         Args:
-            content: What ``to_bytes`` returned.
-            name: Of the file, for the message.
+            content: Bytes returned by ``to_bytes``.
+            name: Name of the file, for the message.
 
         Raises:
             DamagedCacheError: Not a calibration file.
@@ -99,14 +99,14 @@ class Calibration:
 
 
 def num_needed(false_alarm: float) -> int:
-    """Return how many held-out ID images decisions at a level need: ``1 / level - 1``, rounded up.
+    """Return the number of held-out ID images needed for a level: ``1 / level - 1``, rounded up.
 
-    With fewer, no p-value is as low as the level.
+    With fewer images, no p-value is as low as the level.
     """
     return math.ceil((1 - _TOLERANCE) / false_alarm - 1)
 
 
 def _largest_allowed(ascending: _Float32, false_alarm: float) -> float:
-    """Return the value that a share of at most ``false_alarm`` of exchangeable values exceeds."""
+    """Return the lowest value exceeded with probability at most ``false_alarm``, or infinity."""
     num_above = math.floor(false_alarm * (len(ascending) + 1) + _TOLERANCE)
     return float(ascending[-num_above]) if num_above else math.inf

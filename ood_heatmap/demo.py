@@ -1,7 +1,7 @@
-"""Images, classifier and commands of the demo, all from data that come with the dependencies.
+"""Images, classifier and commands of the demo, from data shipped with the dependencies.
 
 ID: scikit-learn's handwritten digits. OOD for training: crops of one of its two sample photographs.
-OOD for testing: crops of the other, and, as the near set, letters drawn with matplotlib's own font.
+OOD for testing: crops of the other, and, as the near set, letters drawn with matplotlib's fonts.
 """
 
 import string
@@ -21,7 +21,7 @@ WEIGHTS = "classifier.safetensors"
 FOLDERS = ("id-train", "id-test", "ood-train", "photo-test", "letters")
 _SIZE = 32
 _NUM_OOD_TRAIN, _NUM_OOD_TEST = 1000, 300
-# without those that pass for digits
+# without letters that look like digits
 _LETTERS = sorted(set(string.ascii_uppercase) - set("BDGIOQSZ"))
 
 
@@ -55,7 +55,7 @@ def digits_network() -> DigitsNetwork:
 
 
 def demo_commands(run: Path, data: Path) -> list[list[str]]:
-    """Return the commands of the four stages as argument lists, the command's name first."""
+    """Return the commands of the four stages as argument lists, starting with the command name."""
     weights = data / WEIGHTS
     commands: list[list[str | Path | int]] = [
         ["index", run, "--id", data / "id-train"],
@@ -70,12 +70,12 @@ def demo_commands(run: Path, data: Path) -> list[list[str]]:
 
 
 def demo_images() -> Iterator[tuple[str, Image.Image]]:
-    """Yield the path and the picture of every image of the demo, the same every time.
+    """Yield the path and content of every image of the demo; deterministic.
 
-    Paths begin with one of ``FOLDERS``; ID images are in a subfolder for each class.
+    Paths begin with one of ``FOLDERS``; ID images are in one subfolder per class.
     """
     digits = load_digits()
-    # the writers change along the set: the last fifth was written by others
+    # the data set is ordered by writer: the last fifth is by other writers
     num_train = len(digits.images) * 4 // 5
     for number, (digit, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = "id-train" if number < num_train else "id-test"
@@ -91,7 +91,7 @@ def demo_images() -> Iterator[tuple[str, Image.Image]]:
 
 
 def _draw_digit(digit: NDArray[np.float64]) -> Image.Image:
-    """Return an 8x8 digit with values 0 to 16 as a picture of the network's input size."""
+    """Resize an 8x8 digit with values 0 to 16 to the network's input size."""
     small = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
     return small.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR).convert("RGB")
 
@@ -106,7 +106,7 @@ def _random_crop(photograph: NDArray[np.uint8], generator: np.random.Generator) 
 
 
 def _draw_letters(count: int, generator: np.random.Generator) -> Iterator[Image.Image]:
-    """Yield capital letters, light on dark and by way of 8x8 pixels, as the digits are."""
+    """Yield capital letters, light on dark and reduced to 8x8 pixels, like the digits."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [
         ImageFont.truetype(folder / name, 26)
@@ -124,17 +124,17 @@ def _draw_letters(count: int, generator: np.random.Generator) -> Iterator[Image.
 def train_classifier(
     images: NDArray[np.uint8], labels: NDArray[np.int64], epochs: int = 25
 ) -> DigitsNetwork:
-    """Train the demo's classifier, which is fixed from then on.
+    """Train the demo's classifier.
 
     Args:
         images: ``(N, H, W, 3)`` uint8.
-        labels: ``(N,)``.
-        epochs: Passes over all images.
+        labels: ``(N,)`` int64.
+        epochs: Number of epochs.
 
     Returns:
         The network in eval mode.
     """
-    # as they would be read from class folders
+    # in the order of class folders
     by_class = np.argsort(labels, kind="stable")
     inputs = torch.from_numpy(images[by_class]).permute(0, 3, 1, 2).contiguous().float() / 255
     targets = torch.from_numpy(labels[by_class])

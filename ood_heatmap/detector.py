@@ -1,4 +1,4 @@
-"""The trained detector: images in; score, decision, heatmap and predicted class out."""
+"""The trained detector: returns score, decision, heatmap and predicted class of images."""
 
 import logging
 import math
@@ -35,18 +35,17 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What the detector returns for B images.
+    """Output of the detector for B images.
 
     Args:
         score: ``(B,)`` float32 in [0, 1]; larger is more OOD.
-        heatmap: ``(B, C, H, W)`` float32, as the decoder returns it: [-1, 1] signed, [0, 1]
-            magnitude.
+        heatmap: ``(B, C, H, W)`` float32 output of the decoder: in [-1, 1] for a signed target, in
+            [0, 1] for a magnitude target.
         prediction: ``(B,)`` int64 predicted class.
         p_value: ``(B,)`` float64 in (0, 1], the share of held-out ID images that score at least as
             high; NaN without a calibration.
-        is_ood: ``(B,)`` bool, the decision at the detector's false-alarm level. None when there is
-            no decision: without a calibration, or with one on fewer held-out ID images than the
-            level needs.
+        is_ood: ``(B,)`` bool, the decision at the detector's false-alarm level. None without a
+            calibration, or if it has fewer held-out ID images than the level needs.
     """
 
     score: NDArray[np.float32]
@@ -57,23 +56,23 @@ class Result:
 
     @property
     def pixel_score(self) -> NDArray[np.float32]:
-        """``(B, H, W)`` in [0, 1], how OOD each pixel is: maximum of |heatmap| over channels."""
+        """``(B, H, W)`` in [0, 1], maximum of |heatmap| over channels; larger is more OOD."""
         return pixel_score(torch.from_numpy(self.heatmap)).numpy()
 
 
 class HeatmapDetector:
     """A fixed classifier and its trained decoder.
 
-    Warns when the calibration has too few held-out ID images for decisions at the level.
+    Logs a warning if the calibration has too few held-out ID images for the false-alarm level.
 
     Args:
-        classifier: On its device.
-        decoder: On the same device, in eval mode.
+        classifier: The classifier, on its device.
+        decoder: The decoder, on the same device and in eval mode.
         classes: Class names, empty when unknown.
-        color_max: Top of the colour scale on which all heatmaps of this decoder are drawn.
+        color_max: Top of the colour scale shared by all heatmaps of this decoder.
         calibration: Scores of held-out ID images; without it there are no decisions.
-        false_alarm: The share of ID images that may be called OOD.
-        fingerprint: Of the decoder in its run; empty for a decoder that is in no run.
+        false_alarm: Share of ID images that may be called OOD.
+        fingerprint: Fingerprint of the decoder in its run; empty outside a run.
 
     Raises:
         UsageError: ``false_alarm`` is not between 0 and 1.
@@ -91,7 +90,7 @@ class HeatmapDetector:
         fingerprint: str = "",
     ) -> None:
         if not 0 < false_alarm < 1:
-            raise UsageError(f"the false-alarm level is between 0 and 1, got {false_alarm}.")
+            raise UsageError(f"the false-alarm level must be between 0 and 1, got {false_alarm}.")
         self.classifier, self.decoder = classifier, decoder
         self.classes, self.color_max = tuple(classes), color_max
         self.calibration, self.false_alarm = calibration, false_alarm
@@ -118,15 +117,14 @@ class HeatmapDetector:
         Args:
             run: The run directory.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            false_alarm: The share of ID images that may be called OOD; as evaluated when None.
-            trust_code: Run the model code that the run names even if you have not run it here
-                before.
+            false_alarm: Share of ID images that may be called OOD; as evaluated if None.
+            trust_code: Trust the model code named by the run even if it never ran on this machine.
 
         Raises:
             OodHeatmapError: A stage is missing, unfinished, damaged or stale; its model code is not
-                trusted; or a level is given and the run is not calibrated.
+                trusted; or a level is given but the run is not calibrated.
         """
-        # not at the top: a detector in memory needs nothing that reads run directories
+        # imported lazily: a detector in memory needs no code that reads run directories
         from ood_heatmap.pipeline.run import load_detector
         from ood_heatmap.user_code import trusting_code
 
@@ -134,7 +132,7 @@ class HeatmapDetector:
             return load_detector(Path(run), device, false_alarm)
 
     def at(self, false_alarm: float) -> "HeatmapDetector":
-        """Return the same detector deciding at another level; nothing is fitted or loaded again."""
+        """Return the same detector with another false-alarm level; nothing is refitted."""
         return self.calibrated(self.calibration, false_alarm)
 
     def calibrated(self, calibration: Calibration | None, false_alarm: float) -> "HeatmapDetector":
@@ -151,14 +149,14 @@ class HeatmapDetector:
 
     @property
     def decides(self) -> bool:
-        """Whether there are decisions: calibrated, on enough held-out ID images for the level."""
+        """Whether decisions are possible: calibrated with enough held-out ID images."""
         return self.calibration is not None and self.calibration.has_threshold(self.false_alarm)
 
     @property
     def threshold(self) -> float:
         """The score above which an image is called OOD.
 
-        NaN without a calibration, infinite when it has too few held-out ID images for the level.
+        NaN without a calibration, infinite if it has too few held-out ID images for the level.
         """
         return self.calibration.threshold(self.false_alarm) if self.calibration else math.nan
 
@@ -171,23 +169,23 @@ class HeatmapDetector:
         return self.calibration.pixel_threshold(self.false_alarm) if self.calibration else math.nan
 
     def __call__(self, images: Images) -> Result:
-        """Detect on images of any size.
+        """Detect OOD images of any size.
 
         Args:
             images: One image or several: PIL images, paths, or uint8 arrays or tensors, each
                 ``(H, W)``, ``(H, W, 3)`` or ``(3, H, W)``; or a batch ``(B, H, W, 3)`` or ``(B, 3,
-                H, W)``. One channel in place of three is grey. Images of a list may differ in size
-                and kind. Where a shape could be read both ways, the channels are last.
+                H, W)``. Grey images may have one channel. Images of a list may differ in size and
+                type. Ambiguous shapes are read as channels-last.
 
         Raises:
-            UsageError: Another type, dtype or shape, or no image.
+            UsageError: The type, dtype or shape is not supported, or there is no image.
             UnreadableImageError: A file cannot be read, or an image cannot be converted to RGB.
         """
         return self.detect(_to_pixels(images, self.classifier.config.transform))[0]
 
     @torch.inference_mode()
     def detect(self, pixels: NDArray[np.uint8]) -> "tuple[Result, Output]":
-        """Detect on uint8 ``(B, 3, H, W)`` of the classifier's input size.
+        """Detect OOD images in uint8 ``(B, 3, H, W)`` at the classifier's input size.
 
         Returns:
             The result, and the classifier's output.
@@ -197,7 +195,7 @@ class HeatmapDetector:
 
     @torch.inference_mode()
     def decode(self, output: "Output") -> Result:
-        """Return heatmaps, scores and decisions from the classifier's output."""
+        """Compute heatmaps, scores and decisions from the classifier's output."""
         prediction = output.logits.argmax(dim=1)
         heatmap = decode_heatmap(self.decoder, output, prediction)
         scores = score(heatmap).cpu().numpy()
@@ -210,7 +208,7 @@ class HeatmapDetector:
         )
 
     def class_name(self, label: int) -> str:
-        """Return the name of a class, or its number when the classes have no names."""
+        """Return the name of a class, or its number if class names are unknown."""
         return self.classes[label] if self.classes else str(label)
 
     def p_value(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -221,15 +219,15 @@ class HeatmapDetector:
 
 
 def decode_heatmap(decoder: "Decoder", output: "Output", prediction: Tensor) -> Tensor:
-    """Return the heatmap ``(B, C, H, W)`` float32 for the classifier's output."""
-    # through float16, as the decoder has seen feature maps in training
+    """Compute the heatmap ``(B, C, H, W)`` float32 from the classifier's output."""
+    # rounded to float16, like the cached feature maps in training
     maps = [feature_map.half().float() for feature_map in output.maps]
     heatmap: Tensor = decoder(output.features, prediction, maps).float()
     return heatmap
 
 
 def _to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:
-    """Return images as uint8 ``(B, 3, H, W)`` at the input size."""
+    """Convert images to uint8 ``(B, 3, H, W)`` at the input size."""
     pixels = [
         apply_transform(transform, _to_picture(image), _name(image, row))
         for row, image in enumerate(_split(images))
@@ -240,7 +238,7 @@ def _to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:
 
 
 def _split(images: Images) -> Iterable[ImageLike]:
-    """Return the images one by one, not yet checked."""
+    """Return the images as an iterable, not yet validated."""
     if isinstance(images, Tensor):
         # one copy from a GPU, not one per image
         images = images.cpu()
@@ -254,14 +252,14 @@ def _split(images: Images) -> Iterable[ImageLike]:
 
 
 def _name(image: ImageLike, row: int) -> str:
-    """Return what a message calls an image."""
+    """Return the name of an image for messages."""
     return os.fsdecode(image) if isinstance(image, str | os.PathLike) else f"image {row}"
 
 
 def _to_picture(image: ImageLike) -> Image.Image:
-    """Return one image as a PIL image of any mode."""
+    """Convert one image to a PIL image of any mode."""
     if isinstance(image, str | os.PathLike):
-        # image sources are for files alone: not every detector reads them
+        # imported lazily: only needed for paths
         from ood_heatmap.sources import read_file
 
         return read_file(Path(image))[0]

@@ -1,38 +1,34 @@
-"""Errors that a user can fix, and text that is safe to show.
+"""Errors that a user can fix, and escaping of text for display.
 
-Imports nothing of the package, so that every other module may import it.
+Imports nothing from the package, so that every other module may import it.
 """
 
 import unicodedata
 
 
 class OodHeatmapError(Exception):
-    """Something about the data, the machine or a cache is wrong.
+    """An error that the user can fix: of the data, the machine or a cache.
 
-    The message is one line with the way out.
+    The message is one line and includes the remedy.
     """
-
-    exit_code = 1
 
 
 class UsageError(OodHeatmapError):
-    """The arguments themselves are wrong."""
-
-    exit_code = 2
+    """Invalid arguments."""
 
 
 class StaleCacheError(OodHeatmapError):
-    """A cache was made from something else than what is asked for now."""
+    """A cache was built from inputs other than the current ones."""
 
 
 class DamagedCacheError(OodHeatmapError):
-    """A file of a cache is missing, cut short or changed since it was written."""
+    """A file of a cache is missing, truncated or changed since it was written."""
 
 
 def printable(text: str) -> str:
-    r"""Return text as a single line for messages, figures and pages.
+    r"""Return text as a single line for messages, figures and HTML.
 
-    Names of files and classes may hold anything. Line breaks, control characters and bytes that
+    Names of files and classes may contain anything. Line breaks, control characters and bytes that
     are not UTF-8 are escaped as in a Python string: ``a\nb``, ``\udcff``.
     """
     return "".join(

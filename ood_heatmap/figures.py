@@ -1,7 +1,7 @@
-"""Figures: heatmap overlays on one colour scale, histograms, ROC curves, and a grid of examples.
+"""Figures: heatmap overlays on a shared colour scale, histograms, ROC curves, example grids.
 
-Everything is returned, nothing written. Figures do not go through pyplot, so that importing this
-module leaves the backend of a notebook alone.
+Figures are returned, not written. pyplot is not used, so that importing this module does not change
+the backend of a notebook.
 """
 
 import io
@@ -24,7 +24,8 @@ from sklearn.metrics import roc_curve
 from ood_heatmap.errors import printable
 
 COLORMAP = "inferno"
-_OPACITY = 0.75  # of the top of the colour scale on an overlay
+# opacity of the top of the colour scale on an overlay
+_OPACITY = 0.75
 _Scores = Mapping[str, NDArray[np.float32]]
 
 
@@ -33,13 +34,13 @@ class Card:
     """One image of the example grid and of the report's gallery.
 
     Args:
-        set_name: The image set.
+        set_name: Name of the image set.
         name: File name or row of the image.
         image: ``(3, H, W)`` uint8.
         pixel_score: ``(H, W)`` float32 in [0, 1].
-        nearest: ``(3, H, W)`` uint8, its nearest ID image.
-        score: Larger is more OOD.
-        distance: Euclidean, between the features of the two images.
+        nearest: ``(3, H, W)`` uint8 nearest ID image.
+        score: Image score; larger is more OOD.
+        distance: Euclidean distance between the features of the two images.
         prediction: Name of the predicted class.
         p_value: Share of ID images that score at least as high; None without a calibration.
     """
@@ -56,10 +57,10 @@ class Card:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render a figure as PNG; the same figure gives the same bytes.
+    """Render a figure as PNG, deterministically.
 
-    Names are drawn literally: matplotlib would take a ``$`` in a class name for mathematics, and
-    fail on names that are not UTF-8.
+    Names are drawn literally: matplotlib would parse a ``$`` in a class name as math, and fail on
+    names that are not UTF-8.
     """
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
@@ -67,7 +68,7 @@ def to_png(figure: Figure) -> bytes:
         text.set_text(printable(text.get_text()))
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # the font lacks some alphabets; those names are boxes here and legible in the report
+        # the font lacks some scripts; those names show as boxes here but are legible in the report
         warnings.filterwarnings("ignore", r"Glyph .* missing")
         figure.savefig(
             buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None}
@@ -76,7 +77,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def score_histograms(id_scores: NDArray[np.float32], ood_scores: _Scores) -> Figure:
-    """Return the distribution of the heatmap score on the ID set and on each OOD set."""
+    """Plot the distribution of the heatmap score on the ID set and on each OOD set."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     all_scores = np.concatenate([id_scores, *ood_scores.values()])
@@ -90,7 +91,7 @@ def score_histograms(id_scores: NDArray[np.float32], ood_scores: _Scores) -> Fig
         _, _, patches = axes.hist(np.clip(scores, 0, bins[-1]), bins, density=True, **style)
         handles.append(patches[0])
     axes.set(xlabel="heatmap score (larger is more OOD)", ylabel="density")
-    # handles by hand: matplotlib leaves out labels that begin with an underscore
+    # explicit handles: matplotlib drops labels that begin with an underscore
     axes.legend(handles, ["ID", *ood_scores], frameon=False)
     return figure
 
@@ -105,14 +106,15 @@ def roc_points(
     """
     is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
     fpr, tpr, _ = roc_curve(is_ood, np.r_[id_scores, ood_scores])
-    length = fpr + tpr  # from 0 to 2, never falling
+    # monotonically increasing from 0 to 2
+    length = fpr + tpr
     steps = np.searchsorted(length, np.linspace(0, length[-1], count))
     kept = np.unique(np.r_[steps.clip(0, len(length) - 1), len(length) - 1])
     return fpr[kept].tolist(), tpr[kept].tolist()
 
 
 def roc_curves(id_scores: _Scores, ood_scores: Mapping[str, _Scores]) -> Figure:
-    """Return a panel per OOD set with a curve per method; OOD is the positive class."""
+    """Plot one panel per OOD set with one curve per method; OOD is the positive class."""
     figure = Figure(figsize=(3.6 * len(ood_scores), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(ood_scores)))
     for axes, (name, scores) in zip(panels, ood_scores.items(), strict=True):
@@ -128,7 +130,7 @@ def roc_curves(id_scores: _Scores, ood_scores: Mapping[str, _Scores]) -> Figure:
 
 
 def example_grid(examples: Sequence[Card], color_max: float, columns: int = 2) -> Figure:
-    """Return image, heatmap and nearest ID image of each example; one colour scale for all."""
+    """Plot image, heatmap and nearest ID image of each example on a shared colour scale."""
     rows = -(-len(examples) // columns)
     figure = Figure(figsize=(4.6 * columns, 1.45 * rows + 0.6), layout="constrained")
     panels = np.atleast_2d(figure.subplots(rows, 3 * columns))
@@ -136,7 +138,7 @@ def example_grid(examples: Sequence[Card], color_max: float, columns: int = 2) -
         axes.set_axis_off()
     heatmap: Any = None
     for number, example in enumerate(examples):
-        # down the first column, then the next: a set stays together
+        # column-major order keeps the examples of a set together
         first = 3 * (number // rows)
         left, middle, right = panels[number % rows, first : first + 3]
         left.imshow(example.image.transpose(1, 2, 0))
@@ -152,19 +154,16 @@ def example_grid(examples: Sequence[Card], color_max: float, columns: int = 2) -
 def overlay(
     image: NDArray[np.uint8], pixel_score: NDArray[np.float32], color_max: float, size: int = 224
 ) -> Image.Image:
-    """Return an image with its heatmap laid over it.
-
-    Where the heatmap is 0 the image shows through.
+    """Overlay a heatmap on its image; transparent where the heatmap is 0.
 
     Args:
         image: ``(3, H, W)`` uint8.
         pixel_score: ``(H, W)`` in [0, 1].
-        color_max: Top of the colour scale, the same for every image of a decoder.
-        size: Minimum side of the picture in pixels; every pixel of the image becomes a square of
-            the same whole number of pixels.
+        color_max: Top of the colour scale, shared by all images of a decoder.
+        size: Minimum side of the result in pixels; the image is enlarged by an integer factor.
     """
     share = share_of_scale(pixel_score, color_max)
-    picture = Image.fromarray(blend(image.transpose(1, 2, 0), share))
+    picture = Image.fromarray(_blend(image.transpose(1, 2, 0), share))
     factor = max(1, -(-size // picture.width))
     return picture.resize(
         (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
@@ -172,18 +171,18 @@ def overlay(
 
 
 def share_of_scale(pixel_score: NDArray[np.float32], color_max: float) -> NDArray[np.float32]:
-    """Return pixel scores as shares of the colour scale, in [0, 1].
+    """Normalize pixel scores to positions on the colour scale, in [0, 1].
 
-    A decoder whose heatmaps are all zero has a ``color_max`` of 0; its heatmaps stay dark.
+    A decoder whose heatmaps are all zero has a ``color_max`` of 0; its heatmaps remain dark.
     """
     share = pixel_score / color_max if color_max > 0 else np.zeros_like(pixel_score)
     return np.clip(share, 0, 1).astype(np.float32)
 
 
-def blend(image: NDArray[np.uint8], share: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Blend ``(H, W, 3)`` uint8 with the colours of ``(H, W)`` shares of the scale in [0, 1].
+def _blend(image: NDArray[np.uint8], share: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Blend ``(H, W, 3)`` uint8 with the colours of ``(H, W)`` positions on the colour scale.
 
-    The larger the share, the more opaque the colour.
+    Opacity is proportional to the position.
     """
     colors = colormaps[COLORMAP](share)[..., :3] * 255
     opacity = _OPACITY * share[..., None]
@@ -192,12 +191,12 @@ def blend(image: NDArray[np.uint8], share: NDArray[np.floating[Any]]) -> NDArray
 
 
 def add_legend(picture: Image.Image, lines: Sequence[str], color_max: float) -> Image.Image:
-    """Return an overlay with lines of text and the colour bar below it.
+    """Add lines of text and a colour bar below an overlay.
 
-    The bar lies over grey as the heatmap lies over the image, so it shows the same colours.
+    The bar is blended with grey as the heatmap is with the image, so the colours are comparable.
     """
     em = max(12, picture.width // 18)
-    font, margin = legend_font(em), em // 2
+    font, margin = _load_font(em), em // 2
     inner_width = picture.width - 2 * margin
     canvas = Image.new("RGB", (picture.width, picture.height + (len(lines) + 3) * em * 4 // 3))
     canvas.paste("white", (0, picture.height, *canvas.size))
@@ -205,10 +204,10 @@ def add_legend(picture: Image.Image, lines: Sequence[str], color_max: float) -> 
     draw = ImageDraw.Draw(canvas)
     top = picture.height + margin
     for line in lines:
-        draw.text((margin, top), truncated(line, font, inner_width), "black", font)
+        draw.text((margin, top), _truncate(line, font, inner_width), "black", font)
         top += em * 4 // 3
     grey, ramp = np.full((em, inner_width, 3), 160, np.uint8), np.linspace(0, 1, inner_width)
-    canvas.paste(Image.fromarray(blend(grey, np.tile(ramp, (em, 1)))), (margin, top + em // 4))
+    canvas.paste(Image.fromarray(_blend(grey, np.tile(ramp, (em, 1)))), (margin, top + em // 4))
     top += em * 3 // 2
     draw.text((margin, top), "0", "black", font)
     draw.text((canvas.width // 2, top), "heatmap", "black", font, anchor="ma")
@@ -217,13 +216,13 @@ def add_legend(picture: Image.Image, lines: Sequence[str], color_max: float) -> 
 
 
 @cache
-def legend_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font shipped with matplotlib, which covers many alphabets."""
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font shipped with matplotlib, which covers many scripts."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-def truncated(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return a text on one line that is at most ``width`` pixels wide."""
+def _truncate(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Truncate text to one line of at most ``width`` pixels."""
     text = printable(text)
     if font.getlength(text) <= width:
         return text

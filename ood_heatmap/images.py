@@ -34,9 +34,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-UInt8: TypeAlias = NDArray[np.uint8]
 # an image of any mode, or uint8 RGB (3, H, W)
-Decoded: TypeAlias = Image.Image | UInt8
+Decoded: TypeAlias = Image.Image | NDArray[np.uint8]
 _Item = TypeVar("_Item")
 _Done = TypeVar("_Done")
 
@@ -138,9 +137,9 @@ class Transform:
             f"#{red:02x}{green:02x}{blue:02x}" if crop_mode == "border" else "#000000",
         )
 
-    def __call__(self, image: Decoded) -> UInt8:
+    def __call__(self, image: Decoded) -> NDArray[np.uint8]:
         """Return uint8 ``(3, size, size)``."""
-        image = to_rgb(image)
+        image = _to_rgb(image)
         height, width = self._resized_shape(image.height, image.width)
         (top, bottom), (left, right) = self._crop(height), self._crop(width)
         box = (left, top, right, bottom)
@@ -189,7 +188,7 @@ def _interpolation(name: str) -> Interpolation:
     return cast(Interpolation, name)
 
 
-def to_rgb(image: Decoded) -> Image.Image:
+def _to_rgb(image: Decoded) -> Image.Image:
     """Return an upright 8-bit RGB image.
 
     - EXIF orientation is applied.
@@ -250,7 +249,7 @@ def _resize_and_crop(
     size: tuple[int, int],
     box: tuple[int, int, int, int],
     interpolation: Interpolation,
-) -> UInt8:
+) -> NDArray[np.uint8]:
     """Resize an RGB image to (width, height) and crop the box (left, top, right, bottom) of that.
 
     Returns:
@@ -268,13 +267,13 @@ def _resize_and_crop(
     # as Pillow does, in integers, in a third of the time
     whole = torch.from_numpy(_to_array(image))[None]
     resized = interpolate(whole, size[::-1], mode=interpolation, antialias=True)[0]
-    pixels: UInt8 = resized[:, top:bottom, left:right].numpy()
+    pixels: NDArray[np.uint8] = resized[:, top:bottom, left:right].numpy()
     return pixels
 
 
-def _to_array(image: Image.Image) -> UInt8:
+def _to_array(image: Image.Image) -> NDArray[np.uint8]:
     """Return an RGB image as uint8 ``(3, H, W)``, channels last in memory."""
-    pixels: UInt8 = np.array(image).transpose(2, 0, 1)
+    pixels: NDArray[np.uint8] = np.array(image).transpose(2, 0, 1)
     return pixels
 
 
@@ -437,7 +436,7 @@ class Batch:
     """
 
     rows: NDArray[np.int64]
-    pixels: UInt8
+    pixels: NDArray[np.uint8]
     digests: bytes
     modes: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
@@ -494,7 +493,7 @@ def _decode_each(
         digests.append(digest)
         if isinstance(image, Image.Image):
             modes.update([image.mode] if image.mode != "RGB" else [])
-            notes.update(_notes_of(image))
+            notes.update(_iter_notes(image))
     return Batch(
         np.array(kept, np.int64),
         pixels[: len(kept)],
@@ -505,7 +504,7 @@ def _decode_each(
     )
 
 
-def apply_transform(transform: Transform, image: Decoded, name: str) -> UInt8:
+def apply_transform(transform: Transform, image: Decoded, name: str) -> NDArray[np.uint8]:
     """Return the transformed image.
 
     Raises:
@@ -520,7 +519,7 @@ def apply_transform(transform: Transform, image: Decoded, name: str) -> UInt8:
         raise unreadable(name, error) from error
 
 
-def _notes_of(image: Image.Image) -> Iterator[str]:
+def _iter_notes(image: Image.Image) -> Iterator[str]:
     """Yield what was done to an image that its owner may not expect."""
     if _orientation(image) != 1:
         yield "turned by EXIF orientation"

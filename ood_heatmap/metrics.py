@@ -1,7 +1,7 @@
-"""How well scores tell ID from OOD: AUROC, AUPR and FPR@95TPR, each with its positive class named.
+"""Detection metrics: AUROC, AUPR and FPR@95TPR, each with its positive class named.
 
-Scores: larger is more OOD. scikit-learn computes the figures; the bootstrap needs a thousand of
-them, so it has the same formulas over tied groups, tested to be equal.
+Scores: larger is more OOD. scikit-learn computes the metrics; the bootstrap needs thousands of
+them, so it uses vectorized formulas over groups of ties, which tests compare to scikit-learn.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-Float64: TypeAlias = NDArray[np.float64]
-Scores: TypeAlias = NDArray[np.floating[Any]]
+_Float64: TypeAlias = NDArray[np.float64]
+_Scores: TypeAlias = NDArray[np.floating[Any]]
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_pos", "fpr95_ood_pos")
-PIECE_BYTES = 32 << 20
+_CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class DetectionMetrics:
-    """The figures of one OOD set; shares in [0, 1].
+    """Detection metrics of one OOD set, in [0, 1].
 
     Args:
         auroc: Area under the ROC curve; the same whichever class is positive.
         aupr_in: Average precision, ID positive.
         aupr_out: Average precision, OOD positive.
-        prevalence_ood: Share of OOD images, what ``aupr_out`` would be by chance.
+        prevalence_ood: Share of OOD images: ``aupr_out`` by chance.
         fpr95_id_pos: Share of OOD images accepted when at least 95 % of the ID images are (the
             paper's convention).
         fpr95_ood_pos: Share of ID images flagged when at least 95 % of the OOD images are
             (OpenOOD's convention).
-        num_id, num_ood: Images of each.
+        num_id: Number of ID images.
+        num_ood: Number of OOD images.
     """
 
     auroc: float
@@ -44,8 +45,8 @@ class DetectionMetrics:
     num_ood: int
 
 
-def detection_metrics(id_scores: Scores, ood_scores: Scores) -> DetectionMetrics:
-    """Return all figures of a score.
+def detection_metrics(id_scores: _Scores, ood_scores: _Scores) -> DetectionMetrics:
+    """Compute all metrics of a score.
 
     Args:
         id_scores: ``(N,)`` finite, larger is more OOD.
@@ -63,50 +64,50 @@ def detection_metrics(id_scores: Scores, ood_scores: Scores) -> DetectionMetrics
         aupr_in=float(average_precision_score(1 - is_ood, -scores)),
         aupr_out=float(average_precision_score(is_ood, scores)),
         prevalence_ood=len(ood_scores) / len(scores),
-        fpr95_id_pos=fpr95(1 - is_ood, -scores),
-        fpr95_ood_pos=fpr95(is_ood, scores),
+        fpr95_id_pos=_fpr95(1 - is_ood, -scores),
+        fpr95_ood_pos=_fpr95(is_ood, scores),
         num_id=len(id_scores),
         num_ood=len(ood_scores),
     )
 
 
-def fpr95(is_positive: NDArray[np.integer[Any]], scores: Float64) -> float:
+def _fpr95(is_positive: NDArray[np.integer[Any]], scores: _Float64) -> float:
     """Return the false positive rate at the first threshold with a true positive rate of 95 %.
 
-    No interpolation. ``drop_intermediate`` would leave out thresholds of tied scores and move the
-    figure by some points.
+    No interpolation. ``drop_intermediate`` would drop thresholds of tied scores and shift the
+    result by some percentage points.
     """
     fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=False)
     return float(fpr[np.argmax(tpr >= 0.95)])
 
 
 def weighted_metrics(
-    id_scores: Scores, ood_scores: Scores, id_weights: Float64, ood_weights: Float64
-) -> dict[str, Float64]:
-    """Return the figures of ``METRICS`` for R weightings of the same scores at once.
+    id_scores: _Scores, ood_scores: _Scores, id_weights: _Float64, ood_weights: _Float64
+) -> dict[str, _Float64]:
+    """Compute the ``METRICS`` for R weightings of the same scores, vectorized.
 
     Args:
         id_scores: ``(N,)``.
         ood_scores: ``(M,)``.
-        id_weights: ``(R, N)``, how often each image counts; whole numbers.
-        ood_weights: ``(R, M)``.
+        id_weights: ``(R, N)`` integer-valued, how often each image counts.
+        ood_weights: ``(R, M)``, likewise.
 
     Returns:
         ``(R,)`` for each metric; equal to ``detection_metrics`` of the repeated scores.
     """
-    step = max(1, PIECE_BYTES // (8 * (len(id_scores) + len(ood_scores))))
-    pieces = [
-        grouped_metrics(
-            *grouped(id_scores, id_weights[start : start + step]),
-            *grouped(ood_scores, ood_weights[start : start + step]),
+    step = max(1, _CHUNK_BYTES // (8 * (len(id_scores) + len(ood_scores))))
+    chunks = [
+        _group_metrics(
+            *_group_ties(id_scores, id_weights[start : start + step]),
+            *_group_ties(ood_scores, ood_weights[start : start + step]),
         )
         for start in range(0, len(id_weights), step)
     ]
-    return {key: np.concatenate([piece[key] for piece in pieces]) for key in METRICS}
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in METRICS}
 
 
-def grouped(scores: Scores, weights: Float64) -> tuple[Scores, Float64]:
-    """Return the ``(G,)`` different scores, ascending, and the weight ``(G, R)`` of each."""
+def _group_ties(scores: _Scores, weights: _Float64) -> tuple[_Scores, _Float64]:
+    """Return the ``(G,)`` distinct scores, ascending, and the total weight ``(G, R)`` of each."""
     order = np.argsort(scores, kind="stable")
     values, starts = np.unique(scores[order], return_index=True)
     summed = weights.T[order]
@@ -115,22 +116,24 @@ def grouped(scores: Scores, weights: Float64) -> tuple[Scores, Float64]:
     return values, summed
 
 
-def grouped_metrics(
-    id_values: Scores, num_id: Float64, ood_values: Scores, num_ood: Float64
-) -> dict[str, Float64]:
-    """Return the figures from how often each score ``(G,)`` is there, ``(G, R)``.
+def _group_metrics(
+    id_values: _Scores, num_id: _Float64, ood_values: _Scores, num_ood: _Float64
+) -> dict[str, _Float64]:
+    """Compute the metrics from the distinct scores ``(G,)`` and their counts ``(G, R)``.
 
-    An image is looked at only among the images of the other set: that is what the figures need.
+    ``*_up`` are cumulative counts from the lowest score, ``*_down`` from the highest.
     """
-    nobody = np.zeros((1, num_id.shape[1]))
-    id_up = np.concatenate([nobody, num_id.cumsum(axis=0)])
-    ood_up = np.concatenate([nobody, num_ood.cumsum(axis=0)])
+    zero = np.zeros((1, num_id.shape[1]))
+    id_up = np.concatenate([zero, num_id.cumsum(axis=0)])
+    ood_up = np.concatenate([zero, num_ood.cumsum(axis=0)])
     all_id, all_ood = id_up[-1], ood_up[-1]
     id_below = id_up[np.searchsorted(id_values, ood_values, side="left")]
     id_up_to = id_up[np.searchsorted(id_values, ood_values, side="right")]
     ood_up_to = ood_up[np.searchsorted(ood_values, id_values, side="right")]
-    id_down, ood_down = all_id - id_below, all_ood - ood_up[:-1]  # at least as high as the score
-    with np.errstate(invalid="ignore"):  # a score that nobody drew: 0 of 0, and weighted with 0
+    # counts of scores at least as high as each OOD score
+    id_down, ood_down = all_id - id_below, all_ood - ood_up[:-1]
+    # a score that was not drawn has precision 0 / 0, and weight 0
+    with np.errstate(invalid="ignore"):
         precision_in = np.nan_to_num(id_up[1:] / (id_up[1:] + ood_up_to))
         precision_out = np.nan_to_num(ood_down / (ood_down + id_down))
     column = np.arange(len(all_id))
@@ -145,14 +148,15 @@ def grouped_metrics(
     }
 
 
-def bootstrap_weights(count: int, num_resamples: int, generator: np.random.Generator) -> Float64:
-    """Return ``(R, count)``: how often each of ``count`` images is drawn, with replacement."""
+def bootstrap_weights(count: int, num_resamples: int, generator: np.random.Generator) -> _Float64:
+    """Draw ``(R, count)`` bootstrap counts: how often each of ``count`` images is drawn."""
     drawn = generator.multinomial(count, np.full(count, 1 / count), num_resamples)
-    return drawn.astype(np.float64, order="F")  # read image by image: several times faster
+    # column-major, as it is read image by image: several times faster
+    return drawn.astype(np.float64, order="F")
 
 
-def interval(resampled: Float64, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of resampled figures.
+def interval(resampled: _Float64, level: float = 0.95) -> tuple[float, float]:
+    """Return the bootstrap percentile interval of a resampled metric.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
@@ -160,6 +164,6 @@ def interval(resampled: Float64, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals(names: Sequence[str], resampled: Float64) -> dict[str, tuple[float, float]]:
-    """Return the interval of each column of ``(R, len(names))`` resampled figures."""
+def intervals(names: Sequence[str], resampled: _Float64) -> dict[str, tuple[float, float]]:
+    """Return the interval of each column of ``(R, len(names))`` resampled metrics."""
     return {name: interval(column) for name, column in zip(names, resampled.T, strict=True)}

@@ -22,7 +22,6 @@ from ood_heatmap.images import (
     ClassOrder,
     Decoded,
     ImageSet,
-    UInt8,
     sort_classes,
     unreadable,
 )
@@ -55,14 +54,14 @@ def open_images(
     """
     path = Path(source)
     if path.is_dir():
-        return open_folder(path, class_order=class_order)
+        return _open_folder(path, class_order=class_order)
     if path.suffix in (".npy", ".npz"):
         return _open_array_file(path)
     return _open_torchvision(source, data_root, download)
 
 
 @cache
-def image_suffixes() -> frozenset[str]:
+def _image_suffixes() -> frozenset[str]:
     """Return the suffixes of image files, in lower case; AVIF where Pillow reads it."""
     suffixes = ".png .jpg .jpeg .jpe .jfif .jfi .bmp .webp .tif .tiff .ppm .pgm .gif"
     avif = {".avif"} & set(Image.registered_extensions())
@@ -92,7 +91,7 @@ def find_images(folder: Path, *, skip: Path | None = None) -> list[Path]:
         raise OodHeatmapError(f"{name} cannot be listed ({error.strerror}).") from error
     left_out = ", ".join(f"{kind} {count}" for kind, count in sorted(walk.left_out.items()))
     if not paths:
-        suffixes = ", ".join(sorted(image_suffixes()))
+        suffixes = ", ".join(sorted(_image_suffixes()))
         found = f"; found: {printable(left_out)}" if left_out else ""
         raise OodHeatmapError(
             f"{shown} holds no images (looked for {suffixes}{found}). Name the folder that does."
@@ -118,7 +117,7 @@ class _Walk:
         above |= {_identity(folder)}
         for entry in _visible(folder):
             path = Path(entry.path)
-            kind = _kind_of(entry)
+            kind = _entry_kind(entry)
             if kind == "folder":
                 identity = _identity(path)
                 if identity in above:
@@ -127,7 +126,7 @@ class _Walk:
                     yield from self.images_below(path, above)
             elif kind == "other":
                 self.left_out["broken link or special file"] += 1
-            elif path.suffix.lower() in image_suffixes():
+            elif path.suffix.lower() in _image_suffixes():
                 yield path
             else:
                 self.left_out[path.suffix.lower() or "no suffix"] += 1
@@ -145,7 +144,7 @@ def _visible(folder: Path) -> list["os.DirEntry[str]"]:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
-def _kind_of(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
+def _entry_kind(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
     """Tell folders and files, links to them included, from anything else."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
@@ -154,7 +153,7 @@ def _kind_of(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
         return "other"
 
 
-def open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
+def _open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
     """Return the images of a folder: one subfolder for each class, or flat.
 
     A class folder without images stays a class, so that the labels of the others keep their
@@ -196,7 +195,7 @@ def open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
 def _subfolders(root: Path) -> list[str]:
     """Return the names of the folders that may be classes: not hidden, and not around the root."""
     around = {_identity(parent) for parent in (root.resolve(), *root.resolve().parents)}
-    folders = [Path(entry.path) for entry in _visible(root) if _kind_of(entry) == "folder"]
+    folders = [Path(entry.path) for entry in _visible(root) if _entry_kind(entry) == "folder"]
     return sorted(folder.name for folder in folders if _identity(folder) not in around)
 
 
@@ -317,9 +316,9 @@ def _images_key(keys: Sequence[str], path: Path) -> str:
 class _ArrayReader:
     """Reads images from an array ``(N, 3, H, W)``."""
 
-    images: UInt8
+    images: NDArray[np.uint8]
 
-    def read(self, row: int) -> tuple[UInt8, bytes]:
+    def read(self, row: int) -> tuple[NDArray[np.uint8], bytes]:
         return np.array(self.images[row]), self.digest(row)
 
     def digest(self, row: int) -> bytes:

@@ -62,7 +62,7 @@ from ood_heatmap.sanity import (
 
 log = logging.getLogger(__name__)
 
-CALIBRATION, CALIBRATION_FILE = "calibration", "calibration.safetensors"
+CALIBRATION, _CALIBRATION_FILE = "calibration", "calibration.safetensors"
 _ID_TO_OOD = 5  # of the paper's protocol
 
 
@@ -402,7 +402,7 @@ def _calibrate(stage: Stage, held_out: ScoredSet | None) -> Calibration | None:
     if held_out is None:
         return None
     calibration = Calibration.fit(held_out.scores[HEATMAP], held_out.max_pixel_score)
-    with stage.writing(CALIBRATION_FILE) as scratch:
+    with stage.writing(_CALIBRATION_FILE) as scratch:
         scratch.write_bytes(calibration.to_bytes())
     return calibration
 
@@ -420,7 +420,7 @@ def _finish(
     names += [f"images-{name}.txt" for name in scored]
     sets = [name for name in scored if name not in (ID, CALIBRATION)]
     if calibration is not None:
-        names.append(CALIBRATION_FILE)
+        names.append(_CALIBRATION_FILE)
     results = EvaluationResults(
         sets=tuple(sets),
         near=config.near,

@@ -327,7 +327,11 @@ class LocalizationRow:
     def to_json(self) -> dict[str, Any]:
         """Return the row for ``localization.json``, with 95 % intervals."""
         where = {key: getattr(self, key) for key in ("method", "set", "side", "edges")}
-        return {**where, **self.metrics, "intervals": intervals(PIXEL_METRICS, self.resampled)}
+        return {
+            **where,
+            **self.metrics,
+            "intervals": intervals(PIXEL_METRICS, self.resampled),
+        }
 
 
 def with_means(cells: Sequence[LocalizationRow], names: Sequence[str]) -> list[LocalizationRow]:

@@ -118,6 +118,6 @@ def test_many_levels_of_strength_cost_resampled_figures_little(monkeypatch):
     found = resampled_metrics(strength, masks, np.ones((1, 20)))[0]
     np.testing.assert_allclose(found, exact, atol=1e-4)
     assert tuple(found) != exact  # there were more levels
-    monkeypatch.setattr(module, "NUM_LEVELS", strength.size)
+    monkeypatch.setattr(module, "_NUM_LEVELS", strength.size)
     found = resampled_metrics(strength, masks, np.ones((1, 20)))[0]
     np.testing.assert_allclose(found, exact, atol=1e-9)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ood_heatmap.patches import (
-    BLENDED,
+    _BLENDED,
+    _HARD,
     EDGES,
-    HARD,
     SIDES,
     Patch,
     draw_patch,
@@ -29,8 +29,8 @@ def pasted_by_hand(id_image, ood_image, patch):
     for down in range(patch.side):
         for right in range(patch.side):
             inwards = min(down, right, patch.side - 1 - down, patch.side - 1 - right)
-            share = 1.0 if patch.edges == HARD else min(1.0, (inwards + 1) / (ramp + 1))
-            place = (slice(None), patch.place[0] + down, patch.place[1] + right)
+            share = 1.0 if patch.edges == _HARD else min(1.0, (inwards + 1) / (ramp + 1))
+            place = (slice(None), patch.destination[0] + down, patch.destination[1] + right)
             taken = ood_image[:, patch.source[0] + down, patch.source[1] + right].astype(float)
             result[place] = np.rint(id_image[place] + share * (taken - id_image[place]))
     return result
@@ -41,7 +41,7 @@ def test_a_patch_lies_inside_both_images_and_has_a_side_of_the_list(size, seed, 
     patch = draw_patch(size, seed, row)
     assert patch.side in {max(1, round(share * size)) for share in SIDES}
     assert patch.edges in EDGES
-    for corner in (*patch.source, *patch.place):
+    for corner in (*patch.source, *patch.destination):
         assert 0 <= corner <= size - patch.side
     assert draw_patch(size, seed, row) == patch
 
@@ -59,7 +59,11 @@ def test_every_side_edge_and_place_is_drawn():
 def test_the_places_do_not_depend_on_the_edges_asked_for():
     for row in range(20):
         hard, blended = (draw_patch(32, 0, row, (0.5,), (kind,)) for kind in EDGES)
-        assert (hard.place, hard.source, hard.side) == (blended.place, blended.source, 16)
+        assert (hard.destination, hard.source, hard.side) == (
+            blended.destination,
+            blended.source,
+            16,
+        )
 
 
 @pytest.mark.parametrize("edges", EDGES)
@@ -80,7 +84,7 @@ def test_outside_the_mask_nothing_changes_and_the_middle_is_the_ood_image(row, e
     np.testing.assert_array_equal((result[0] > 0).all(axis=0), mask)
     assert mask.sum() == patch.side**2
     assert result[0].max() == 255
-    assert (edges == BLENDED) == bool((result[0][:, mask] < 255).any())
+    assert (edges == _BLENDED) == bool((result[0][:, mask] < 255).any())
 
 
 def test_images_of_another_shape_or_type_are_refused():

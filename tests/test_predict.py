@@ -20,7 +20,7 @@ from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Output
 from ood_heatmap.cli import main
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.figures import add_legend, overlay, truncated
+from ood_heatmap.figures import _truncate, add_legend, overlay
 from ood_heatmap.pipeline import predict as predict_module
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.predict import list_images, make_output_names, predict
@@ -438,7 +438,7 @@ def test_a_legend_leaves_the_picture_as_it_is_and_its_bar_goes_up_the_scale():
     picture = Image.new("RGB", (224, 224), (10, 20, 30))
     drawn = np.asarray(add_legend(picture, ["a" * 200, "score 0.1"], 0.4))
     np.testing.assert_array_equal(drawn[:224], np.asarray(picture))
-    wanted = figures.blend(np.full((1, 2, 3), 160, np.uint8), np.array([[0.0, 1.0]]))
+    wanted = figures._blend(np.full((1, 2, 3), 160, np.uint8), np.array([[0.0, 1.0]]))
     rows = [row for row in drawn[224:] if (row[6] == wanted[0, 0]).all()]
     assert rows
     assert (rows[0][217] == wanted[0, 1]).all()
@@ -446,8 +446,8 @@ def test_a_legend_leaves_the_picture_as_it_is_and_its_bar_goes_up_the_scale():
 
 
 def test_long_names_are_cut_at_the_width():
-    font = figures.legend_font(12)
-    assert truncated("cat", font, 200) == "cat"
-    cut = truncated("Cardigan Welsh corgi, Cardigan", font, 100)
+    font = figures._load_font(12)
+    assert _truncate("cat", font, 200) == "cat"
+    cut = _truncate("Cardigan Welsh corgi, Cardigan", font, 100)
     assert cut.endswith("…")
     assert font.getlength(cut) <= 100 < font.getlength(cut[:-1] + "xxx…")

@@ -20,11 +20,11 @@ from ood_heatmap.images import Transform, UnreadableImageError, decode, relabel
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.sources import (
+    _image_suffixes,
+    _open_folder,
     find_images,
     from_array,
     from_paths,
-    image_suffixes,
-    open_folder,
     open_images,
     read_file,
 )
@@ -243,7 +243,7 @@ def test_files_left_out_are_counted_by_suffix_and_hidden_ones_are_not(tmp_path, 
 
 
 def test_avif_is_an_image_where_pillow_reads_it():
-    assert (".avif" in image_suffixes()) == ("avif" in features.get_supported())
+    assert (".avif" in _image_suffixes()) == ("avif" in features.get_supported())
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -313,11 +313,11 @@ def test_an_empty_folder_beside_images_is_no_class(tmp_path):
 
 def test_class_folders_in_natural_order(tmp_path):
     root = write_pictures(tmp_path, *(f"{number}/a.png" for number in range(1, 12)))
-    images = open_folder(root, class_order="natural")
+    images = _open_folder(root, class_order="natural")
     assert images.classes == tuple(str(number) for number in range(1, 12))
     assert images.labels.tolist() == list(range(11))
     assert images.names == [f"{number}/a.png" for number in range(1, 12)]
-    assert images.listing != open_folder(root).listing
+    assert images.listing != _open_folder(root).listing
     assert open_images(str(root), class_order="natural").classes == images.classes
 
 
