@@ -1,6 +1,7 @@
 """Shards: what was written is what is mapped; damage and a full disk leave no lie behind."""
 
 import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def test_what_the_system_refuses_to_read_is_not_called_damaged(tmp_path, monkeyp
 
 def test_what_the_system_refuses_to_map_is_not_called_damaged(tmp_path, monkeypatch):
     write_shard(tmp_path / "a.h5", example())
-    monkeypatch.setattr(shards.mmap, "MAP_SHARED", 0)  # the system knows no map of this kind
+    monkeypatch.setattr(mmap, "MAP_SHARED", 0)  # the system knows no map of this kind
     with pytest.raises(OodHeatmapError, match=r"cannot read .*a\.h5: Invalid argument"):
         map_shard(tmp_path / "a.h5")
 
