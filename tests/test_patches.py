@@ -50,7 +50,7 @@ def test_every_side_edge_and_place_is_drawn():
     patches = [draw_patch(8, 0, row) for row in range(2000)]
     assert {patch.side for patch in patches} == {2, 3, 4, 5}
     assert {patch.edges for patch in patches} == set(EDGES)
-    for attribute in ("place", "source"):
+    for attribute in ("destination", "source"):
         corners = {getattr(patch, attribute) for patch in patches if patch.side == 5}
         assert corners == {(top, left) for top in range(4) for left in range(4)}
     assert [draw_patch(8, 1, row) for row in range(50)] != patches[:50]
@@ -88,7 +88,7 @@ def test_outside_the_mask_nothing_changes_and_the_middle_is_the_ood_image(row, e
 
 
 def test_images_of_another_shape_or_type_are_refused():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         paste(images(1, 8)[0], images(1, 9)[0], draw_patch(8, 0, 0))
     with pytest.raises(ValueError, match="must be uint8"):
         paste(images(1, 8)[0], images(1, 8)[0].astype(np.int16), draw_patch(8, 0, 0))
