@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 Float32: TypeAlias = NDArray[np.float32]
-FeatureScore: TypeAlias = Callable[[Float32], Float32]  # (B, D) to (B,)
+_FeatureScore: TypeAlias = Callable[[Float32], Float32]  # (B, D) to (B,)
 
 _REACT_PERCENTILE = 0.9
 _ASH_PERCENTILE = 0.65
@@ -136,7 +136,7 @@ def energy(logits: Float32) -> Float32:
     return _float32(-logsumexp(logits.astype(np.float64), axis=1))
 
 
-def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureScore:
+def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> _FeatureScore:
     """Return the score: the squared Mahalanobis distance to the nearest class mean.
 
     One covariance for all classes. Directions in which no ID image varies are left out. In float64,
@@ -168,7 +168,7 @@ def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> FeatureS
     return score
 
 
-def vim(features: Float32, head: nn.Linear) -> FeatureScore:
+def vim(features: Float32, head: nn.Linear) -> _FeatureScore:
     """Return the score: the virtual logit less the energy of the logits.
 
     Args:
@@ -186,7 +186,7 @@ def vim(features: Float32, head: nn.Linear) -> FeatureScore:
     return _score_arrays(detector.predict_features)
 
 
-def react(features: Float32, head: nn.Linear) -> FeatureScore:
+def react(features: Float32, head: nn.Linear) -> _FeatureScore:
     """Return the score: the energy of the logits of clipped features.
 
     They are clipped at a percentile of all values of ID features.
@@ -199,7 +199,7 @@ def react(features: Float32, head: nn.Linear) -> FeatureScore:
     return _score_arrays(detector.predict_feature_maps)
 
 
-def ash(head: nn.Linear) -> FeatureScore:
+def ash(head: nn.Linear) -> _FeatureScore:
     """Return the score: the energy of the logits of pruned and sharpened features (ASH-S).
 
     Source: Djurisic et al., Extremely Simple Activation Shaping for Out-of-Distribution Detection,
@@ -220,7 +220,7 @@ def _bias_of(head: nn.Linear) -> Tensor:
     return torch.zeros(head.out_features) if bias is None else bias.detach()
 
 
-def _score_arrays(predict: Callable[[Tensor], Tensor]) -> FeatureScore:
+def _score_arrays(predict: Callable[[Tensor], Tensor]) -> _FeatureScore:
     """Return a score of tensors as one of arrays."""
 
     def score(features: Float32) -> Float32:
@@ -230,7 +230,7 @@ def _score_arrays(predict: Callable[[Tensor], Tensor]) -> FeatureScore:
     return score
 
 
-def logistic_regression(id_features: Float32, ood_features: Float32) -> FeatureScore:
+def logistic_regression(id_features: Float32, ood_features: Float32) -> _FeatureScore:
     """Return the score: the log-odds of a linear classifier of ID against auxiliary OOD features.
 
     Args:
@@ -242,7 +242,7 @@ def logistic_regression(id_features: Float32, ood_features: Float32) -> FeatureS
     return lambda features: _float32(model.decision_function(features))
 
 
-def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> FeatureScore:
+def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> _FeatureScore:
     """Return the score: the log-odds of a network with one hidden layer, ID against auxiliary OOD.
 
     Args:
@@ -277,7 +277,7 @@ def _of_logits(score: Callable[[Float32], Float32]) -> Callable[[FitData], Score
     return lambda data: lambda inputs: score(inputs.logits)
 
 
-def _of_features(fit: Callable[[FitData], FeatureScore]) -> Callable[[FitData], Score]:
+def _of_features(fit: Callable[[FitData], _FeatureScore]) -> Callable[[FitData], Score]:
     """Return how to fit a score of features."""
 
     def fit_score(data: FitData) -> Score:

@@ -87,7 +87,7 @@ def check_classification(
     """
     names = list(classes) or [str(number) for number in range(num_classes)]
     findings = _check_one_class(label, prediction, names, causes)
-    if findings:
+    if any(finding.suspicious for finding in findings):
         return findings
     known = (label >= 0) & (label < num_classes)
     if known.sum() < _MIN_IMAGES:
@@ -100,7 +100,7 @@ def check_classification(
             )
         return findings
     label, prediction = label[known], prediction[known]
-    findings = check_class_order(label, prediction, names)
+    findings += _check_class_order(label, prediction, names)
     if any(finding.suspicious for finding in findings):
         return findings
     accuracy = float((label == prediction).mean())
@@ -147,7 +147,7 @@ def _chance_accuracy(
     return float(shares[0] @ shares[1])
 
 
-def check_class_order(
+def _check_class_order(
     label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], names: Sequence[str]
 ) -> list[Finding]:
     """Check that no other order of the classes fits the predictions far better.

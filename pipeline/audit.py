@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ood_heatmap.cache.neighbours import k_nearest, unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.duplicates import AuditedSet, find_overlaps, hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import ImageSet
+from ood_heatmap.images import ClassOrder, ImageSet
 from ood_heatmap.pipeline.config import AuditConfig
 from ood_heatmap.pipeline.embed import embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
@@ -105,11 +105,14 @@ def _name_of_row(manifest: Manifest, source: str, row: int) -> str:
 @lru_cache(maxsize=4)
 def _names_of_source(source: str, listing: str) -> Sequence[str] | None:
     """Return the names of a set, if it is still where it was and the same."""
-    try:
-        images = open_images(source)
-    except OodHeatmapError:
-        return None
-    return images.names if images.listing == listing else None
+    for order in get_args(ClassOrder):
+        try:
+            images = open_images(source, class_order=order)
+        except OodHeatmapError:
+            return None
+        if images.listing == listing:
+            return images.names
+    return None
 
 
 def audit(

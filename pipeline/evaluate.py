@@ -27,6 +27,7 @@ from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
 from ood_heatmap.pipeline.results import EvaluationResults
 from ood_heatmap.pipeline.run import (
+    CALIBRATION,
     Index,
     Targets,
     check_files,
@@ -62,7 +63,7 @@ from ood_heatmap.sanity import (
 
 log = logging.getLogger(__name__)
 
-CALIBRATION, _CALIBRATION_FILE = "calibration", "calibration.safetensors"
+_HELD_OUT = "calibration"  # name of the set that thresholds are calibrated on
 _ID_TO_OOD = 5  # of the paper's protocol
 
 
@@ -135,7 +136,7 @@ def _publish(
     config: EvaluateConfig,
 ) -> None:
     """Write the table, the thresholds, the pictures and the report, then the manifest."""
-    shown = {name: item for name, item in scored.items() if name != CALIBRATION}
+    shown = {name: item for name, item in scored.items() if name != _HELD_OUT}
     table = metrics_table({name: item.scores for name, item in shown.items()}, config)
     metrics = metrics_json(table, shown[ID], num_neighbours(index, config), config)
     metrics["runs"] = [_describe_decoder(decoder) for decoder in decoders]
@@ -143,7 +144,7 @@ def _publish(
         name: _write_names(stage, name, subset.images, scored[name])
         for name, subset in subsets.items()
     }
-    calibration = _calibrate(stage, scored.get(CALIBRATION))
+    calibration = _calibrate(stage, scored.get(_HELD_OUT))
     if calibration is not None:
         metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
     findings = _check(scored, subsets, index, targets, config)
@@ -178,13 +179,13 @@ def _check(
         ),
     ]
     for name, subset in subsets.items():
-        if name not in (ID, CALIBRATION):
+        if name not in (ID, _HELD_OUT):
             findings += check_ood_names(subset.images.source, subset.images.class_names, classes)
     findings += check_scores({name: item.by_method for name, item in scored.items()})
     findings += check_resamples(config.resamples)
     findings += check_methods(index, targets, config)
-    if CALIBRATION in scored:
-        findings += check_calibration(len(scored[CALIBRATION]), config.false_alarm)
+    if _HELD_OUT in scored:
+        findings += check_calibration(len(scored[_HELD_OUT]), config.false_alarm)
     return [*findings, *_find_overlaps(scored, subsets, index, targets)]
 
 
@@ -195,7 +196,7 @@ def _find_overlaps(
     targets: Targets,
 ) -> list[Finding]:
     """Check that no image is in two sets that must not share one."""
-    titles = {CALIBRATION: "the held-out ID images", ID: "the ID test set"}
+    titles = {_HELD_OUT: "the held-out ID images", ID: "the ID test set"}
     titles |= {name: f"the OOD test set {name}" for name in scored if name not in titles}
     sets = [audit_index(index), audit_open_targets(targets, index)]
     for name, title in titles.items():
@@ -210,8 +211,8 @@ def _to_audited(
     """Return a scored set, as far as overlaps go."""
     return AuditedSet(
         f"{title} ({images.source})",
-        kind="ID" if name in (ID, CALIBRATION) else "OOD",
-        fitted=name == CALIBRATION,
+        kind="ID" if name in (ID, _HELD_OUT) else "OOD",
+        fitted=name == _HELD_OUT,
         name_of=lambda position: images.names[scored.row[position]],
         pixel_hash=scored.pixel_hash,
         nearest=index.positions(scored.nearest),
@@ -229,12 +230,12 @@ def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> No
     bad = [
         name
         for name in ood_sets
-        if name in (ID, CALIBRATION) or not name.replace("-", "").replace("_", "").isalnum()
+        if name in (ID, _HELD_OUT) or not name.replace("-", "").replace("_", "").isalnum()
     ]
     if bad:
         raise UsageError(
             f"an OOD set cannot be called {bad[0]!r}: use letters, digits, - and _, and neither "
-            f"{ID!r} nor {CALIBRATION!r}."
+            f"{ID!r} nor {_HELD_OUT!r}."
         )
 
 
@@ -304,7 +305,7 @@ def _choose_images(
         )
     subsets = {ID: Subset(id_images, kept, classes)}
     if len(held_out.rows):
-        subsets[CALIBRATION] = held_out
+        subsets[_HELD_OUT] = held_out
     for name, images in ood_sets.items():
         subsets[name] = Subset(images, _ood_rows(name, images, len(kept), config), classes)
     return subsets
@@ -402,7 +403,7 @@ def _calibrate(stage: Stage, held_out: ScoredSet | None) -> Calibration | None:
     if held_out is None:
         return None
     calibration = Calibration.fit(held_out.scores[HEATMAP], held_out.max_pixel_score)
-    with stage.writing(_CALIBRATION_FILE) as scratch:
+    with stage.writing(CALIBRATION) as scratch:
         scratch.write_bytes(calibration.to_bytes())
     return calibration
 
@@ -418,9 +419,9 @@ def _finish(
     content = hash_json({name: item.content for name, item in scored.items()})
     names = [scores_name(name) for name in scored]
     names += [f"images-{name}.txt" for name in scored]
-    sets = [name for name in scored if name not in (ID, CALIBRATION)]
+    sets = [name for name in scored if name not in (ID, _HELD_OUT)]
     if calibration is not None:
-        names.append(_CALIBRATION_FILE)
+        names.append(CALIBRATION)
     results = EvaluationResults(
         sets=tuple(sets),
         near=config.near,

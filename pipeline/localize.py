@@ -52,7 +52,7 @@ from ood_heatmap.pipeline.tables import (
 log = logging.getLogger(__name__)
 UInt8 = NDArray[np.uint8]
 
-TABLE, FIGURE = "localization.json", "figures/localization.png"
+_TABLE, _FIGURE = "localization.json", "figures/localization.png"
 
 
 def localize(
@@ -100,14 +100,14 @@ def localize(
         methods = make_localization_methods(index, trained.decoder, device, config)
         cells, examples = _measure(samples, methods, config)
         table = with_means(cells, list(ood_sets))
-        with stage.writing(TABLE) as scratch:
+        with stage.writing(_TABLE) as scratch:
             scratch.write_bytes(to_json(_localization_json(table, sets, samples, config)))
-        with stage.writing(FIGURE) as scratch:
+        with stage.writing(_FIGURE) as scratch:
             color_max = trained.results.color_max
             scratch.write_bytes(figures.to_png(_sheet(examples, color_max)))
         log_event(run, "localize", cells=len(cells), device=str(device))
         results = LocalizationResults(lowered_pixel_auroc=_check_sanity(table))
-        return stage.commit(results, [TABLE, FIGURE], content=content)
+        return stage.commit(results, [_TABLE, _FIGURE], content=content)
 
 
 def _resume_or_start(stage: Stage, content: str, config: LocalizeConfig) -> Manifest | None:

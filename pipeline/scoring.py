@@ -38,7 +38,7 @@ UInt8 = NDArray[np.uint8]
 PixelScores = dict[str, Float32]  # method to (B, H, W), larger is more OOD
 
 ID, HEATMAP = "id", "heatmap"
-CENTRE, DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
+CENTRE, _DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
 SHUFFLED, SWAPPED = "shuffled weights", "swapped class"
 # of the ID training set, for the feature distance
 NUM_IMAGES, NUM_LOCATIONS = 2_000, 20_000
@@ -389,7 +389,7 @@ class LocalizationMethods:
         scores = {
             HEATMAP: self._heatmap(output, prediction),
             CENTRE: np.broadcast_to(centre_prior(pixels.shape[-1]), pixels[:, 0].shape),
-            DIFFERENCE: self._difference(pixels, output, prediction),
+            _DIFFERENCE: self._difference(pixels, output, prediction),
         }
         if self.locations is not None:
             scores[DISTANCE] = self._distance(output.maps[0], pixels.shape[-1])

@@ -40,7 +40,7 @@ MEAN = "mean"
 _LOCALIZATION_HEADS = ("AUROC", "AUPRO", "pointing")
 
 Scores = Mapping[str, NDArray[np.floating[Any]]]  # by method, (B,) each
-Float64 = NDArray[np.float64]
+_Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _groups(ood: Sequence[str], config: EvaluateConfig) -> dict[str, list[int]]:
 
 def _bootstrap(
     scores: Mapping[str, Scores], columns: Sequence[str], config: EvaluateConfig
-) -> Float64:
+) -> _Float64:
     """Return the metrics of resampled images, ``(resamples, columns, OOD sets, METRICS)``.
 
     An image that is drawn is drawn for every method, and an ID image for every set: the means over
@@ -130,7 +130,7 @@ def _bootstrap(
     """
     ood = [name for name in scores if name != ID]
 
-    def resample(step: int) -> Float64:
+    def resample(step: int) -> _Float64:
         generator = np.random.default_rng([config.seed, step])
         weights = {
             name: bootstrap_weights(len(values[HEATMAP]), _STEP, generator)
@@ -151,7 +151,7 @@ def _bootstrap(
 
 
 def _make_row(
-    method: str, name: str, each: Float64, resampled: Float64, counts: Mapping[str, Any]
+    method: str, name: str, each: _Float64, resampled: _Float64, counts: Mapping[str, Any]
 ) -> DetectionRow:
     """Return a line of the table.
 
@@ -322,7 +322,7 @@ class LocalizationRow:
     side: float | str
     edges: str
     metrics: Mapping[str, float]
-    resampled: Float64
+    resampled: _Float64
 
     def to_json(self) -> dict[str, Any]:
         """Return the row for ``localization.json``, with 95 % intervals."""

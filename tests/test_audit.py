@@ -9,11 +9,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from ood_heatmap.classifier import load_classifier
 from ood_heatmap.cli import main
 from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.pipeline.audit import audit, audit_index, audit_open_targets
-from ood_heatmap.pipeline.config import AuditConfig, EvaluateConfig, TargetsConfig
+from ood_heatmap.pipeline.config import AuditConfig, EvaluateConfig, IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.evaluate import evaluate
+from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import open_index, open_targets
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.sources import open_images
@@ -74,6 +76,20 @@ def test_a_name_that_nobody_knows_any_more_is_a_row(data, run, tmp_path):
     shutil.rmtree(copy)
     index = open_index(run)
     assert audit_open_targets(open_targets(run, index), index).name_of(7) == "row 7"
+
+
+def test_names_are_found_in_whatever_order_the_classes_were_numbered(data, spec, tmp_path):
+    for name, number in (("10", 0), ("9", 1), ("2", 2), ("1", 3)):
+        shutil.copytree(data / "id" / f"class{number}", tmp_path / "id" / name)
+    classifier = load_classifier(spec, weights=data / "weights.safetensors")
+    images = open_images(str(tmp_path / "id"), class_order="natural")
+    build_index(tmp_path / "run", images, classifier, IndexConfig())
+    name_of = audit_index(open_index(tmp_path / "run")).name_of
+    assert [name_of(position) for position in (0, 20, 79)] == [
+        "1/000.png",
+        "2/000.png",
+        "10/019.png",
+    ]
 
 
 @pytest.mark.parametrize(
