@@ -259,7 +259,6 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             "the ID test set"
         )
     click.echo(format_table(content))
-    click.echo(f"knn: k = {content['methods']['knn']['neighbours']}")
     if "decisions" in content:
         click.echo(format_decisions(content["decisions"]))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")

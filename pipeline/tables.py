@@ -227,7 +227,7 @@ def metrics_json(
     methods: dict[str, dict[str, Any]] = {
         method.name: {"label": method.label, "sees_ood": method.sees_ood} for method in METHODS
     }
-    methods["knn"]["neighbours"] = neighbours
+    methods["knn"] |= {"label": f"kNN (k = {neighbours})", "neighbours": neighbours}
     known = id_set.label >= 0
     right = id_set.prediction[known] == id_set.label[known]
     return {
@@ -260,8 +260,19 @@ def format_table(content: Mapping[str, Any]) -> str:
         numbers = [f"{100 * row[key]:.2f}" for key in keys]
         numbers[0] += f" {_margin(row, 'auroc')}"
         prevalence = f"{100 * row['prevalence_ood']:.1f}" if "prevalence_ood" in row else ""
-        lines.append((row["method"], row["set"], *numbers, prevalence))
+        lines.append((label_of(row["method"], content), row["set"], *numbers, prevalence))
     return _aligned(lines)
+
+
+def label_of(method: str, content: Mapping[str, Any]) -> str:
+    """Return what a method is called in tables and figures.
+
+    Args:
+        method: Its name.
+        content: Of ``metrics.json``.
+    """
+    label: str = content["methods"].get(method, {}).get("label", method)
+    return label
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

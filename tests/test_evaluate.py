@@ -181,7 +181,16 @@ def test_a_method_that_is_computed_is_shown(finished_run):
         *("pixel_hash", "nearest", "difference"),
     }
     assert shown <= computed
-    assert set(table(finished_run)[0]["methods"]) == shown - {"heatmap"}
+    content = table(finished_run)[0]
+    assert set(content["methods"]) == shown - {"heatmap"}
+    terminal, page = (
+        format_table(content),
+        (finished_run / "evaluation" / "report.html").read_text(),
+    )
+    for method in content["methods"].values():
+        assert f"\n{method['label']}  " in terminal
+        assert f'<th scope="row">{method["label"]}</th>' in page
+    assert content["methods"]["knn"]["label"] == "kNN (k = 5)"
 
 
 def test_pictures_and_sources_are_there(data, finished_run):
