@@ -19,10 +19,10 @@ from torch.nn import functional
 from ood_heatmap.distributed import world_size
 from ood_heatmap.errors import DamagedCacheError
 
-Target: TypeAlias = Literal["signed", "magnitude"]
-Stack: TypeAlias = Literal["plain", "dcgan"]
+_Target: TypeAlias = Literal["signed", "magnitude"]
+_Stack: TypeAlias = Literal["plain", "dcgan"]
 # what becomes 0 and what becomes 1: one number for all channels, or one for each
-Range: TypeAlias = tuple[float | NDArray[np.float32], float | NDArray[np.float32]]
+_Range: TypeAlias = tuple[float | NDArray[np.float32], float | NDArray[np.float32]]
 
 # neurons of the plain decoder's hidden layer, and channels of its spatial branches
 _HIDDEN_WIDTH, _SPATIAL_WIDTH = 256, 64
@@ -47,16 +47,16 @@ class DecoderConfig:
     num_features: int
     num_classes: int
     size: int
-    target: Target = "magnitude"
+    target: _Target = "magnitude"
     width: int = 0
     map_shapes: tuple[tuple[int, int, int], ...] = ()
     num_channels: int = 3
-    stack: Stack = "dcgan"
+    stack: _Stack = "dcgan"
 
     def __post_init__(self) -> None:
         for name, value, choices in (
-            ("target", self.target, get_args(Target)),
-            ("stack", self.stack, get_args(Stack)),
+            ("target", self.target, get_args(_Target)),
+            ("stack", self.stack, get_args(_Stack)),
         ):
             if value not in choices:
                 raise ValueError(f"{name} of a decoder must be one of {choices}, got {value!r}")
@@ -124,8 +124,8 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        feature_range: Range = _UNIT_RANGE,
-        map_ranges: Sequence[Range] = (),
+        feature_range: _Range = _UNIT_RANGE,
+        map_ranges: Sequence[_Range] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -179,8 +179,8 @@ class DcganDecoder(Decoder):
     def __init__(
         self,
         config: DecoderConfig,
-        feature_range: Range = _UNIT_RANGE,
-        map_ranges: Sequence[Range] = (),
+        feature_range: _Range = _UNIT_RANGE,
+        map_ranges: Sequence[_Range] = (),
     ) -> None:
         super().__init__(config, feature_range, map_ranges)
         widths = config.widths
@@ -227,19 +227,19 @@ class PlainDecoder(Decoder):
 
     With batch norm, noise would change the statistics, which at inference come without it. The
     standard deviations of the deepest feature map are inputs beside the features. Feature maps say
-    where an image is OOD and not how much: see ``SpatialBranch``.
+    where an image is OOD and not how much: see ``_SpatialBranch``.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        feature_range: Range = _UNIT_RANGE,
-        map_ranges: Sequence[Range] = (),
+        feature_range: _Range = _UNIT_RANGE,
+        map_ranges: Sequence[_Range] = (),
     ) -> None:
         super().__init__(config, feature_range, map_ranges)
         widths = config.widths
         branches = [
-            SpatialBranch(shape[0], widths[step], config.num_channels)
+            _SpatialBranch(shape[0], widths[step], config.num_channels)
             for shape, step in zip(config.map_shapes, config.joins, strict=True)
         ]
         self.maps = nn.ModuleList(branches)
@@ -293,8 +293,8 @@ class PlainDecoder(Decoder):
 
 def make_decoder(
     config: DecoderConfig,
-    feature_range: Range = _UNIT_RANGE,
-    map_ranges: Sequence[Range] = (),
+    feature_range: _Range = _UNIT_RANGE,
+    map_ranges: Sequence[_Range] = (),
 ) -> Decoder:
     """Return an untrained decoder; for the arguments see ``Decoder``."""
     if config.stack == "dcgan":
@@ -331,7 +331,7 @@ def load_decoder(content: bytes, path: Path) -> Decoder:
     return decoder.eval()
 
 
-class SpatialBranch(nn.Module):
+class _SpatialBranch(nn.Module):
     """Adds a zero-mean correction, so feature maps decide where and the features how much.
 
     Takes a feature map beside the decoder's own map of the same size. The spatial mean is removed:
@@ -428,7 +428,7 @@ def _resize(maps: Tensor, size: int) -> Tensor:
     return functional.interpolate(maps, (size, size), mode="bilinear")
 
 
-def _to_range(ends: Range, count: int) -> Tensor:
+def _to_range(ends: _Range, count: int) -> Tensor:
     """Return ``(2, count)`` float32: what becomes 0, and what becomes 1."""
     low, high = (torch.as_tensor(end, dtype=torch.float32).expand(count) for end in ends)
     # a constant input must not be divided by 0

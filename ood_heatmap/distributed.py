@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ood_heatmap.errors import OodHeatmapError
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 # the other ranks wait while rank 0 hashes and writes
 _TIMEOUT = timedelta(hours=12)
@@ -84,7 +84,7 @@ def main_process_first() -> Iterator[None]:
         barrier()
 
 
-def all_gather(value: Value) -> list[Value]:
+def all_gather(value: _Value) -> list[_Value]:
     """Return the values of all ranks, in the order of ranks, on every rank.
 
     Raises:
@@ -103,8 +103,8 @@ def all_gather(value: Value) -> list[Value]:
     return values
 
 
-def broadcast(value: Value | None) -> Value:
+def broadcast(value: _Value | None) -> _Value:
     """Return the value of rank 0 on every rank; what the other ranks pass does not matter."""
     values: list[Any] = all_gather(value)
-    result: Value = values[0]
+    result: _Value = values[0]
     return result

@@ -23,9 +23,9 @@ from ood_heatmap.cache.shards import Rows, take_ascending
 from ood_heatmap.distributed import broadcast, rank, world_size
 
 log = logging.getLogger(__name__)
-Int64 = NDArray[np.int64]
-FeedKind: TypeAlias = Literal["resident", "pinned", "streaming"]
-FeedChoice: TypeAlias = Literal["auto", FeedKind]
+_Int64 = NDArray[np.int64]
+_FeedKind: TypeAlias = Literal["resident", "pinned", "streaming"]
+_FeedChoice: TypeAlias = Literal["auto", _FeedKind]
 
 # contiguous rows of the training set, and chunks that are shuffled together
 CHUNK, GROUP = 4096, 64
@@ -119,7 +119,7 @@ class TrainingSet:
         return shared + self.ood_columns["heatmap"].num_bytes
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> Int64:
+def epoch_order(num_rows: int, seed: int, epoch: int) -> _Int64:
     """Return the order of rows in an epoch, a function of its arguments alone.
 
     Chunks of contiguous rows are assigned to groups at random and each group is shuffled, so that
@@ -140,7 +140,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Int64:
     return np.concatenate(groups)
 
 
-def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> Iterator[Int64]:
+def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> Iterator[_Int64]:
     """Yield the rows of this rank's part of every batch of every epoch.
 
     The last, smaller batch of an epoch is dropped, so that all batches have one shape. The rows of
@@ -169,7 +169,7 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def choose_feed(data: TrainingSet, device: torch.device, choice: FeedChoice) -> FeedKind:
+def choose_feed(data: TrainingSet, device: torch.device, choice: _FeedChoice) -> _FeedKind:
     """Return the feed of a choice; for ``auto`` the first that fits in half of the free memory.
 
     ``resident`` (device memory), ``pinned`` (host memory, for a GPU), or ``streaming``, which
@@ -189,13 +189,13 @@ def choose_feed(data: TrainingSet, device: torch.device, choice: FeedChoice) -> 
 class Feed(Protocol):
     """Moves batches to the device."""
 
-    def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
+    def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of ascending rows, valid until the next is asked for."""
 
 
 def open_feed(
-    data: TrainingSet, device: torch.device, choice: FeedChoice, size: int
-) -> tuple[FeedKind, Feed]:
+    data: TrainingSet, device: torch.device, choice: _FeedChoice, size: int
+) -> tuple[_FeedKind, Feed]:
     """Return the kind of feed and the feed; falls back to streaming on out-of-memory.
 
     Args:
@@ -204,7 +204,7 @@ def open_feed(
         choice: ``auto``, ``resident``, ``pinned`` or ``streaming``.
         size: Images of the largest batch.
     """
-    kind: FeedKind = broadcast(choose_feed(data, device, choice))
+    kind: _FeedKind = broadcast(choose_feed(data, device, choice))
     try:
         if kind == "resident":
             return kind, ResidentFeed(data, device)
@@ -251,7 +251,7 @@ class ResidentFeed:
             out[start : start + len(part)] = torch.from_numpy(np.array(part))
         return out
 
-    def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
+    def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
         remaining = iter(batches)
         while block := list(islice(remaining, _BATCHES_PER_COPY)):
@@ -285,7 +285,7 @@ def load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
     )
 
 
-def read_rows(data: TrainingSet, rows: Int64, out: Mapping[str, NDArray[Any]]) -> None:
+def read_rows(data: TrainingSet, rows: _Int64, out: Mapping[str, NDArray[Any]]) -> None:
     """Read ascending rows into the first rows of buffers, one per column.
 
     Raises:
@@ -307,7 +307,7 @@ def read_rows(data: TrainingSet, rows: Int64, out: Mapping[str, NDArray[Any]]) -
     out["heatmap"][:num_id] = 0
 
 
-def read_batch(data: TrainingSet, rows: Int64, device: torch.device) -> TrainingBatch:
+def read_batch(data: TrainingSet, rows: _Int64, device: torch.device) -> TrainingBatch:
     """Return one batch on the device, without a feed."""
     host = torch.device("cpu")
     buffers = {name: _empty(item, len(rows), host) for name, item in data.columns.items()}
@@ -338,7 +338,7 @@ class Slot:
             self.device = {name: item.to(device) for name, item in self.host.items()}
             self.copied, self.used = _untimed_event(), _untimed_event()
 
-    def fill(self, data: TrainingSet, rows: Int64) -> None:
+    def fill(self, data: TrainingSet, rows: _Int64) -> None:
         """Read a batch; the reader thread waits here, never the step."""
         if self.on_gpu:
             self.copied.synchronize()
@@ -372,7 +372,7 @@ class StreamingFeed:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def batches(self, batches: Iterable[Int64]) -> Iterator[TrainingBatch]:
+    def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
         free: Queue[Slot | None] = Queue()
         full: Queue[Slot | BaseException | None] = Queue()
@@ -397,7 +397,7 @@ class StreamingFeed:
 
     def _read(
         self,
-        batches: Iterable[Int64],
+        batches: Iterable[_Int64],
         free: "Queue[Slot | None]",
         full: "Queue[Slot | BaseException | None]",
     ) -> None:

@@ -25,7 +25,7 @@ from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.errors import OodHeatmapError
 
 log = logging.getLogger(__name__)
-UInt8 = NDArray[np.uint8]
+_UInt8 = NDArray[np.uint8]
 # batch size of one core
 IMAGES_PER_CORE = 32
 # forward passes of a GPU between two readings of the clock
@@ -85,7 +85,7 @@ class BatchedClassifier:
         )
         self._halving = threading.Lock()
 
-    def __call__(self, images: UInt8) -> Output:
+    def __call__(self, images: _UInt8) -> Output:
         """Return the output for images ``(B, 3, H, W)``, on the host."""
         outputs = self.start(images).wait()
         return Output(
@@ -94,7 +94,7 @@ class BatchedClassifier:
             tuple(torch.cat(maps) for maps in zip(*(item.maps for item in outputs), strict=True)),
         )
 
-    def start(self, images: UInt8) -> PendingOutputs:
+    def start(self, images: _UInt8) -> PendingOutputs:
         """Start to classify images and return at once."""
         futures = [self.executor.submit(self._run, chunk) for chunk in _chunks(images, self.size)]
         copied = None
@@ -102,7 +102,7 @@ class BatchedClassifier:
             copied = torch.cuda.current_stream(self.classifier.device).record_event()
         return PendingOutputs(futures, copied)
 
-    def _run(self, images: UInt8) -> list[Output]:
+    def _run(self, images: _UInt8) -> list[Output]:
         """Classify a chunk; on out-of-memory halve the batch size and retry."""
         size = self.size
         # the size may have been halved since the chunk was submitted
@@ -144,7 +144,7 @@ class BatchedClassifier:
             torch.cuda.empty_cache()
         log.warning("out of memory on %s: batch size reduced to %d", device, self.size)
 
-    def _to_device(self, images: UInt8, size: int) -> torch.Tensor:
+    def _to_device(self, images: _UInt8, size: int) -> torch.Tensor:
         """Return a batch padded to ``size``, copied from pinned memory so that nothing waits."""
         batch = torch.from_numpy(images)
         if len(images) < size or self.on_gpu:
@@ -192,7 +192,7 @@ class BatchedClassifier:
             torch.cuda.synchronize(self.classifier.device)
 
 
-def _chunks(images: UInt8, size: int) -> list[UInt8]:
+def _chunks(images: _UInt8, size: int) -> list[_UInt8]:
     """Split images into chunks of ``size``; the last may be smaller."""
     return [images[start : start + size] for start in range(0, len(images), size)]
 

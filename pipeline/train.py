@@ -49,11 +49,11 @@ from ood_heatmap.pipeline.step import (
 )
 
 log = logging.getLogger(__name__)
-Float32 = NDArray[np.float32]
+_Float32 = NDArray[np.float32]
 # a line for each epoch: its number and mean loss
-History: TypeAlias = list[dict[str, float]]
+_History: TypeAlias = list[dict[str, float]]
 
-HISTORY = "history.jsonl"
+_HISTORY = "history.jsonl"
 CHECKPOINT_SECONDS = 10
 _ROWS_PER_CHUNK = 4096
 
@@ -137,15 +137,15 @@ def new_decoder(index: Index, config: TrainConfig) -> Decoder:
     )
 
 
-def _flatten_locations(maps: Float32) -> Float32:
+def _flatten_locations(maps: _Float32) -> _Float32:
     """Return feature maps ``(B, C, h, w)`` as ``(B h w, C)``."""
-    locations: Float32 = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    locations: _Float32 = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
     return locations
 
 
 def _standard_range(
-    column: Rows, to_vectors: Callable[[Float32], Float32] = lambda rows: rows
-) -> tuple[Float32, Float32]:
+    column: Rows, to_vectors: Callable[[_Float32], _Float32] = lambda rows: rows
+) -> tuple[_Float32, _Float32]:
     """Return mean, and mean plus one standard deviation, over all rows; computed in float64.
 
     Args:
@@ -169,7 +169,7 @@ class _Trained:
     """A trained decoder, its history, and throughput stats (empty if no epoch remained)."""
 
     decoder: Decoder
-    history: History
+    history: _History
     stats: Mapping[str, Any]
 
 
@@ -217,7 +217,7 @@ def _run_epochs(
     feed: Feed,
     decoder: Decoder,
     optimizer: torch.optim.Optimizer,
-    history: History,
+    history: _History,
     config: TrainConfig,
 ) -> dict[str, Any]:
     """Run the epochs that are missing from the history, and return throughput stats."""
@@ -344,7 +344,7 @@ def _training_stats(
     }
 
 
-def _check_finite(history: History, decoder: Decoder) -> None:
+def _check_finite(history: _History, decoder: Decoder) -> None:
     """Stop a training that has diverged, before its weights reach a checkpoint."""
     finite = torch.stack([item.isfinite().all() for item in decoder.state_dict().values()]).all()
     if not (np.isfinite(history[-1]["loss"]) and finite):
@@ -355,7 +355,7 @@ def _check_finite(history: History, decoder: Decoder) -> None:
 
 
 def _save_checkpoint(
-    stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer, history: History
+    stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer, history: _History
 ) -> None:
     """Write a checkpoint atomically, on rank 0: the state is identical on all ranks."""
     if not is_main():
@@ -374,13 +374,13 @@ def _save_checkpoint(
     _write_history(stage, history)
 
 
-def _write_history(stage: Stage, history: History) -> None:
+def _write_history(stage: Stage, history: _History) -> None:
     """Write the history, a line of JSON for each epoch."""
-    with stage.writing(HISTORY) as scratch:
+    with stage.writing(_HISTORY) as scratch:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in history), "utf-8")
 
 
-def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> History:
+def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> _History:
     """Load the last checkpoint, if there is one, and return its history.
 
     A damaged checkpoint holds nothing that could be used: training starts over, with a warning.
@@ -432,7 +432,7 @@ def _finish(
         pairing=TargetsResults.from_manifest(targets).pairing,
         color_max=_color_max(decoder, data),
     )
-    return stage.commit(results, [DECODER, HISTORY], speed=trained.stats)
+    return stage.commit(results, [DECODER, _HISTORY], speed=trained.stats)
 
 
 @torch.inference_mode()
