@@ -1,8 +1,8 @@
-"""Image sets, and the one transform that every image of every stage goes through.
+"""Image sets, and the transform that all stages apply to every image.
 
-Whatever comes in ends as uint8 ``(3, H, W)`` RGB at the classifier's input size, quantized once, so
-that the difference of two images is exact. Every image is first turned upright by its EXIF
-orientation, in every stage and whatever its format; torchvision's ``ImageFolder`` ignores it.
+The result is always uint8 RGB ``(3, H, W)`` at the classifier's input size, quantized once, so that
+the difference of two images is exact. EXIF orientation is applied first, in every stage and for
+every format; torchvision's ``ImageFolder`` ignores it.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _Done = TypeVar("_Done")
 
 
 class UnreadableImageError(OodHeatmapError):
-    """An image is missing, cut short, not an image, or of a kind that cannot be converted."""
+    """An image is missing, truncated, not an image, or of a mode that cannot be converted."""
 
     reason: str = ""
 
@@ -49,7 +49,7 @@ class UnreadableImageError(OodHeatmapError):
 def unreadable(name: str, cause: Exception) -> UnreadableImageError:
     """Return the error for an image that cannot be read or converted, with the reason."""
     if isinstance(cause, UnidentifiedImageError):
-        # its own text has a memory address in it
+        # Pillow's own message contains a memory address
         reason = "not an image"
     else:
         reason = (isinstance(cause, OSError) and cause.strerror) or str(cause) or repr(cause)
@@ -66,15 +66,15 @@ Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize with antialiasing, then crop the centre: equal to torchvision's and timm's own.
+    """Antialiased resize and center crop, equivalent to torchvision's and timm's.
 
-    Equal in geometry; of a photograph's values, one to three in a thousand differ by one level,
-    since PyTorch and Pillow round their kernels differently. Made of plain values:
-    ``dataclasses.asdict`` gives its JSON, ``Transform(**content)`` takes it.
+    The geometry is equal; of a photograph's values, one to three in a thousand differ by one level,
+    since PyTorch and Pillow round their kernels differently. All fields are plain values:
+    ``dataclasses.asdict`` gives its JSON, ``Transform(**content)`` parses it.
 
     Args:
-        size: Pixels of the square that comes out.
-        resize: Pixels of the resized side before the crop; ``size`` when 0.
+        size: Side of the square output in pixels.
+        resize: Side of the resized image before the crop in pixels; ``size`` when 0.
         interpolation: ``bilinear`` or ``bicubic``.
         crop_mode: As timm names them. ``center`` resizes the shorter side and keeps the aspect
             ratio, ``border`` the longer side, ``squash`` both sides, whatever the ratio.
@@ -89,13 +89,13 @@ class Transform:
 
     @staticmethod
     def from_torchvision(preset: Any) -> "Transform":
-        """Return the transform of torchvision weights, without its normalization.
+        """Make the transform of torchvision weights, without its normalization.
 
         Args:
-            preset: What ``weights.transforms()`` returns.
+            preset: Return value of ``weights.transforms()``.
 
         Raises:
-            UsageError: It is not the preset of an image classifier.
+            UsageError: The preset is not one of an image classifier.
         """
         kind = type(preset).__name__
         if kind != "ImageClassification":
@@ -108,25 +108,25 @@ class Transform:
 
     @staticmethod
     def from_timm(config: Mapping[str, Any]) -> "Transform":
-        """Return timm's evaluation transform, without its normalization.
+        """Make timm's evaluation transform, without its normalization.
 
         Args:
-            config: What ``timm.data.resolve_data_config`` returns.
+            config: Return value of ``timm.data.resolve_data_config``.
 
         Raises:
-            UsageError: The input is not square, or the crop mode or interpolation is not known.
+            UsageError: The input is not square, or the crop mode or interpolation is unsupported.
         """
         _, height, width = config["input_size"]
         if height != width:
             raise UsageError(
-                f"the model takes images of {height} x {width} px; only square inputs are "
-                "supported. Choose a model with a square input."
+                f"the model takes images of {height} x {width} px, but inputs must be square. "
+                "Choose a model with a square input."
             )
         crop_mode = config["crop_mode"]
         if crop_mode not in get_args(CropMode):
             raise UsageError(
-                f"the crop mode {crop_mode!r} is not known: use a model with one of "
-                f"{', '.join(get_args(CropMode))}."
+                f"the crop mode {crop_mode!r} is not supported: "
+                f"use a model with one of {', '.join(get_args(CropMode))}."
             )
         red, green, blue = (round(255 * value) for value in config["mean"])
         return Transform(
@@ -138,7 +138,7 @@ class Transform:
         )
 
     def __call__(self, image: Decoded) -> NDArray[np.uint8]:
-        """Return uint8 ``(3, size, size)``."""
+        """Transform an image to uint8 ``(3, size, size)``."""
         image = _to_rgb(image)
         height, width = self._resized_shape(image.height, image.width)
         (top, bottom), (left, right) = self._crop(height), self._crop(width)
@@ -153,7 +153,7 @@ class Transform:
         return canvas
 
     def _resized_shape(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width before the crop, as torchvision and timm round them."""
+        """Return height and width before the crop, rounded as in torchvision and timm."""
         side = self.resize or self.size
         if self.crop_mode == "squash":
             return side, side
@@ -164,42 +164,41 @@ class Transform:
         return int(side * height / shorter), int(side * width / shorter)
 
     def _crop(self, length: int) -> tuple[int, int]:
-        """Return where the crop starts and ends along one side of the resized image."""
-        # half to even, as torchvision's center_crop
+        """Return start and stop of the center crop along one side of the resized image."""
+        # rounds half to even, as torchvision's center_crop
         start = round(max(0, length - self.size) / 2)
         return start, min(length, start + self.size)
 
     def keeps(self, height: int, width: int) -> bool:
-        """Tell whether images of this size pass unchanged."""
+        """Return whether images of this size are returned unchanged."""
         return (height, width) == (self.size, self.size) and self.resize in (0, self.size)
 
 
 def _interpolation(name: str) -> Interpolation:
-    """Return the interpolation of a preset.
+    """Validate the interpolation of a preset.
 
     Raises:
         UsageError: It is neither bilinear nor bicubic.
     """
     if name not in get_args(Interpolation):
         raise UsageError(
-            f"the interpolation {name!r} is not supported: use a model with one of "
-            f"{', '.join(get_args(Interpolation))}."
+            f"the interpolation {name!r} is not supported: "
+            f"use a model with one of {', '.join(get_args(Interpolation))}."
         )
     return cast(Interpolation, name)
 
 
 def _to_rgb(image: Decoded) -> Image.Image:
-    """Return an upright 8-bit RGB image.
+    """Convert to an upright 8-bit RGB image.
 
     - EXIF orientation is applied.
-    - Greys of 16 bits are scaled from 0..65535, not clipped.
-    - Transparency is dropped: what an editor left under the clear part of a cut-out shows, as it
-      does with torchvision.
-    - Of an animation or a file of several pages, the first counts.
+    - 16-bit grey values are scaled from 0..65535, not clipped.
+    - Alpha is dropped, as in torchvision: color under transparent pixels becomes visible.
+    - Of an animation or a multi-page file, only the first frame is used.
 
     Raises:
-        ValueError: The range of its values is not known: floating point, integers below 0 or above
-            65535, or 16-bit greys so small that all of them would be black.
+        ValueError: The range of the values is unknown: floating point, integers below 0 or above
+            65535, or 16-bit grey values so small that the image would be black.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image.transpose(1, 2, 0))
@@ -215,31 +214,31 @@ def _to_rgb(image: Decoded) -> Image.Image:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(
-                f"integer greys from {low} to {high} have no known range; save them with 8 or 16 "
-                "bits"
+                f"integer grey values from {low} to {high} have no known range; "
+                "save them with 8 or 16 bits"
             )
         if 0 < high < 256:
             raise ValueError(
-                f"16-bit greys that end at {high} of 65535 would all be black; save them with 8 "
-                "bits, or scale them"
+                f"16-bit grey values with a maximum of {high} of 65535 would all be black; "
+                "save them with 8 bits, or scale them"
             )
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "P":
-        # its transparency may be bytes, which only RGBA takes without a warning
+        # palette transparency may be bytes, which only RGBA converts without a warning
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1, upright, where there is none or EXIF is damaged.
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or damaged.
 
-    Pillow turns TIFF files itself when they are loaded, and reports them as upright from then on.
+    Pillow rotates TIFF files on loading, and reports them as upright afterwards.
     """
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        # whatever a damaged header makes the parser raise
+        # a damaged header can make the parser raise anything
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
@@ -250,7 +249,7 @@ def _resize_and_crop(
     box: tuple[int, int, int, int],
     interpolation: Interpolation,
 ) -> NDArray[np.uint8]:
-    """Resize an RGB image to (width, height) and crop the box (left, top, right, bottom) of that.
+    """Resize an RGB image to (width, height), then crop the box (left, top, right, bottom).
 
     Returns:
         uint8 ``(3, bottom - top, right - left)``.
@@ -260,19 +259,19 @@ def _resize_and_crop(
     if size[0] * size[1] > _MAX_RESIZED_PIXELS:
         return _to_array(_resize_strip(image, size, box, resample))
     if image.height - size[1] > max(0, 2 * (image.width - size[0])):
-        # Pillow 13 resizes the columns first here, older ones and PyTorch the rows
+        # Pillow 13 resizes columns first in this case, older versions and PyTorch resize rows first
         return _to_array(image.resize(size, resample).crop(box))
     if size == image.size:
         return _to_array(image.crop(box))
-    # as Pillow does, in integers, in a third of the time
-    whole = torch.from_numpy(_to_array(image))[None]
-    resized = interpolate(whole, size[::-1], mode=interpolation, antialias=True)[0]
+    # integer arithmetic like Pillow's, in a third of the time
+    batch = torch.from_numpy(_to_array(image))[None]
+    resized = interpolate(batch, size[::-1], mode=interpolation, antialias=True)[0]
     pixels: NDArray[np.uint8] = resized[:, top:bottom, left:right].numpy()
     return pixels
 
 
 def _to_array(image: Image.Image) -> NDArray[np.uint8]:
-    """Return an RGB image as uint8 ``(3, H, W)``, channels last in memory."""
+    """Convert an RGB image to uint8 ``(3, H, W)``, channels-last in memory."""
     pixels: NDArray[np.uint8] = np.array(image).transpose(2, 0, 1)
     return pixels
 
@@ -283,10 +282,10 @@ def _resize_strip(
     box: tuple[int, int, int, int],
     resample: Image.Resampling,
 ) -> Image.Image:
-    """Resize only the crop of a long strip, which would fill the memory as a whole."""
+    """Resize only the crop of a very elongated image, which would not fit in memory as a whole."""
     scale = np.tile(np.divide(image.size, size), 2)
     source = scale * box
-    # Pillow takes the box in single precision: cut the image near it, beyond the kernel's reach
+    # Pillow takes the box in single precision: crop near it first, beyond the kernel's support
     reach = 2 * np.ceil(np.maximum(scale, 1)) + 1
     left, top = np.maximum(np.floor(source - reach)[:2], 0)
     right, bottom = np.minimum(np.ceil(source + reach)[2:], image.size)
@@ -297,17 +296,17 @@ def _resize_strip(
 
 
 class ImageReader(Protocol):
-    """Reads the images of a set by row. Called from several threads."""
+    """Reads the images of a set by row; must be thread-safe."""
 
     def read(self, row: int) -> tuple[Decoded, bytes]:
         """Return the decoded image and the sha256 of its bytes.
 
         Raises:
-            UnreadableImageError: Names the image.
+            UnreadableImageError: The image cannot be read; names the image.
         """
 
     def digest(self, row: int) -> bytes:
-        """Return that sha256 alone."""
+        """Return only the sha256."""
 
 
 @dataclass(frozen=True)
@@ -315,14 +314,14 @@ class ImageSet:
     """A set of images in a fixed order; a row is a position in it.
 
     Args:
-        source: What the user named.
-        names: One for each row, printable: the path inside a folder, or the row's number.
+        source: The source as named by the user.
+        names: Printable name of each row: the path within a folder, or the row number.
         labels: ``(N,)`` int32; -1 where unknown.
-        classes: Class names by label, printable; empty when there are no labels.
+        classes: Class names by label, printable; empty without labels.
         reader: Reads an image by its row.
-        listing: sha256 of what is known without reading the images.
-        array: All images as uint8 ``(N, 3, H, W)`` when they are in memory already.
-        has_class_names: False where ``classes`` are only the labels' numbers, as in array files.
+        listing: sha256 of everything known without reading the images.
+        array: All images as uint8 ``(N, 3, H, W)`` if they are in memory, otherwise None.
+        has_class_names: False if ``classes`` are only label numbers, as in array files.
     """
 
     source: str
@@ -347,20 +346,20 @@ class ImageSet:
         return self.reader.read(row)
 
     def digest(self, row: int) -> bytes:
-        """Return the sha256 of the bytes of a row's image."""
+        """Return the sha256 of the image of a row."""
         return self.reader.digest(row)
 
     def describe(self) -> dict[str, Any]:
-        """Return what goes into a stage's inputs: the content of a set, not its location."""
+        """Return the inputs of a stage: the content of the set, not its location."""
         return {"num_images": len(self), "listing": self.listing}
 
 
 def relabel(images: ImageSet, classes: Sequence[str]) -> ImageSet:
-    """Return the set with its labels counted in another order of classes, matched by name.
+    """Return the set with its labels mapped to another order of classes, matched by name.
 
     Args:
-        images: With labels. Where its classes have no names, labels are positions and stay.
-        classes: Class names of the classifier, by label. Some may have no images in the set.
+        images: A labelled set. If its classes have no names, labels are kept.
+        classes: Class names of the classifier, by label; some may have no images in the set.
 
     Returns:
         The same rows; images of a class that is not in ``classes`` get the label -1.
@@ -378,10 +377,10 @@ ClassOrder: TypeAlias = Literal["name", "natural", "case-insensitive"]
 
 
 def sort_classes(names: Iterable[str], order: ClassOrder) -> list[str]:
-    """Return class names in an order that labels are counted in.
+    """Sort class names into the order of their labels.
 
     Args:
-        names: All different.
+        names: Distinct class names.
         order: ``name`` by code point, as torchvision's ``ImageFolder`` (1, 10, 2; B, a);
             ``natural`` with numbers as numbers and without case, as timm (1, 2, 10; a, B);
             ``case-insensitive`` (1, 10, 2; a, B).
@@ -395,24 +394,24 @@ def sort_classes(names: Iterable[str], order: ClassOrder) -> list[str]:
 
 
 def _natural_key(name: str) -> list[str | int]:
-    """Return what names are compared by, as timm's ``natural_key``."""
+    """Return the sort key of timm's ``natural_key``."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name.lower())]
 
 
 def class_orders(classes: Sequence[str]) -> dict[ClassOrder, tuple[str, ...]]:
-    """Return the other orders of the same class names, those that differ from it."""
+    """Return the other orders of the same class names, where they differ."""
     orders = {order: tuple(sort_classes(classes, order)) for order in get_args(ClassOrder)}
     return {order: names for order, names in orders.items() if names != tuple(classes)}
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that was left out of a batch.
+    """An unreadable image that was skipped.
 
     Args:
-        row: Its row of the set.
-        name: Its name in the set.
-        reason: Why, in a few words.
+        row: Row of the set.
+        name: Name in the set.
+        reason: Short reason.
     """
 
     row: int
@@ -422,17 +421,17 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Batch:
-    """Decoded images, on their way to the classifier.
+    """A batch of decoded images.
 
     Args:
-        rows: ``(B,)`` rows of the set, ascending; unreadable ones are left out.
+        rows: ``(B,)`` rows of the set, ascending, without unreadable images.
         pixels: ``(B, 3, H, W)`` uint8.
-        digests: sha256 of each image's bytes, joined.
-        modes: Number of images of each mode other than RGB, all converted.
-        notes: Number of images with something else to report, by what it is.
+        digests: Concatenated sha256 of each image's bytes.
+        modes: Number of images converted to RGB, by original mode.
+        notes: Number of images with another peculiarity, by description.
         skipped: Unreadable images.
-        seconds: Wall time in the thread that decoded them.
-        cpu_seconds: CPU time of that thread.
+        seconds: Wall time of the decoding thread.
+        cpu_seconds: CPU time of the decoding thread.
     """
 
     rows: NDArray[np.int64]
@@ -452,15 +451,15 @@ def decode(
     *,
     skip_unreadable: bool = False,
 ) -> Batch:
-    """Read and transform some images of a set.
+    """Read and transform a batch of images.
 
     Raises:
-        UnreadableImageError: Names the image, unless ``skip_unreadable``.
+        UnreadableImageError: An image is unreadable and ``skip_unreadable`` is False.
     """
     started, cpu_started = time.perf_counter(), time.thread_time()
     if images.array is not None and transform.keeps(*images.array.shape[2:]):
         pixels = np.ascontiguousarray(images.array[rows])
-        batch = Batch(rows, pixels, b"".join(hashlib.sha256(item).digest() for item in pixels))
+        batch = Batch(rows, pixels, b"".join(hashlib.sha256(image).digest() for image in pixels))
     else:
         batch = _decode_each(images, rows, transform, skip_unreadable)
     return replace(
@@ -505,26 +504,26 @@ def _decode_each(
 
 
 def apply_transform(transform: Transform, image: Decoded, name: str) -> NDArray[np.uint8]:
-    """Return the transformed image.
+    """Transform an image, and name it in the error on failure.
 
     Raises:
-        UnreadableImageError: It cannot be transformed.
+        UnreadableImageError: The image cannot be transformed.
     """
     try:
         return transform(image)
     except (MemoryError, RuntimeError):
-        # the machine's fault (PyTorch raises RuntimeError for lack of memory), not the image's
+        # out of memory (PyTorch raises RuntimeError) is not a fault of the image
         raise
     except Exception as error:
         raise unreadable(name, error) from error
 
 
 def _iter_notes(image: Image.Image) -> Iterator[str]:
-    """Yield what was done to an image that its owner may not expect."""
+    """Yield peculiarities of an image that its owner may not expect."""
     if _orientation(image) != 1:
-        yield "turned by EXIF orientation"
+        yield "rotated by EXIF orientation"
     if image.mode.startswith("I") and np.asarray(image).max() < 4096:
-        yield "nearly black: 16-bit greys below 4096 of 65535"
+        yield "nearly black: 16-bit grey values below 4096 of 65535"
 
 
 def iter_batches(
@@ -537,18 +536,17 @@ def iter_batches(
 ) -> Iterator[Batch]:
     """Decode images in threads, prefetched and in order.
 
-    Threads and not processes: decoding and resizing release Python's lock, and nothing is copied
-    or pickled.
+    Threads instead of processes: decoding and resizing release the GIL, and nothing is pickled.
 
     Args:
         images: The set.
         chunks: Rows of each batch, ascending.
-        transform: The one transform.
-        workers: Threads; as many batches wait decoded.
-        skip_unreadable: Leave unreadable images out instead of raising.
+        transform: The transform of all images.
+        workers: Number of threads, also the number of prefetched batches.
+        skip_unreadable: Skip unreadable images instead of raising.
 
     Raises:
-        UnreadableImageError: Names the image.
+        UnreadableImageError: An image is unreadable; names the image.
     """
     return prefetch(
         lambda rows: decode(images, rows, transform, skip_unreadable=skip_unreadable),
@@ -560,7 +558,7 @@ def iter_batches(
 def prefetch(
     function: Callable[[_Item], _Done], items: Iterable[_Item], *, workers: int
 ) -> Iterator[_Done]:
-    """Yield ``function(item)`` in order, computed in threads; at most ``workers`` results wait."""
+    """Yield ``function(item)`` in order, computed in threads, up to ``workers`` items ahead."""
     waiting: deque[Future[_Done]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

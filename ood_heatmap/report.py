@@ -1,7 +1,7 @@
-"""The report of an evaluation: one HTML page that opens from disk and needs no network.
+"""Render the report of an evaluation: a self-contained HTML page that needs no network.
 
-This module renders tables and images, escaped. Plots and controls are drawn by the script in
-``report.html`` from the JSON embedded here.
+This module renders tables and images, with all text escaped. The script in ``report.html`` draws
+plots and controls from the JSON embedded here.
 """
 
 import base64
@@ -25,11 +25,11 @@ from ood_heatmap.errors import printable
 from ood_heatmap.figures import COLORMAP, Card, share_of_scale
 
 ID = "id"
-# the method of the histograms and of the threshold
+# method shown in the histograms and used for the threshold
 HEATMAP = "heatmap"
-# pixels of the longer side, as on the page: 200 cards of 224 px would be 50 MB
+# longer side in pixels, as displayed on the page: 200 cards of 224 px would be 50 MB
 _PICTURE_SIZE = 96
-# at least; the step is the next smaller power of ten
+# minimum number of steps; the step is rounded down to a power of ten
 _SLIDER_STEPS = 1000
 
 _Curves = Mapping[str, tuple[list[float], list[float]]]
@@ -47,7 +47,7 @@ class _Column:
 
     @property
     def arrow(self) -> str:
-        """Point to the better side."""
+        """Arrow in the direction of better values."""
         return "&uarr;" if self.sign > 0 else "&darr;"
 
 
@@ -72,23 +72,23 @@ def render_report(
     classes: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> str:
-    """Render the report; the same input gives the same page.
+    """Render the report, deterministically.
 
     Args:
-        title: Its heading.
-        metrics: Content of ``metrics.json``: ``table`` has a row for each method and set, shares in
-            [0, 1]. A row may have ``intervals``, ``{metric: [low, high]}``. ``decisions``, where
-            there are any, say how many held-out images the threshold rests on.
+        title: Heading of the page.
+        metrics: Content of ``metrics.json``: ``table`` has one row per method and set, values in
+            [0, 1]. A row may have ``intervals``, ``{metric: [low, high]}``. ``decisions``, if
+            present, has the number of held-out images behind the threshold.
         scores: All heatmap scores by set; the set ``id`` is in-distribution.
-        roc: By set and method, false and true positive rates; OOD is the positive class.
-        cards: The gallery, in the order in which it is first shown.
+        roc: False and true positive rates by set and method; OOD is the positive class.
+        cards: The gallery, in initial order.
         color_max: Top of the colour scale shared by all heatmaps.
         threshold: Initial position of the slider; None for the 95th percentile of the ID scores.
         classes: Names of the ID classes; empty when unknown.
-        warnings: What the stages of the run warned about, shown above everything else.
+        warnings: Warnings of all stages, shown at the top.
 
     Raises:
-        ValueError: The set ``id`` is missing, or a set has no scores or some that are not finite.
+        ValueError: The set ``id`` is missing, or a set has no scores or non-finite ones.
     """
     _check_scores(scores)
     start = float(np.quantile(scores[ID], 0.95) if threshold is None else threshold)
@@ -135,12 +135,12 @@ def render_report(
 
 
 def _escape(text: str) -> str:
-    """Return text on one line, with the characters that are markup escaped."""
+    """Escape text for HTML, on one line."""
     return escape(printable(text))
 
 
 def _render_warnings(warnings: Sequence[str]) -> str:
-    """Render the box of warnings; nothing without any."""
+    """Render the box of warnings; empty without warnings."""
     if not warnings:
         return ""
     items = "".join(f"<li>{_escape(text)}</li>" for text in warnings)
@@ -151,7 +151,7 @@ def _render_warnings(warnings: Sequence[str]) -> str:
 
 
 def _format_origin(threshold: float | None, decisions: Mapping[str, Any] | None) -> str:
-    """Say where the slider starts, and why there is no threshold where there is none."""
+    """Describe the initial position of the slider, and why there is no threshold, if so."""
     if threshold is not None:
         return "the threshold of this evaluation"
     origin = "the 95th percentile of the ID scores"
@@ -164,18 +164,18 @@ def _format_origin(threshold: float | None, decisions: Mapping[str, Any] | None)
 
 
 def _check_scores(scores: Mapping[str, NDArray[np.float32]]) -> None:
-    """Raise ValueError for scores that cannot be plotted."""
+    """Raise ValueError if scores cannot be plotted."""
     if ID not in scores:
         raise ValueError(f"scores must have the set {ID!r}, got {list(scores)}")
     for name, values in scores.items():
         if not (len(values) and np.isfinite(values).all()):
-            raise ValueError(f"scores of {name!r} must be finite and at least one")
+            raise ValueError(f"scores of {name!r} must be finite and not empty")
 
 
 def _slider_range(
     scores: Mapping[str, NDArray[np.float32]], start: float
 ) -> tuple[float, float, float]:
-    """Return minimum, maximum and step of the slider: round numbers that span all scores."""
+    """Return minimum, maximum and step of the slider: round numbers that cover all scores."""
     bottom = min(0.0, start, *(float(values.min()) for values in scores.values()))
     top = max(start, *(float(values.max()) for values in scores.values()))
     width = top - bottom or 1.0
@@ -186,15 +186,15 @@ def _slider_range(
 
 
 def _encode_scores(scores: NDArray[np.float32]) -> str:
-    """Return sorted scores as base64 of little-endian float32.
+    """Encode sorted scores as base64 of little-endian float32.
 
-    Exact, so that the page counts what Python counts.
+    Lossless, so that counts on the page equal those in Python.
     """
     return base64.b64encode(np.sort(scores).astype("<f4").tobytes()).decode("ascii")
 
 
 def _roc_data(name: str, curves: _Curves) -> dict[str, Any]:
-    """Return the ROC curves of a set for the script; five digits are finer than a pixel."""
+    """Return the ROC curves of a set for the script, to five digits: finer than a pixel."""
     return {
         "set": printable(name),
         "curves": [
@@ -209,19 +209,19 @@ def _roc_data(name: str, curves: _Curves) -> dict[str, Any]:
 
 
 def _embed_json(data: Mapping[str, Any]) -> str:
-    """Return JSON that cannot close its ``<script>`` element."""
+    """Serialize to JSON that cannot close its ``<script>`` element."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _script_hash(template: str) -> str:
-    """Return the hash by which the page's policy admits its own script and no other."""
+    """Return the hash by which the Content-Security-Policy allows the page's own script."""
     (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
-def _fill(template: str, parts: Mapping[str, str]) -> str:
-    """Replace each ``{{ name }}`` of the template in one pass, so that no value is expanded."""
-    return re.sub(r"\{\{ (\w+) \}\}", lambda found: parts[found[1]], template)
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """Replace each ``{{ name }}`` of the template in one pass, so that values are not expanded."""
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
 
 
 def _unique(names: Iterable[str]) -> list[str]:
@@ -230,7 +230,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _render_options(names: Sequence[str]) -> str:
-    """Render a choice for each set, known to the script by its number and not by its name."""
+    """Render one option per set, identified by its number instead of its name."""
     return "".join(
         f'<option value="{number}">{_escape(name)}</option>' for number, name in enumerate(names)
     )
@@ -241,7 +241,7 @@ def _render_summary(
     scores: Mapping[str, NDArray[np.float32]],
     classes: Sequence[str],
 ) -> str:
-    """Render what was evaluated, in a sentence or two."""
+    """Render a short summary of the evaluation."""
     ood = [name for name in scores if name != ID]
     counts = ", ".join(f"{_escape(name)} ({len(scores[name]):,})" for name in ood)
     lines = [
@@ -266,9 +266,9 @@ def _format_percent(share: float) -> str:
 
 
 def _render_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Render the table of metrics, a group of rows for each set.
+    """Render the table of metrics, one group of rows per set.
 
-    A metric with intervals has a second column for them, so that its numbers stay in line.
+    A metric with intervals has a second column for them, so that its numbers stay aligned.
     """
     wide = {key for row in rows for key in row.get("intervals") or {}}
     heads = "".join(
@@ -311,7 +311,7 @@ def _render_group(
             cells += _render_cell(None if share is None else f"{100 * share:.1f}")
         method = f'<th scope="row">{_escape(row["method"])}</th>'
         lines.append(f"<tr>{head}{method}{cells}</tr>\n")
-        # the head spans all rows of the set
+        # the header cell spans all rows of the set
         head = ""
     return f'<tbody data-set="{number}">{"".join(lines)}</tbody>\n'
 
@@ -323,7 +323,7 @@ def _format_metric(row: Mapping[str, Any], key: str) -> str | None:
 
 
 def _best_metric(column: _Column, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the best number of a column as displayed; numbers that display alike are tied."""
+    """Return the best number of a column as displayed; equal after rounding counts as tied."""
     numbers = [text for row in rows if (text := _format_metric(row, column.key)) is not None]
     return (max if column.sign > 0 else min)(numbers, key=float, default=None)
 
@@ -336,7 +336,7 @@ def _render_cell(text: str | None, best: str | None = None) -> str:
 
 
 def _render_margin(row: Mapping[str, Any], key: str) -> str:
-    """Render the uncertainty of a metric: its spread over runs, or else its interval."""
+    """Render the uncertainty of a metric: its spread over runs, otherwise its interval."""
     interval = (row.get("intervals") or {}).get(key, ())
     text = "&ndash;".join(_format_percent(end) for end in interval)
     if "spread" in row:
@@ -365,7 +365,7 @@ def _render_card(card: Card, set_number: int, color_max: float) -> str:
     p_value = (
         "" if card.p_value is None else f"<div><dt>p-value</dt><dd>{card.p_value:.3g}</dd></div>"
     )
-    # repr of a float32 as a float: exact, as the flag on the card is set by comparing it
+    # repr of a float is exact: the script compares it with the threshold
     score, distance = float(card.score), float(card.distance)
     return (
         f'<li class="card" data-set="{set_number}" data-score="{score!r}" '
@@ -380,24 +380,24 @@ def _render_card(card: Card, set_number: int, color_max: float) -> str:
 
 
 def _to_picture(image: NDArray[np.uint8]) -> Image.Image:
-    """Return ``(3, H, W)`` uint8 as a picture."""
+    """Convert ``(3, H, W)`` uint8 to a thumbnail."""
     return _shrink(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))
 
 
 def _to_heatmap_picture(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image:
-    """Return ``(H, W)`` in [0, 1] as a picture; where it shrinks, pixel scores are averaged."""
+    """Convert ``(H, W)`` in [0, 1] to a thumbnail; pixel scores are averaged on shrinking."""
     shrunk = _shrink(Image.fromarray(pixel_score.astype(np.float32)))
     return _colorize(np.asarray(shrunk), color_max)
 
 
 def _shrink(picture: Image.Image) -> Image.Image:
-    """Shrink a picture to ``_PICTURE_SIZE``, in place; a smaller one is not changed."""
+    """Shrink a picture in place to ``_PICTURE_SIZE``, unless it is smaller."""
     picture.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE), Image.Resampling.BOX)
     return picture
 
 
 def _colorize(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image:
-    """Return a picture on the colour scale from 0 to ``color_max``, with a palette."""
+    """Map pixel scores to the colour scale from 0 to ``color_max``, as a palette image."""
     share = share_of_scale(pixel_score, color_max)
     picture = Image.fromarray(np.clip(share * 256, 0, 255).astype(np.uint8))
     palette = colormaps[COLORMAP](np.arange(256), bytes=True)[:, :3]
@@ -408,7 +408,7 @@ def _colorize(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image
 def _image_tag(picture: Image.Image, alt: str) -> str:
     """Render a picture as an ``<img>`` with embedded bytes.
 
-    Lossless except for photos that were shrunk: as PNG they would dominate the size of the page.
+    Lossless except for shrunk photos, which would dominate the page size as PNG.
     """
     kind = "JPEG" if picture.mode == "RGB" and max(picture.size) == _PICTURE_SIZE else "PNG"
     buffer = io.BytesIO()

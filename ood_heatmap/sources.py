@@ -1,4 +1,4 @@
-"""Image sets by what a user names: a folder, an array file, or a torchvision data set."""
+"""Open image sets: a folder, an array file, or a torchvision data set."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ from ood_heatmap.images import (
 
 log = logging.getLogger(__name__)
 
-# Pillow keeps a pointer for each line: a picture of one column and few bytes would fill the memory
+# Pillow stores a pointer per line: a small file of one very tall column would exhaust the memory
 _MAX_SIDE = 2**20
 _MAX_LABEL = 2**20
 
@@ -40,17 +40,17 @@ def open_images(
     download: bool = False,
     class_order: ClassOrder = "name",
 ) -> ImageSet:
-    """Return the set that a user names: a folder, an ``.npy`` or ``.npz`` file, or ``name/split``.
+    """Open an image set: a folder, an ``.npy`` or ``.npz`` file, or ``name/split``.
 
     Args:
-        source: Path of a folder of images, or of class folders; of uint8 arrays; or a torchvision
-            data set.
+        source: Path of a folder of images or class folders, path of a file of uint8 arrays, or name
+            of a torchvision data set.
         data_root: Root of torchvision data sets.
         download: Let torchvision download a missing data set.
-        class_order: Order of class folders that labels are counted in, see ``sort_classes``.
+        class_order: Order of class folders that defines the labels, see ``sort_classes``.
 
     Raises:
-        OodHeatmapError: Nothing of that name, or nothing in it.
+        OodHeatmapError: The source does not exist or contains no images.
     """
     path = Path(source)
     if path.is_dir():
@@ -62,21 +62,21 @@ def open_images(
 
 @cache
 def _image_suffixes() -> frozenset[str]:
-    """Return the suffixes of image files, in lower case; AVIF where Pillow reads it."""
+    """Return the lower-case suffixes of image files; includes AVIF if Pillow supports it."""
     suffixes = ".png .jpg .jpeg .jpe .jfif .jfi .bmp .webp .tif .tiff .ppm .pgm .gif"
     avif = {".avif"} & set(Image.registered_extensions())
     return frozenset(suffixes.split()) | avif
 
 
 def find_images(folder: Path, *, skip: Path | None = None) -> list[Path]:
-    """Return the image files anywhere below a folder, sorted; warn of files of other kinds.
+    """Return all image files below a folder, sorted; log a warning about other files.
 
-    Links to folders are followed, except to a folder that they lie in. Hidden files and folders
-    are left out silently.
+    Symbolic links to folders are followed, except to a folder that contains them. Hidden files and
+    folders are skipped silently.
 
     Args:
         folder: The folder.
-        skip: A folder that is left out if it lies below, such as one for results.
+        skip: A folder to skip if it lies below, such as an output folder.
 
     Raises:
         OodHeatmapError: There are no images, or a folder cannot be listed.
@@ -94,20 +94,20 @@ def find_images(folder: Path, *, skip: Path | None = None) -> list[Path]:
         suffixes = ", ".join(sorted(_image_suffixes()))
         found = f"; found: {printable(left_out)}" if left_out else ""
         raise OodHeatmapError(
-            f"{shown} holds no images (looked for {suffixes}{found}). Name the folder that does."
+            f"{shown} contains no images (looked for {suffixes}{found}). Use a folder with images."
         )
     if left_out:
-        log.warning("%s: files left out: %s", shown, printable(left_out))
+        log.warning("%s: files skipped: %s", shown, printable(left_out))
     return paths
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Walks through a folder; counts by suffix what is left out.
+    """Walks a folder recursively; counts the files it skips.
 
     Args:
-        skip: Identity of folders to leave out.
-        left_out: Number of other files, by suffix or by what else they are.
+        skip: Identities of folders to skip.
+        left_out: Number of skipped files, by suffix or description.
     """
 
     skip: Set[tuple[int, int]]
@@ -133,31 +133,30 @@ class _Walk:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Return what tells a folder from all others, whatever it is called."""
+    """Return the device and inode of a folder, which identify it under any path."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:
-    """Return what is in a folder and not hidden."""
+    """Return the entries of a folder that are not hidden."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def _entry_kind(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
-    """Tell folders and files, links to them included, from anything else."""
+    """Classify a directory entry, following symbolic links."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     except OSError:
-        # a link to itself
+        # a symbolic link to itself
         return "other"
 
 
 def _open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
-    """Return the images of a folder: one subfolder for each class, or flat.
+    """Open a folder of images, either flat or with one subfolder per class.
 
-    A class folder without images stays a class, so that the labels of the others keep their
-    numbers.
+    A class folder without images remains a class, so that the labels of the others do not shift.
 
     Raises:
         OodHeatmapError: There are no images, or images beside class folders.
@@ -173,14 +172,14 @@ def _open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
     if flat:
         name = next(name for name in by_class if by_class[name])
         raise OodHeatmapError(
-            f"{printable(str(root))} holds images ({printable(flat[0].name)}) and class folders "
-            f"({printable(name)}) side by side. Keep one kind."
+            f"{printable(str(root))} contains both images ({printable(flat[0].name)}) "
+            f"and class folders ({printable(name)}). Keep one kind."
         )
     names = sort_classes(by_class, class_order)
     empty = [name for name in names if not by_class[name]]
     if empty:
         log.warning(
-            "%s: class folders without images, which stay classes: %s",
+            "%s: class folders without images, kept as classes: %s",
             printable(str(root)),
             printable(", ".join(empty)),
         )
@@ -193,10 +192,10 @@ def _open_folder(root: Path, *, class_order: ClassOrder = "name") -> ImageSet:
 
 
 def _subfolders(root: Path) -> list[str]:
-    """Return the names of the folders that may be classes: not hidden, and not around the root."""
-    around = {_identity(parent) for parent in (root.resolve(), *root.resolve().parents)}
+    """Return the names of possible class folders: not hidden, and not links to a parent."""
+    parents = {_identity(parent) for parent in (root.resolve(), *root.resolve().parents)}
     folders = [Path(entry.path) for entry in _visible(root) if _entry_kind(entry) == "folder"]
-    return sorted(folder.name for folder in folders if _identity(folder) not in around)
+    return sorted(folder.name for folder in folders if _identity(folder) not in parents)
 
 
 @dataclass(frozen=True)
@@ -222,12 +221,12 @@ def from_paths(
     labels: NDArray[np.int64] | None = None,
     classes: Sequence[str] = (),
 ) -> ImageSet:
-    """Return image files as a set. Files that are missing show when they are read.
+    """Make an image set from files. Missing files raise only when they are read.
 
     Args:
-        paths: One for each row.
-        root: What the names of the images are relative to; the paths themselves without it.
-        labels: ``(N,)``; unknown otherwise.
+        paths: One path per row.
+        root: Folder that image names are relative to; names are the full paths if None.
+        labels: ``(N,)`` labels; unknown if None.
         classes: Class names by label.
     """
     names = [str(path) if root is None else path.relative_to(root).as_posix() for path in paths]
@@ -235,7 +234,7 @@ def from_paths(
     for name, path in zip(names, paths, strict=True):
         listing.update(f"{name}\0{_num_bytes(path)}\n".encode(errors="surrogateescape"))
     for label in sorted(set(range(len(classes))) - set(() if labels is None else labels.tolist())):
-        # a class without images moves the labels of others and has no name in the list
+        # an empty class shifts the labels of others, but has no file in the list
         listing.update(f"{label}\0no images\n".encode())
     return ImageSet(
         source=printable(str(root)) if root is not None else f"{len(paths)} files",
@@ -248,7 +247,7 @@ def from_paths(
 
 
 def _num_bytes(path: Path) -> int:
-    """Return the size of a file, -1 where it is missing."""
+    """Return the size of a file, -1 if it is missing."""
     try:
         return path.stat().st_size
     except OSError:
@@ -256,34 +255,35 @@ def _num_bytes(path: Path) -> int:
 
 
 def read_file(path: Path) -> tuple[Image.Image, bytes]:
-    """Return a decoded image file and the sha256 of its bytes.
+    """Decode an image file; return the image and the sha256 of the file.
 
     Raises:
-        UnreadableImageError: It is missing, cut short or not an image.
+        UnreadableImageError: The file is missing, truncated or not an image.
     """
     try:
         content = path.read_bytes()
-        # reads the header alone
+        # reads only the header
         image = Image.open(io.BytesIO(content))
         num_pixels = image.width * image.height
         if num_pixels > (Image.MAX_IMAGE_PIXELS or num_pixels) or max(image.size) > _MAX_SIDE:
-            raise ValueError(f"{image.width} x {image.height} pixels would fill the memory")
+            raise ValueError(f"{image.width} x {image.height} pixels would exhaust the memory")
         image.load()
     except MemoryError:
         raise
     except Exception as error:
-        # Pillow's readers raise whatever damaged bytes make them
+        # on damaged bytes Pillow's readers can raise anything
         raise unreadable(printable(str(path)), error) from error
     return image, hashlib.sha256(content).digest()
 
 
 def _open_array_file(path: Path) -> ImageSet:
-    """Return the images of an ``.npy`` or ``.npz`` file.
+    """Open an ``.npy`` or ``.npz`` file.
 
-    Of an ``.npz`` file, the array ``images``, or the only one beside ``labels``; none is guessed.
+    In an ``.npz`` file the images are the array ``images``, or else the only array beside
+    ``labels``; no other array is guessed.
 
     Raises:
-        OodHeatmapError: It cannot be read, or it is not clear which array has the images.
+        OodHeatmapError: The file cannot be read, or it is ambiguous which array has the images.
     """
     labels = None
     try:
@@ -299,15 +299,14 @@ def _open_array_file(path: Path) -> ImageSet:
 
 
 def _images_key(keys: Sequence[str], path: Path) -> str:
-    """Return the name of the array with the images."""
+    """Return the key of the array with the images."""
     candidates = [key for key in keys if key != "labels"]
     if "images" in candidates:
         return "images"
     if len(candidates) != 1:
         raise OodHeatmapError(
-            f"{path} holds the arrays {', '.join(keys) or '(none)'}: it is not clear which are the "
-            "images. Save them as images, and their labels as labels: "
-            "np.savez(path, images=..., labels=...)."
+            f"{path} has the arrays {', '.join(keys) or '(none)'}: it is ambiguous which are the "
+            "images. Save them with np.savez(path, images=..., labels=...)."
         )
     return candidates[0]
 
@@ -328,21 +327,20 @@ class _ArrayReader:
 def from_array(
     images: NDArray[Any], labels: NDArray[Any] | None = None, *, source: str = "array"
 ) -> ImageSet:
-    """Return an array of images as a set.
+    """Make an image set from an array.
 
     Args:
         images: uint8 ``(N, H, W, 3)``, ``(N, 3, H, W)`` or grey ``(N, H, W)``.
-        labels: ``(N,)`` or ``(N, 1)``: the classifier's class numbers from 0, -1 where unknown; or
-            class names.
-        source: For messages.
+        labels: ``(N,)`` or ``(N, 1)``: integer labels from 0, -1 where unknown; or class names.
+        source: Name for messages.
 
     Raises:
-        OodHeatmapError: Another dtype or shape, no rows, or labels that are not of this kind.
+        OodHeatmapError: Unsupported dtype or shape, no rows, or invalid labels.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise OodHeatmapError(
-            f"{source} holds {images.dtype} {images.shape}; images must be uint8 (N, H, W, 3), "
-            "(N, 3, H, W) or (N, H, W), with values 0 to 255."
+            f"{source} has dtype {images.dtype} and shape {images.shape}; images must be uint8 "
+            "(N, H, W, 3), (N, 3, H, W) or (N, H, W), with values 0 to 255."
         )
     if images.ndim == 3:
         images = np.broadcast_to(images[:, None], (len(images), 3, *images.shape[1:]))
@@ -352,7 +350,7 @@ def from_array(
         images = np.broadcast_to(images, (len(images), 3, *images.shape[2:]))
     if images.shape[1] != 3 or 0 in images.shape:
         raise OodHeatmapError(
-            f"{source} has shape {images.shape}: no images of 1 or 3 channels in it."
+            f"{source} has shape {images.shape}: these are not images of 1 or 3 channels."
         )
     known, names = _array_labels(labels, len(images), source)
     listing = hashlib.sha256(repr(images.shape).encode() + known.astype("<i4").tobytes())
@@ -373,32 +371,32 @@ def from_array(
 def _array_labels(
     labels: NDArray[Any] | None, count: int, source: str
 ) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-    """Return labels as ``(N,)`` int32, and the class names where the labels are names."""
+    """Convert labels to ``(N,)`` int32; also return the class names if labels are names."""
     if labels is None:
         return np.full(count, -1, np.int32), ()
     if labels.shape not in ((count,), (count, 1)):
         raise OodHeatmapError(
-            f"{source} has {count} images but labels of shape {labels.shape}; labels must be "
-            f"({count},)."
+            f"{source} has {count} images but labels of shape {labels.shape}; "
+            f"labels must have shape ({count},)."
         )
     labels = labels.reshape(count)
     if labels.dtype.kind in "US":
         found, numbers = np.unique(labels.astype(str), return_inverse=True)
         return numbers.astype(np.int32), tuple(printable(str(name)) for name in found)
     if labels.dtype.kind in "iuf":
-        # NaN fits no range
-        fits = (labels >= -1) & (labels <= _MAX_LABEL)
-        if fits.all() and (labels == np.trunc(labels)).all():
+        # also False for NaN
+        in_range = (labels >= -1) & (labels <= _MAX_LABEL)
+        if in_range.all() and (labels == np.trunc(labels)).all():
             return labels.astype(np.int32), ()
     raise OodHeatmapError(
-        f"the labels of {source} are not class numbers ({labels.dtype}: "
-        f"{np.array2string(labels, threshold=6)}). Use whole numbers from 0, -1 where unknown, or "
-        "class names."
+        f"the labels of {source} are not class numbers "
+        f"({labels.dtype}: {np.array2string(labels, threshold=6)}). "
+        "Use integers from 0, -1 where unknown, or class names."
     )
 
 
 def _torchvision_sets() -> dict[str, Callable[[str, dict[str, Any]], Any]]:
-    """Return data set name to a function of (split, common arguments) that opens it."""
+    """Map each data set name to a function of (split, common arguments) that opens it."""
     from torchvision import datasets as tv
 
     def by_flag(kind: Any) -> Callable[[str, dict[str, Any]], Any]:
@@ -432,7 +430,7 @@ def _torchvision_sets() -> dict[str, Callable[[str, dict[str, Any]], Any]]:
 
 @dataclass(frozen=True)
 class _TorchvisionReader:
-    """Reads images of a torchvision data set; their bytes are the decoded pixels."""
+    """Reads images of a torchvision data set; digests are of the decoded pixels."""
 
     dataset: Any
     source: str
@@ -450,13 +448,13 @@ class _TorchvisionReader:
 
 
 def _open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
-    """Return a torchvision data set named ``name/split``; the split is ``test`` by default."""
+    """Open a torchvision data set named ``name/split``; the split defaults to ``test``."""
     name, _, split = source.partition("/")
     sets = _torchvision_sets()
     if name not in sets:
         raise UsageError(
-            f"there is no folder, file or data set {source!r}. Data sets: {', '.join(sets)}, each "
-            "with /train or /test."
+            f"there is no folder, file or data set {source!r}. "
+            f"Data sets: {', '.join(sets)}, each with /train or /test."
         )
     if name == "places365" and split in ("", "test"):
         split = "val"
@@ -471,7 +469,7 @@ def _open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
     except (RuntimeError, OSError) as error:
         raise OodHeatmapError(
             f"{source} is not complete under {data_root} ({str(error).splitlines()[0]}). "
-            "Add --download, or name its location with --data-root."
+            "Add --download, or set its location with --data-root."
         ) from error
     labels = _torchvision_labels(dataset)
     names = getattr(dataset, "classes", None)
@@ -487,7 +485,7 @@ def _open_torchvision(source: str, data_root: Path, download: bool) -> ImageSet:
 
 
 def _torchvision_labels(dataset: Any) -> NDArray[np.int32]:
-    """Return a data set's labels without decoding its images; -1 where it keeps none at hand."""
+    """Return a data set's labels without decoding images; -1 if it has no such attribute."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(dataset, name):
             return np.asarray(getattr(dataset, name), dtype=np.int32)

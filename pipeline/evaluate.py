@@ -1,7 +1,6 @@
-"""Stage 4 of 4.
+"""Stage 4 of 4: evaluate the heatmap score and baselines of the same classifier.
 
-How well the heatmap detects, beside other scores of the same classifier, in numbers and pictures;
-and from which score on an image is called OOD, found on held-out ID images alone.
+Writes metrics, figures and a report, and the decision threshold, calibrated on held-out ID images.
 """
 
 import hashlib
@@ -63,8 +62,10 @@ from ood_heatmap.sanity import (
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT = "calibration"  # name of the set that thresholds are calibrated on
-_ID_TO_OOD = 5  # of the paper's protocol
+# name of the set that thresholds are calibrated on
+_HELD_OUT = "calibration"
+# ID images per OOD image in the paper's protocol
+_ID_TO_OOD = 5
 
 
 def evaluate(
@@ -77,26 +78,27 @@ def evaluate(
     calibration_images: ImageSet | None = None,
     more_runs: Sequence[Path] = (),
 ) -> Manifest:
-    """Score the ID test set and each OOD set; write numbers, thresholds, pictures and a report.
+    """Score the ID test set and each OOD set; write metrics, thresholds, figures and a report.
 
-    Finished sets are kept, so a stopped run goes on where it was. Several processes share the
-    images; the first of them writes.
+    Finished sets are kept, so an interrupted run resumes. Images are distributed over ranks; rank 0
+    writes.
 
     Args:
         run: A run directory with a trained decoder.
         id_images: The ID test set.
         ood_sets: OOD test sets by name.
-        device: Where to compute.
+        device: Device to compute on.
         config: Settings of the stage.
-        calibration_images: ID images for the thresholds alone; a share of ``id_images`` when None.
-        more_runs: Runs that differ from this one in nothing but the seed of training.
+        calibration_images: ID images only for the thresholds; a share of ``id_images`` if None.
+        more_runs: Runs that differ from this one only in the seed of training.
 
     Returns:
-        The manifest; ``metrics.json`` beside it holds the table. ``results`` has ``warnings``, of
-        which ``suspicious`` say that the table is probably not what was meant.
+        The manifest; its ``results`` are those of ``EvaluationResults``. The table is in
+        ``metrics.json``.
 
     Raises:
-        OodHeatmapError: See the design: stale or damaged caches, unreadable images and so on.
+        OodHeatmapError: A cache is stale or damaged, an image is unreadable, a set has an invalid
+            name, or the runs are not comparable.
     """
     _check_names(ood_sets, config)
     with run_lock(run):
@@ -107,7 +109,7 @@ def evaluate(
         subsets = _choose_images(id_images, ood_sets, calibration_images, classes, config)
         detectors = open_detectors([run, *more_runs], index, device)
         stage = Stage(run, "evaluation", _inputs(decoders, subsets, config))
-        # as rank 0 sees them: all ranks must score the same sets
+        # decided by rank 0: all ranks must score the same sets
         complete, scored = broadcast(
             _resume_or_start(stage, subsets, config) if is_main() else (None, {})
         )
@@ -135,7 +137,7 @@ def _publish(
     targets: Targets,
     config: EvaluateConfig,
 ) -> None:
-    """Write the table, the thresholds, the pictures and the report, then the manifest."""
+    """Write the table, the thresholds, the figures and the report, then the manifest."""
     shown = {name: item for name, item in scored.items() if name != _HELD_OUT}
     table = metrics_table({name: item.scores for name, item in shown.items()}, config)
     metrics = metrics_json(table, shown[ID], num_neighbours(index, config), config)
@@ -162,7 +164,7 @@ def _check(
     targets: Targets,
     config: EvaluateConfig,
 ) -> list[Finding]:
-    """Check that what was measured is what was meant."""
+    """Check the measured scores for signs of mistakes."""
     results, id_set = index.results, scored[ID]
     classes, id_images = results.classes, subsets[ID].images
     accuracy = results.accuracy
@@ -174,8 +176,8 @@ def _check(
             id_set.prediction,
             classes,
             results.num_classes,
-            causes=f"On the ID training set it is {before}: is {id_images.source} the test set of "
-            "this classifier?",
+            causes=f"On the ID training set it is {before}: "
+            f"is {id_images.source} the test set of this classifier?",
         ),
     ]
     for name, subset in subsets.items():
@@ -221,12 +223,16 @@ def _to_audited(
 
 
 def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> None:
-    """Refuse set names that would collide or that nobody gave."""
+    """Reject invalid and unknown set names.
+
+    Raises:
+        UsageError: There is no OOD set, a near set is not one of them, or a name is invalid.
+    """
     if not ood_sets:
         raise UsageError("there is no OOD set to evaluate on: add --ood NAME=SOURCE.")
     unknown = [name for name in config.near if name not in ood_sets]
     if unknown:
-        raise UsageError(f"--near {unknown[0]} is none of the OOD sets ({', '.join(ood_sets)}).")
+        raise UsageError(f"--near {unknown[0]} is not one of the OOD sets ({', '.join(ood_sets)}).")
     bad = [
         name
         for name in ood_sets
@@ -234,42 +240,46 @@ def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> No
     ]
     if bad:
         raise UsageError(
-            f"an OOD set cannot be called {bad[0]!r}: use letters, digits, - and _, and neither "
-            f"{ID!r} nor {_HELD_OUT!r}."
+            f"an OOD set cannot be named {bad[0]!r}: "
+            f"use letters, digits, - and _, and neither {ID!r} nor {_HELD_OUT!r}."
         )
 
 
 def _check_runs(runs: Sequence[Path]) -> list[Manifest]:
-    """Return the manifest of each run's decoder, made from the same caches but for the seed.
+    """Return the manifests of the runs' decoders, after checking that only their seeds differ.
 
     Raises:
-        OodHeatmapError: A run is of another classifier, index or targets, was trained otherwise, or
-            has a seed for the second time; names what differs.
+        OodHeatmapError: A run has another classifier, index or targets, other training options, or
+            the same seed as another run; names what differs.
     """
     decoders = [read_manifest(run, "decoder") for run in runs]
     for number, other in enumerate(runs[1:], start=1):
         for stage in ("index", "targets", "decoder"):
             _check_same(read_manifest(runs[0], stage), read_manifest(other, stage), other)
         if decoders[number].fingerprint in [one.fingerprint for one in decoders[:number]]:
-            raise UsageError(f"--runs {other} has the seed of another run: train it with --seed.")
+            raise UsageError(f"--runs {other} has the seed of another run: use another --seed.")
     return decoders
 
 
 def _check_same(ours: Manifest, theirs: Manifest, other: Path) -> None:
-    """Refuse a stage of another run that was made from something else; names what differs."""
+    """Reject a stage of another run that was made from different inputs.
+
+    Raises:
+        OodHeatmapError: The inputs differ; names the fields.
+    """
     differing = [
         f"{ours.stage} {name} ({abbreviate(there)}, here {abbreviate(here)})"
         for name, here, there in differing_fields(_made_from(ours), _made_from(theirs))
     ]
     if differing:
         raise OodHeatmapError(
-            f"--runs {other} has another {', '.join(differing[:3])}. Runs must differ in nothing "
-            f"but the seed of training."
+            f"--runs {other} has a different {', '.join(differing[:3])}. "
+            "Runs may differ only in the seed of training."
         )
 
 
 def _made_from(manifest: Manifest) -> dict[str, Any]:
-    """Return all that a stage was made from, but for the seed of training."""
+    """Return the inputs and content hash of a stage, without the seed of training."""
     inputs = {**manifest.inputs, "content": manifest.content}
     if manifest.stage == "decoder":
         options = manifest.inputs["options"]
@@ -284,7 +294,7 @@ def _choose_images(
     classes: Sequence[str],
     config: EvaluateConfig,
 ) -> dict[str, Subset]:
-    """Return which images of each set are evaluated: ID, held-out ID, and OOD.
+    """Choose the images of each set: ID, held-out ID, and OOD.
 
     Raises:
         UsageError: No ID image is left for the table.
@@ -300,8 +310,8 @@ def _choose_images(
         kept = np.setdiff1d(kept, held_out.rows)
     if not len(kept):
         raise UsageError(
-            f"{id_images.source} has no image left beside those held out for the thresholds: name "
-            f"more, or others with --calibration, or --calibration-share 0."
+            f"{id_images.source} has no image left beside those held out for the thresholds: "
+            "add images, or use --calibration or --calibration-share 0."
         )
     subsets = {ID: Subset(id_images, kept, classes)}
     if len(held_out.rows):
@@ -314,27 +324,27 @@ def _choose_images(
 def _ood_rows(
     name: str, images: ImageSet, num_id: int, config: EvaluateConfig
 ) -> NDArray[np.int64]:
-    """Return the rows of an OOD set that the protocol looks at, ascending."""
-    wanted = len(images)
+    """Draw the rows of an OOD set for the protocol, ascending."""
+    count = len(images)
     if config.protocol == "paper":
-        wanted = max(1, num_id // _ID_TO_OOD)
-    if wanted > len(images):
+        count = max(1, num_id // _ID_TO_OOD)
+    if count > len(images):
         log.warning(
-            "%s has %d images, fewer than the %d of ID:OOD = %d:1: all are taken",
-            *(name, len(images), wanted, _ID_TO_OOD),
+            "%s has %d images, fewer than the %d of ID:OOD = %d:1: using all of them",
+            *(name, len(images), count, _ID_TO_OOD),
         )
-    return _draw_rows(len(images), min(wanted, len(images)), config.seed)
+    return _draw_rows(len(images), min(count, len(images)), config.seed)
 
 
 def _draw_rows(num_rows: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return ``count`` different rows, ascending."""
+    """Draw ``count`` distinct rows, ascending."""
     return np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
 
 
 def _inputs(
     decoders: Sequence[Manifest], subsets: Mapping[str, Subset], config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Return all that the result depends on."""
+    """Return everything the result depends on."""
     return {
         "decoder": decoders[0].fingerprint,
         "runs": [decoder.fingerprint for decoder in decoders[1:]],
@@ -346,11 +356,11 @@ def _inputs(
 def _resume_or_start(
     stage: Stage, subsets: Mapping[str, Subset], config: EvaluateConfig
 ) -> tuple[Manifest | None, dict[str, ScoredSet]]:
-    """Return the manifest of a complete stage, and the sets that are already scored; on rank 0.
+    """Return the manifest if the stage is complete, and the sets already scored; on rank 0.
 
     Raises:
-        StaleCacheError: The images of a scored set have changed since.
-        OodHeatmapError: The stage was made from something else, or is damaged.
+        StaleCacheError: The images of a scored set have changed.
+        OodHeatmapError: The stage was made from different inputs or is damaged.
     """
     complete = stage.prepare(overwrite=config.overwrite)
     files = {name: scores_name(name) for name in subsets}
@@ -377,9 +387,9 @@ def _resume_or_start(
 
 
 def _write_names(stage: Stage, name: str, images: ImageSet, scored: ScoredSet) -> dict[str, Any]:
-    """Write the names of a set's images; return what the set was, for ``metrics.json``."""
+    """Write the names of a set's images; describe the set for ``metrics.json``."""
     file = f"images-{name}.txt"
-    # a file name that is not UTF-8 reaches Python as lone surrogates
+    # Python represents bytes of a file name that are not UTF-8 as lone surrogates
     text = "".join(f"{images.names[row]}\n" for row in scored.row)
     content = text.encode("utf-8", "surrogateescape")
     with stage.writing(file) as scratch:
@@ -394,12 +404,12 @@ def _write_names(stage: Stage, name: str, images: ImageSet, scored: ScoredSet) -
 
 
 def _describe_decoder(decoder: Manifest) -> dict[str, Any]:
-    """Return which decoder it was, for ``metrics.json``."""
+    """Describe a decoder for ``metrics.json``."""
     return {"decoder": decoder.fingerprint, "seed": decoder.inputs["options"]["seed"]}
 
 
 def _calibrate(stage: Stage, held_out: ScoredSet | None) -> Calibration | None:
-    """Write and return what the held-out ID images look like, if there are any."""
+    """Fit and write the calibration on the held-out ID images, if there are any."""
     if held_out is None:
         return None
     calibration = Calibration.fit(held_out.scores[HEATMAP], held_out.max_pixel_score)

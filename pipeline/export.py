@@ -1,4 +1,4 @@
-"""Export of the detector to a single file that runs without ood_heatmap: ONNX or torch.export."""
+"""Export the detector to a single file that runs without ood_heatmap: ONNX or torch.export."""
 
 import copy
 import io
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 _OUTPUTS = ("score", "heatmap", "prediction", "p_value")
-# largest difference from the detector, in scores and in heatmaps
+# maximum difference from the detector, in scores and in heatmaps
 _TOLERANCE = 1e-4
-# protobuf messages, such as a model in one ONNX file, end at 2 GB
+# protobuf limits a message, and so a single-file ONNX model, to 2 GB
 _MAX_ONNX_BYTES = 2**31 - 2**20
 _Arrays = dict[str, NDArray[Any]]
 _Run = Callable[[NDArray[np.uint8]], _Arrays]
@@ -33,17 +33,17 @@ _Run = Callable[[NDArray[np.uint8]], _Arrays]
 
 @dataclass(frozen=True)
 class Differences:
-    """Largest absolute differences between an exported file and its detector."""
+    """Maximum absolute differences between an exported file and its detector."""
 
     score: float
     heatmap: float
 
 
 class _ExportedDetector(nn.Module):
-    """The detector from pixels to p-values, in tensor operations alone.
+    """The detector as a module, from pixels to p-values in tensor operations.
 
     Args:
-        detector: Its networks are copied, to the CPU.
+        detector: The detector; its networks are copied to the CPU.
     """
 
     held_out: Tensor | None
@@ -55,11 +55,11 @@ class _ExportedDetector(nn.Module):
         calibration = detector.calibration
         held_out = torch.from_numpy(calibration.scores) if calibration else None
         self.register_buffer("held_out", held_out)
-        # torch.export.save warns of weights in any other memory format
+        # torch.export.save warns about weights in other memory formats
         self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Detect on uint8 ``(B, 3, H, W)`` of the classifier's input size.
+        """Detect on uint8 ``(B, 3, H, W)`` at the classifier's input size.
 
         Returns:
             ``score`` (B,) float32; ``heatmap`` (B, C, H, W) float32; ``prediction`` (B,) int64;
@@ -73,7 +73,7 @@ class _ExportedDetector(nn.Module):
         return dict(zip(_OUTPUTS, results, strict=True))
 
     def p_value(self, scores: Tensor) -> Tensor:
-        """Compute ``Calibration.p_value`` by comparisons: ONNX has no binary search."""
+        """Compute ``Calibration.p_value`` by comparison: ONNX has no binary search."""
         if self.held_out is None:
             return torch.full_like(scores, torch.nan, dtype=torch.float64)
         at_least = (self.held_out >= scores[:, None]).sum(dim=1).to(torch.float64)
@@ -81,22 +81,22 @@ class _ExportedDetector(nn.Module):
 
 
 def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | None:
-    """Write the detector as one file; before that, the file's content is run and compared.
+    """Export the detector to one file, after comparing the exported program to the detector.
 
     Args:
         detector: A trained detector.
-        out: The file.
+        out: The file to write.
         kind: ``onnx`` or ``torch``.
 
     Returns:
-        How far the file is from the detector on a few images; None when ONNX Runtime, which would
-        run the file, is not installed.
+        Differences from the detector on a few images; None if ONNX Runtime, needed to run an ONNX
+        file, is not installed.
 
     Raises:
         OodHeatmapError: A package is missing, the classifier cannot be exported, the file would
-            differ from the detector, or it cannot be written. Nothing is left behind.
+            differ from the detector, or it cannot be written. No partial file is left.
     """
-    # before the work, which takes minutes for a large classifier
+    # checked first: exporting a large classifier takes minutes
     if not out.parent.is_dir():
         raise OodHeatmapError(f"cannot write {out}: there is no folder {out.parent}.")
     about = _metadata(detector)
@@ -112,7 +112,7 @@ def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | Non
 
 
 def _metadata(detector: HeatmapDetector) -> dict[str, str]:
-    """Return the metadata of the file, as text; numbers and lists are JSON."""
+    """Return the metadata of the file as strings; numbers and lists are JSON."""
     content = {
         "class_names": list(detector.classes),
         "input_size": detector.classifier.config.transform.size,
@@ -123,7 +123,7 @@ def _metadata(detector: HeatmapDetector) -> dict[str, str]:
         "target": detector.decoder.config.target,
         "color_max": detector.color_max,
         "false_alarm": detector.false_alarm,
-        # JSON has no infinity; null where there are no decisions
+        # JSON has no infinity: null without decisions
         "threshold": detector.threshold if detector.decides else None,
         "pixel_threshold": detector.pixel_threshold if detector.decides else None,
         "fingerprint": detector.fingerprint,
@@ -136,7 +136,7 @@ def _metadata(detector: HeatmapDetector) -> dict[str, str]:
 
 
 def _sample_images(detector: HeatmapDetector, count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Return random images at the input size, noise and constant ones in turn."""
+    """Return random images at the input size, alternating constant ones and noise."""
     size = detector.classifier.config.transform.size
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, 3, size, size)).astype(np.uint8)
@@ -145,10 +145,10 @@ def _sample_images(detector: HeatmapDetector, count: int, seed: int = 0) -> NDAr
 
 
 def _trace(detector: HeatmapDetector) -> torch.export.ExportedProgram:
-    """Return the detector as a graph with a dynamic batch size.
+    """Trace the detector to a graph with a dynamic batch size.
 
     Raises:
-        OodHeatmapError: The classifier's code does what a graph cannot.
+        OodHeatmapError: The classifier's code cannot be traced.
     """
     images = torch.from_numpy(_sample_images(detector, 2))
     try:
@@ -159,21 +159,21 @@ def _trace(detector: HeatmapDetector) -> torch.export.ExportedProgram:
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             )
     except Exception as error:
-        # of any kind: a user's own network is traced
+        # a user's own network can raise anything when traced
         raise _export_error(detector, error) from error
 
 
 def _export_error(detector: HeatmapDetector, error: Exception) -> OodHeatmapError:
-    """Return the one line for a classifier that cannot be exported."""
+    """Return the error for a classifier that cannot be exported."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return OodHeatmapError(
         f"the classifier {detector.classifier.config.spec} cannot be exported ({reason[:200]}). "
-        "Its forward must not branch on pixels or fix the number of images."
+        "Its forward must not branch on pixel values or assume a batch size."
     )
 
 
 def _to_torch_program(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
-    """Return the content of a ``.pt2`` file; ``torch.export.load(file).module()`` runs it."""
+    """Serialize to a ``.pt2`` file; ``torch.export.load(file).module()`` runs it."""
     content = io.BytesIO()
     extra = {"metadata.json": json.dumps(about, indent=1)}
     torch.export.save(_trace(detector), content, extra_files=extra)
@@ -181,7 +181,7 @@ def _to_torch_program(detector: HeatmapDetector, about: dict[str, str]) -> bytes
 
 
 def _load_torch_program(content: bytes) -> _Run:
-    """Return a program of torch.export as a function."""
+    """Load a torch.export program as a function."""
     module = torch.export.load(io.BytesIO(content)).module()
 
     def run(images: NDArray[np.uint8]) -> _Arrays:
@@ -193,7 +193,7 @@ def _load_torch_program(content: bytes) -> _Run:
 
 
 def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
-    """Return the content of an ONNX file.
+    """Serialize to an ONNX file.
 
     Raises:
         OodHeatmapError: A package is missing, or the networks cannot be converted or are too large.
@@ -211,7 +211,7 @@ def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
     )
     if num_bytes > _MAX_ONNX_BYTES:
         raise OodHeatmapError(
-            f"the weights have {num_bytes / 1e9:.1f} GB, a single ONNX file holds at most "
+            f"the weights have {num_bytes / 1e9:.1f} GB, but a single ONNX file is limited to "
             f"{_MAX_ONNX_BYTES / 1e9:.1f} GB. Use --format torch."
         )
     program = _trace(detector)
@@ -224,7 +224,7 @@ def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
             verbose=False,
         )
     except Exception as error:
-        # of many kinds, where ONNX lacks an operation of the network
+        # the exporter raises many types if ONNX lacks an operation
         raise _export_error(detector, error) from error
     assert converted is not None
     model = converted.model_proto
@@ -235,21 +235,21 @@ def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
 
 
 def _remove_traces(model: "ModelProto") -> None:
-    """Remove the exporter's notes on every node, which hold paths of files on this machine.
+    """Remove the exporter's node metadata, which contains local file paths.
 
-    The batch dimension is named ``batch``.
+    Also names the batch dimension ``batch``.
     """
     graph = model.graph
     for node in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
         del node.metadata_props[:]
-    # intermediate shapes, under the exporter's own name of the batch dimension
+    # intermediate shapes use the exporter's own name of the batch dimension
     del graph.value_info[:]
     for value in [*graph.input, *graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
 
 
 def _load_onnx(content: bytes) -> _Run | None:
-    """Return an ONNX model as a function; None without ONNX Runtime."""
+    """Load an ONNX model as a function; None without ONNX Runtime."""
     try:
         import onnxruntime
     except ImportError:
@@ -264,11 +264,11 @@ def _load_onnx(content: bytes) -> _Run | None:
 
 
 def _compare(detector: HeatmapDetector, run: _Run, out: Path) -> Differences:
-    """Return how far a file is from its detector on a few random images.
+    """Compare an exported program with its detector on a few random images.
 
     Raises:
         OodHeatmapError: Scores or heatmaps differ by more than 1e-4, predictions differ, or the
-            p-values are not those of the scores.
+            p-values do not match the scores.
     """
     batches = [_sample_images(detector, count, seed=count) for count in (1, 15)]
     pairs = [(detector.detect(images)[0], run(images)) for images in batches]
@@ -276,22 +276,23 @@ def _compare(detector: HeatmapDetector, run: _Run, out: Path) -> Differences:
     pixels = np.concatenate(
         [np.abs(outputs["heatmap"] - result.heatmap) for result, outputs in pairs]
     )
-    # A feature map's value that lies between two float16 numbers may be rounded either way, as the
-    # last digit of a convolution falls; that moves single pixels by more (2.6e-4 in 256 images of
-    # 32 px, 2e-5 at the 99.9th percentile).
+    # A feature map value halfway between two float16 numbers may be rounded either way, depending
+    # on the last bit of a convolution. That changes single pixels by more than the tolerance
+    # (2.6e-4 in 256 images of 32 px, 2e-5 at the 99.9th percentile).
     largest = np.quantile(pixels, 0.999 if detector.decoder.config.map_shapes else 1)
     same = all(
         np.array_equal(outputs["prediction"], result.prediction)
-        # of its own scores: the last digit of a score may lie on the other side of a held-out one
+        # compared for the program's own scores: rounding may move a score past a held-out one
         and np.allclose(outputs["p_value"], detector.p_value(outputs["score"]), 0, 1e-12, True)
         for result, outputs in pairs
     )
     differences = Differences(float(max(scores)), float(pixels.max()))
-    # negated, so that NaN is refused too
+    # negated, so that NaN fails too
     if not (same and max(*scores, largest) <= _TOLERANCE):
         raise OodHeatmapError(
-            f"{out} would differ from the detector (scores by up to {differences.score:.1e}, "
-            f"heatmaps by {differences.heatmap:.1e}, predictions and p-values are "
-            f"{'equal' if same else 'not equal'}): not written. Try the other --format."
+            f"{out} was not written: it would differ from the detector "
+            f"(scores by up to {differences.score:.1e}, heatmaps by {differences.heatmap:.1e}, "
+            f"predictions and p-values are {'equal' if same else 'not equal'}). "
+            "Try the other --format."
         )
     return differences

@@ -1,7 +1,7 @@
-"""Scores, decisions and heatmaps of a user's own images: a table, overlays and raw arrays.
+"""Predict on a user's images: a table of scores and decisions, overlays and raw heatmaps.
 
-Images stream: threads decode ahead of the device, threads draw and write behind it, and no more
-than a few batches are in memory.
+Images are streamed: threads decode ahead of the device and write behind it, so that only a few
+batches are in memory.
 """
 
 import csv
@@ -36,9 +36,9 @@ from ood_heatmap.sources import find_images, from_paths
 log = logging.getLogger(__name__)
 
 _STANDARD_INPUT = Path("-")
-# bytes of a file's name without its suffix; some encrypted file systems allow 143 in all
+# maximum bytes of a file name without suffix; some encrypted file systems allow 143 in total
 _MAX_NAME_BYTES = 120
-# what a spreadsheet takes for the start of a formula
+# characters that a spreadsheet interprets as the start of a formula
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -47,14 +47,14 @@ class _TableLine:
     """One line of the table; the fields are its columns.
 
     Args:
-        image: Path of the file, as it was named.
-        score: In [0, 1], larger is more OOD.
+        image: Path of the file, as given by the user.
+        score: Score in [0, 1]; larger is more OOD.
         p_value: Share of held-out ID images that score at least as high; None without a
             calibration.
-        is_ood: The decision; None where there is none, see ``Result``.
+        is_ood: The decision; None without one, see ``Result``.
         prediction: Name of the predicted class.
-        overlay: Name of the picture in the output folder.
-        heatmap: Name of the raw array in the output folder.
+        overlay: Filename of the overlay in the output folder.
+        heatmap: Filename of the raw heatmap in the output folder.
     """
 
     image: str
@@ -68,13 +68,13 @@ class _TableLine:
 
 @dataclass
 class PredictResults:
-    """What ``predict`` did.
+    """Results of ``predict``.
 
     Args:
-        table: The file with a line for each scored image.
+        table: Path of the table, one line per scored image.
         num_images: Number of lines.
-        skipped: Images without a line: they cannot be read, or have no finite score.
-        not_drawn: Images with a line whose overlay or heatmap could not be written.
+        skipped: Images without a line: unreadable, or without a finite score.
+        not_drawn: Images with a line, but without overlay or heatmap after a write error.
     """
 
     table: Path
@@ -84,7 +84,7 @@ class PredictResults:
 
     @property
     def problems(self) -> list[str]:
-        """What was left out, in a few words for each kind."""
+        """One line for each kind of problem."""
         kinds = {"a score": self.skipped, "an overlay and heatmap": self.not_drawn}
         return [
             f"images without {what}: {len(images)}, {images[0].name} first ({images[0].reason})"
@@ -93,35 +93,34 @@ class PredictResults:
         ]
 
 
-def list_images(places: Sequence[Path], out: Path) -> list[Path]:
-    """Return the image files named, and those inside the folders named.
+def list_images(inputs: Sequence[Path], out: Path) -> list[Path]:
+    """List the given image files and all images below the given folders.
 
     Args:
-        places: Files and folders; ``-`` stands for those listed on standard input, one a line.
-        out: The output folder. If it lies inside a folder named, what an earlier call has written
-            there is left out.
+        inputs: Files and folders; ``-`` reads further ones from standard input, one per line.
+        out: The output folder; skipped if it lies below one of the folders.
 
     Raises:
         OodHeatmapError: A file or folder is missing, or a folder has no images.
     """
     paths: list[Path] = []
-    for place in places:
-        if place == _STANDARD_INPUT:
+    for path in inputs:
+        if path == _STANDARD_INPUT:
             paths += _read_list(out)
-        elif place.is_dir():
-            paths += find_images(place, skip=out)
-        elif place.is_file():
-            paths.append(place)
+        elif path.is_dir():
+            paths += find_images(path, skip=out)
+        elif path.is_file():
+            paths.append(path)
         else:
-            raise OodHeatmapError(f"there is no image or folder {place}.")
+            raise OodHeatmapError(f"there is no image or folder {path}.")
     return paths
 
 
 def _read_list(out: Path) -> Iterator[Path]:
-    """Yield the paths listed on standard input; missing ones are found when they are read."""
+    """Yield the paths listed on standard input; missing files raise only when they are read."""
     lines = [line.rstrip("\r") for line in os.fsdecode(sys.stdin.buffer.read()).split("\n")]
     if not any(lines):
-        raise OodHeatmapError("standard input lists no images: write one path a line.")
+        raise OodHeatmapError("standard input lists no images: write one path per line.")
     for path in map(Path, filter(None, lines)):
         if path.is_dir():
             yield from find_images(path, skip=out)
@@ -134,17 +133,17 @@ def predict(
 ) -> PredictResults:
     """Write ``scores.csv`` or ``scores.jsonl``, and overlay and raw heatmap of each image.
 
-    Every file is atomic, and the table comes last. Whatever is wrong with one image, or with
-    writing its overlay, the others get their lines.
+    Every file is written atomically, the table last. An error of one image, or of writing its
+    overlay, does not affect the others.
 
     Args:
         detector: A trained detector.
         paths: Image files.
-        out: The output folder, made when it is not there; locked meanwhile.
-        config: Settings.
+        out: The output folder; created if missing, and locked while writing.
+        config: Settings of the command.
 
     Raises:
-        OodHeatmapError: Another process writes there, or the table cannot be written.
+        OodHeatmapError: Another process writes to the folder, or the table cannot be written.
     """
     make_directory(out)
     results = PredictResults(out / f"scores.{config.format}")
@@ -192,13 +191,13 @@ def predict(
                 write_line(line)
             results.num_images += len(lines)
     meter.close()
-    # threads finish in any order
+    # threads finish in arbitrary order
     results.not_drawn.sort(key=lambda image: image.row)
     return results
 
 
 def _skip(images: Iterable[Unreadable], results: PredictResults) -> None:
-    """Log images that get no line, and why."""
+    """Record and log images that get no line."""
     for image in images:
         log.warning("skipped %s: %s", image.name, image.reason)
         results.skipped.append(image)
@@ -206,12 +205,12 @@ def _skip(images: Iterable[Unreadable], results: PredictResults) -> None:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Some images, and what the detector returned for them.
+    """A batch of images and the detector's result.
 
     Args:
         rows: ``(B,)`` positions in the list of images.
         pixels: ``(B, 3, H, W)`` uint8.
-        result: Of the detector.
+        result: Result of the detector.
         is_finite: ``(B,)`` bool, False where the classifier returned NaN or infinity.
     """
 
@@ -224,7 +223,7 @@ class _Scored:
 def _decode_outputs(
     detector: HeatmapDetector, batch: Batch, outputs: Sequence[Output]
 ) -> Iterator[_Scored]:
-    """Yield the heatmaps of a batch, in the chunks in which the classifier took it."""
+    """Decode the heatmaps of a batch, in the chunks processed by the classifier."""
     start = 0
     for output in outputs:
         chunk = slice(start, start + len(output.features))
@@ -237,13 +236,13 @@ def _decode_outputs(
 
 
 def _to_device(output: Output, device: torch.device) -> Output:
-    """Return the classifier's output on a device."""
+    """Move the classifier's output to a device."""
     maps = tuple(feature_map.to(device) for feature_map in output.maps)
     return Output(output.features.to(device), output.logits.to(device), maps)
 
 
 def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) -> _TableLine:
-    """Return an image's line of the table, without pictures."""
+    """Make the table line of an image, without pictures."""
     p_value = float(result.p_value[i])
     return _TableLine(
         image=str(path),
@@ -257,17 +256,17 @@ def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) ->
 def _write_pictures(
     detector: HeatmapDetector, scored: _Scored, i: int, line: _TableLine, path: Path
 ) -> _TableLine:
-    """Write an image's overlay and its raw heatmap, and return its line with their names.
+    """Write the overlay and raw heatmap of an image, and return its line with their filenames.
 
     Args:
-        detector: For its colour scale.
+        detector: The detector; provides the colour scale.
         scored: The batch.
-        i: Position of the image in it.
-        line: Of the image.
-        path: Of the pictures, without suffix.
+        i: Position of the image in the batch.
+        line: Table line of the image.
+        path: Path of the files, without suffix.
 
     Raises:
-        OodHeatmapError: One of them cannot be written.
+        OodHeatmapError: A file cannot be written.
     """
     heatmap, pixel_score = scored.result.heatmap[i], scored.result.pixel_score[i]
     picture = overlay(scored.pixels[i], pixel_score, detector.color_max)
@@ -281,7 +280,7 @@ def _write_pictures(
 
 
 def _format_legend(line: _TableLine) -> list[str]:
-    """Return the lines of text under an overlay."""
+    """Format the lines of text below an overlay."""
     numbers = [f"score {line.score:.4f}"]
     if line.p_value is not None:
         numbers.append(f"p {line.p_value:.3g}")
@@ -291,12 +290,12 @@ def _format_legend(line: _TableLine) -> list[str]:
 
 
 def _open_table(path: Path) -> TextIO:
-    """Open a table; bytes of file names that are not UTF-8 are written as they are."""
+    """Open a table for writing; file names that are not UTF-8 are written as raw bytes."""
     return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def _line_writer(file: TextIO, kind: str) -> Callable[[_TableLine], object]:
-    """Return a function that writes a line of a table, ``csv`` or ``jsonl``."""
+    """Make a function that writes one line of a table, ``csv`` or ``jsonl``."""
     if kind == "jsonl":
         return lambda line: file.write(json.dumps(asdict(line)) + "\n")
     table = csv.DictWriter(file, [column.name for column in fields(_TableLine)])
@@ -307,10 +306,10 @@ def _line_writer(file: TextIO, kind: str) -> Callable[[_TableLine], object]:
 
 
 def _to_cell(value: str | float | bool | None) -> str | float | None:
-    """Return a value for CSV.
+    """Format a value for CSV.
 
-    Booleans are ``true`` and ``false``, None is empty, and text that a spreadsheet would run as a
-    formula gets an apostrophe in front: names of files and classes may come from anybody.
+    Booleans become ``true`` and ``false``, None becomes empty. Text that a spreadsheet would run as
+    a formula gets a leading apostrophe: names of files and classes are untrusted.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -320,17 +319,18 @@ def _to_cell(value: str | float | bool | None) -> str | float | None:
 
 
 def make_output_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for the pictures of each image, without suffix; no two are the same.
+    """Make a unique output filename for each image, without suffix.
 
-    Made from the image's file name. What some file system or spreadsheet cannot take is replaced by
-    ``_``, a long name is cut and ends in a hash, and of equal names the later ones get a number.
+    Names are derived from the image's filename: characters that some file system or spreadsheet
+    does not support become ``_``, long names are truncated and end in a hash, and duplicates get a
+    number.
     """
     taken: set[str] = set()
     counts = Counter[str]()
     names = []
     for path in paths:
         name = stem = _portable_name(path.name)
-        # some file systems do not tell capital letters
+        # some file systems are case-insensitive
         while name.casefold() in taken:
             counts[stem] += 1
             name = f"{stem}-{counts[stem] + 1}"
@@ -340,7 +340,7 @@ def make_output_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _portable_name(name: str) -> str:
-    """Return a file name that every file system takes, without dots."""
+    """Make a filename that is valid on every file system, without dots."""
     portable = "".join(
         character if character.isprintable() and character not in './\\:*?"<>|' else "_"
         for character in name

@@ -107,7 +107,7 @@ def bad_calls(data: Path, spec: str, run: Path, folder: Path):
     (broken / "a.png").write_bytes(b"broken")
     (folder / "file").write_text("")
     return {
-        "an empty folder": (["targets", run, "--ood", empty], 1, "holds no images"),
+        "an empty folder": (["targets", run, "--ood", empty], 1, "contains no images"),
         "an unknown set": (["targets", run, "--ood", "nowhere"], 2, "no folder, file or data set"),
         "too few images": (
             ["targets", run, "--ood", data / "ood", "--limit", 99],

@@ -572,7 +572,8 @@ def test_a_run_that_was_trained_otherwise_is_refused_by_name(data, run, other_ru
     config = TrainConfig(epochs=1, batch_size=32, width=32, feature_maps=0, seed=5, overwrite=True)
     train_decoder(other_run, CPU, config)
     test = open_images(str(data / "test"))
-    with pytest.raises(OodHeatmapError, match=r"other has another decoder options\.epochs \(1, "):
+    message = r"other has a different decoder options\.epochs \(1, "
+    with pytest.raises(OodHeatmapError, match=message):
         evaluate(run, test, sets_of(data), CPU, CONFIG, more_runs=[other_run])
 
 
@@ -585,7 +586,7 @@ def test_a_run_of_another_classifier_is_refused_by_name(data, spec, run, tmp_pat
     shutil.copytree(run / "targets", other / "targets")
     shutil.copytree(run / "decoder", other / "decoder")
     test = open_images(str(data / "test"))
-    with pytest.raises(OodHeatmapError, match=r"other has another index classifier\.weights"):
+    with pytest.raises(OodHeatmapError, match=r"other has a different index classifier\.weights"):
         evaluate(run, test, sets_of(data), CPU, CONFIG, more_runs=[other])
 
 
@@ -721,10 +722,10 @@ def test_another_test_set_is_refused_by_name(data, run):
     ("sets", "near", "words"),
     [
         ((), (), "no OOD set"),
-        (("far",), ("fur",), r"--near fur is none of the OOD sets \(far\)"),
-        (("id",), (), "cannot be called 'id'"),
-        (("calibration",), (), "cannot be called 'calibration'"),
-        (("../far",), (), r"cannot be called '\.\./far'"),
+        (("far",), ("fur",), r"--near fur is not one of the OOD sets \(far\)"),
+        (("id",), (), "cannot be named 'id'"),
+        (("calibration",), (), "cannot be named 'calibration'"),
+        (("../far",), (), r"cannot be named '\.\./far'"),
     ],
 )
 def test_wrong_names_of_sets_are_refused(data, run, sets, near, words):

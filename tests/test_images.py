@@ -133,7 +133,7 @@ def test_turned_images_are_counted(tmp_path):
         picture(9, 6).save(tmp_path / f"{number}.jpg", exif=exif)
     picture(9, 6).save(tmp_path / "5.jpg")
     batch = decode(open_images(str(tmp_path)), np.arange(6), Transform(6))
-    assert batch.notes == {"turned by EXIF orientation": 3}
+    assert batch.notes == {"rotated by EXIF orientation": 3}
 
 
 def test_what_is_hidden_below_transparency_shows():
@@ -159,8 +159,8 @@ def test_integer_greys_over_16_bits_are_scaled(dtype, suffix):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.arange(256, dtype=np.uint16), "end at 255 of 65535 would all be black"),
-        (np.arange(256, dtype=np.int32), "end at 255 of 65535 would all be black"),
+        (np.arange(256, dtype=np.uint16), "maximum of 255 of 65535 would all be black"),
+        (np.arange(256, dtype=np.int32), "maximum of 255 of 65535 would all be black"),
         (np.arange(256, dtype=np.int32) * 1000, "from 0 to 255000 have no known range"),
         (np.arange(256, dtype=np.int32) - 3, "from -3 to 252 have no known range"),
     ],
@@ -179,7 +179,7 @@ def test_greys_of_12_bits_are_named(tmp_path):
     Image.fromarray((GREYS // 16).astype(np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(GREYS).save(tmp_path / "b.png")
     batch = decode(open_images(str(tmp_path)), np.arange(2), Transform(64))
-    assert batch.notes == {"nearly black: 16-bit greys below 4096 of 65535": 1}
+    assert batch.notes == {"nearly black: 16-bit grey values below 4096 of 65535": 1}
 
 
 def test_class_orders():

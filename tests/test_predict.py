@@ -187,7 +187,7 @@ def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
 def test_missing_places_are_named(tmp_path):
     with pytest.raises(OodHeatmapError, match=r"no image or folder .*nowhere\.png"):
         list_images([tmp_path / "nowhere.png"], tmp_path / "out")
-    with pytest.raises(OodHeatmapError, match="holds no images"):
+    with pytest.raises(OodHeatmapError, match="contains no images"):
         list_images([tmp_path], tmp_path / "out")
 
 

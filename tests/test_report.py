@@ -267,7 +267,7 @@ def test_a_file_name_that_is_not_utf8_is_written():
     ("changed", "message"),
     [
         ({"far": np.ones(3, np.float32)}, "must have the set 'id'"),
-        ({"id": np.ones(0, np.float32)}, "'id' must be finite and at least one"),
+        ({"id": np.ones(0, np.float32)}, "'id' must be finite and not empty"),
         ({"id": np.ones(3), "far": np.array([1, np.nan])}, "'far' must be finite"),
     ],
 )

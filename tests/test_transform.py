@@ -149,7 +149,7 @@ def test_timm_configs():
     assert {config["crop_mode"] for config in configs.values()} == {"center", "squash", "border"}
     for config in configs.values():
         if config["input_size"][1] != config["input_size"][2]:
-            with pytest.raises(UsageError, match="only square inputs"):
+            with pytest.raises(UsageError, match="inputs must be square"):
                 Transform.from_timm(config)
             continue
         transform = Transform.from_timm(config)
@@ -233,9 +233,9 @@ def timm_config(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_size": (3, 1024, 768)}, "1024 x 768 px; only square inputs"),
+        ({"input_size": (3, 1024, 768)}, "1024 x 768 px, but inputs must be square"),
         ({"interpolation": "lanczos"}, "'lanczos' is not supported.*bilinear, bicubic"),
-        ({"crop_mode": "five"}, "'five' is not known.*center, squash, border"),
+        ({"crop_mode": "five"}, "'five' is not supported.*center, squash, border"),
     ],
 )
 def test_transforms_that_cannot_be_had_are_refused(changes, message):
