@@ -47,7 +47,8 @@ OUTPUTS = ("predict",)
 # of a command beside index, targets and predict: dear ones are rare in a short run
 COST = {"train": 5, "evaluate": 10, "localize": 1000}
 OWN_NAMES = {".lock", "log.jsonl", "history.jsonl", "manifest.json", "unfinished.json"}
-SAME_FILE = 5  # calls of one function on one file that a full run disturbs
+SLOW = ("evaluate", "localize")
+SAME_FILE = 3  # calls of one function on one file that a full run disturbs
 DIRECTORIES = {"train": "decoder", "evaluate": "evaluation", "localize": "localization"}
 
 
@@ -441,25 +442,33 @@ class Lab:
             for _ in pool.map(trial, items):
                 pass
 
-    def sample(self, calls: Mapping[str, Iterable[Call]]) -> list[tuple[str, Call]]:
-        """Return (command, call): in a short run some of each function and of each kind of file.
+    def sample(
+        self, calls: Mapping[str, Iterable[Call]], *, files: bool = True
+    ) -> list[tuple[str, Call]]:
+        """Return (command, call): in a short run one of each function, and of each kind of file.
 
-        A full run has all, but for some of the many writes into the same file.
+        A full run has all calls, but for some of the many writes into the same file; of the
+        commands that take long it has each function on each kind of file.
+
+        Args:
+            calls: Of each command.
+            files: Whether a short run has each kind of file.
         """
         dice, chosen = random.Random(0), []
         pairs = [(command, call) for command, some in calls.items() for call in some]
         if FULL:
-            by_file: dict[object, list[tuple[str, Call]]] = {}
+            groups: dict[tuple[str, str, str], list[tuple[str, Call]]] = {}
             for command, call in pairs:
-                by_file.setdefault((command, call.name, call.path), []).append((command, call))
-            for some in by_file.values():
-                chosen += dice.sample(some, min(len(some), SAME_FILE))
+                file = call.file if command in SLOW else call.path
+                groups.setdefault((command, call.name, file), []).append((command, call))
+            for (command, *_), some in groups.items():
+                chosen += dice.sample(some, min(len(some), 1 if command in SLOW else SAME_FILE))
             return chosen
         seen: Counter[str] = Counter()
         # the cheapest commands first, mostly
         pairs.sort(key=lambda pair: dice.random() * COST.get(pair[0], 1))
         for command, call in pairs:
-            if not seen[call.name] or not seen[call.file]:
+            if not seen[call.name] or (files and not seen[call.file]):
                 chosen.append((command, call))
                 seen.update((call.name, call.file))
         return chosen

@@ -45,7 +45,7 @@ def test_any_change_of_a_finished_file_is_found(lab: Lab, ledger: Ledger, comman
     cases = []
     for name in names:
         content = (lab.before("end") / name).read_bytes()
-        found = list(damages(content, dice, 40 if FULL else 3))
+        found = list(damages(content, dice, 12 if FULL else 3))
         cases += [(name, *one) for one in (found if FULL else dice.sample(found, 1))]
     with (
         ledger.experiment("E3 finished file changed: verify finds it") as verified,
@@ -88,8 +88,8 @@ def test_any_change_of_a_manifest_but_its_speed_is_found(
     flips = [(f"a bit of byte {at}", flip(original, at, dice)) for at in range(len(original))]
     chosen = [
         *dice.sample(list(NO_MANIFESTS.items()), len(NO_MANIFESTS) if FULL else 2),
-        *dice.sample(structural, min(len(structural), 400 if FULL else 4)),
-        *dice.sample(flips, min(len(flips), 200 if FULL else 3)),
+        *dice.sample(structural, min(len(structural), 60 if FULL else 4)),
+        *dice.sample(flips, min(len(flips), 40 if FULL else 3)),
     ]
     with (
         ledger.experiment("E3 manifest changed: verify finds it") as verified,
@@ -154,7 +154,7 @@ def test_an_unfinished_stage_makes_again_or_refuses_what_has_changed(
                 )
                 cases = []
                 for path in data_files(directory(unfinished, command)):
-                    found = list(damages(path.read_bytes(), dice, 20 if FULL else 4))
+                    found = list(damages(path.read_bytes(), dice, 8 if FULL else 4))
                     found = found if FULL else dice.sample(found, 1)
                     cases += [(path, *one) for one in found]
 
