@@ -15,7 +15,7 @@ from torch import nn
 from ood_heatmap.cache.shards import Rows, open_rows, write_shard
 from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.networks import cifar_resnet18
-from ood_heatmap.pipeline.config import SHARD_MEGABYTES
+from ood_heatmap.pipeline.config import _SHARD_MEGABYTES
 from ood_heatmap.pipeline.feed import TrainingSet
 
 SIZE, NUM_CLASSES, NUM_FEATURES = 32, 10, 512
@@ -71,7 +71,7 @@ def write_columns(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str,
     folder.mkdir(parents=True)
     num_rows = len(next(iter(arrays.values())))
     row_bytes = sum(array[0].nbytes for array in arrays.values())
-    size = max(1, SHARD_MEGABYTES * 1_000_000 // row_bytes)
+    size = max(1, _SHARD_MEGABYTES * 1_000_000 // row_bytes)
     for number, start in enumerate(range(0, num_rows, size)):
         pieces = {name: array[start : start + size] for name, array in arrays.items()}
         write_shard(folder / f"part-{number:05d}.h5", pieces)

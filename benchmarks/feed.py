@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.pipeline import feed as pipeline_feed
-from ood_heatmap.pipeline.feed import Slot, TrainingSet, epoch_order, read_rows
+from ood_heatmap.pipeline.feed import TrainingSet, _epoch_order, _read_rows, _Slot
 
 BATCH = 200
 BARS = {"shard order": 0.95, "global shuffle": 0.80}
@@ -26,7 +26,7 @@ Gather = Callable[[Int64], object]
 
 def rows(setting: Setting) -> Iterator[Row]:
     """Compare with RAM for both orders, then with h5py."""
-    num_ood = setting.pick(quick=4_000 + pipeline_feed.CHUNK, cpu=20_000)
+    num_ood = setting.pick(quick=4_000 + pipeline_feed._CHUNK, cpu=20_000)
     training_set = data.training_set(setting.scratch / "feed", 1_000, num_ood)
     columns = training_set.ood_columns
     ram = {name: item.read() for name, item in columns.items()}
@@ -64,10 +64,10 @@ def streaming(
     training_set: TrainingSet, ram: Mapping[str, NDArray[Any]], device: torch.device
 ) -> tuple[Gather, Gather]:
     """Return the streaming feed's gather of all columns, and the same from RAM."""
-    buffers, outs = (Slot(training_set, device, BATCH).arrays for _ in range(2))
+    buffers, outs = (_Slot(training_set, device, BATCH).arrays for _ in range(2))
 
     def ours(batch: Int64) -> None:
-        read_rows(training_set, batch + training_set.num_id, buffers)
+        _read_rows(training_set, batch + training_set.num_id, buffers)
 
     def reference(batch: Int64) -> None:
         for name, out in outs.items():
@@ -79,10 +79,10 @@ def streaming(
 def orders(kind: str, num_rows: int) -> Iterator[list[Int64]]:
     """Yield the batches of one epoch after the other."""
     # so few rows would be one group, that is a plain shuffle: here a group is a single chunk
-    group = 1 if kind == "shard order" else pipeline_feed.GROUP
+    group = 1 if kind == "shard order" else pipeline_feed._GROUP
     for epoch in count():
-        with patch.object(pipeline_feed, "GROUP", group):
-            order = epoch_order(num_rows, 0, epoch)
+        with patch.object(pipeline_feed, "_GROUP", group):
+            order = _epoch_order(num_rows, 0, epoch)
         # ascending in a batch, as the training takes them
         starts = range(0, num_rows - BATCH + 1, BATCH)
         yield [np.sort(order[start : start + BATCH]) for start in starts]

@@ -32,7 +32,7 @@ from ood_heatmap.metrics import detection_metrics
 from ood_heatmap.patches import draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.inputs import split_named_source
-from ood_heatmap.pipeline.localize import read_sample
+from ood_heatmap.pipeline.localize import _read_sample
 from ood_heatmap.pipeline.run import open_index
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
@@ -108,7 +108,7 @@ def samples_of(options: argparse.Namespace) -> dict[str, UInt8]:
     sample = LocalizeConfig(count=options.count)
     sources = {"": options.id, **dict(map(split_named_source, options.ood))}
     return {
-        name: read_sample(open_images(place), transform, sample).pixels
+        name: _read_sample(open_images(place), transform, sample).pixels
         for name, place in sources.items()
     }
 

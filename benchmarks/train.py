@@ -28,7 +28,7 @@ from ood_heatmap.pipeline.feed import (
     read_batch,
 )
 from ood_heatmap.pipeline.step import Step, make_adam, make_step
-from ood_heatmap.pipeline.train import add_noise, noise_generator
+from ood_heatmap.pipeline.train import _add_noise, _noise_generator
 
 PAPER = TrainConfig(
     stack="dcgan", target="signed", feature_maps=0, noise=0, region_weight=0, schedule="constant"
@@ -76,9 +76,9 @@ def prepared(
     decoder = fresh_decoder(config, device)
     decoder.to(memory_format=torch.channels_last)
     rows = next(iter_batches(len(training_set), config.batch_size, config.seed, [0]))
-    generator = noise_generator(config.seed, 0, device)
+    generator = _noise_generator(config.seed, 0, device)
     batch = read_batch(training_set, rows, device)
-    batch = add_noise(batch, generator, decoder.config.num_inputs, config)
+    batch = _add_noise(batch, generator, decoder.config.num_inputs, config)
     kind, step = make_step(decoder, make_adam(decoder, config), config, batch)
     return kind, step, batch, decoder
 
@@ -92,12 +92,12 @@ def looping(
     """
     size, device = config.batch_size, decoder.feature_range.device
     batches = feed.batches(iter_batches(num_rows, size, 0, count()))
-    generator = noise_generator(config.seed, 0, device)
+    generator = _noise_generator(config.seed, 0, device)
 
     def work() -> int:
         total = torch.zeros((), device=device)
         for batch in islice(batches, steps):
-            total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
+            total += step(_add_noise(batch, generator, decoder.config.num_inputs, config))
         total.item()
         return steps * size
 

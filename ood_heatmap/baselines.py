@@ -22,8 +22,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-Float32: TypeAlias = NDArray[np.float32]
-_FeatureScore: TypeAlias = Callable[[Float32], Float32]  # (B, D) to (B,)
+_Float32: TypeAlias = NDArray[np.float32]
+_FeatureScore: TypeAlias = Callable[[_Float32], _Float32]  # (B, D) to (B,)
 
 _REACT_PERCENTILE = 0.9
 _ASH_PERCENTILE = 0.65
@@ -43,9 +43,9 @@ class FitData:
         seed: Random seed.
     """
 
-    features: Float32
+    features: _Float32
     labels: NDArray[np.integer[Any]]
-    ood_features: Float32
+    ood_features: _Float32
     head: nn.Linear
     seed: int
 
@@ -61,12 +61,12 @@ class ScoreInputs:
             image's.
     """
 
-    features: Float32
-    logits: Float32
-    knn_distance: Float32
+    features: _Float32
+    logits: _Float32
+    knn_distance: _Float32
 
 
-Score: TypeAlias = Callable[[ScoreInputs], Float32]  # (B,) of B images
+Score: TypeAlias = Callable[[ScoreInputs], _Float32]  # (B,) of B images
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ def choose_neighbours(class_sizes: Sequence[int]) -> int:
     return int(np.clip(np.quantile(sizes, 0.1) // 4, 1, _MAX_NEIGHBOURS))
 
 
-def _float32(values: NDArray[Any]) -> Float32:
+def _float32(values: NDArray[Any]) -> _Float32:
     """Return values as float32."""
     return np.asarray(values, dtype=np.float32)
 
 
-def maximum_softmax(logits: Float32) -> Float32:
+def maximum_softmax(logits: _Float32) -> _Float32:
     """Return one minus the largest softmax probability, ``(B,)``.
 
     Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR
@@ -119,7 +119,7 @@ def maximum_softmax(logits: Float32) -> Float32:
     return _float32(np.exp(others))
 
 
-def maximum_logit(logits: Float32) -> Float32:
+def maximum_logit(logits: _Float32) -> _Float32:
     """Return the negative largest logit, ``(B,)``.
 
     Source: Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML
@@ -128,7 +128,7 @@ def maximum_logit(logits: Float32) -> Float32:
     return _float32(-logits.max(axis=1))
 
 
-def energy(logits: Float32) -> Float32:
+def energy(logits: _Float32) -> _Float32:
     """Return the free energy ``-logsumexp(logits)``, ``(B,)``.
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
@@ -136,7 +136,7 @@ def energy(logits: Float32) -> Float32:
     return _float32(-logsumexp(logits.astype(np.float64), axis=1))
 
 
-def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> _FeatureScore:
+def mahalanobis(features: _Float32, labels: NDArray[np.integer[Any]]) -> _FeatureScore:
     """Return the score: the squared Mahalanobis distance to the nearest class mean.
 
     One covariance for all classes. Directions in which no ID image varies are left out. In float64,
@@ -160,7 +160,7 @@ def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> _Feature
     white_means = (means - centre) @ whiten
     lengths = (white_means**2).sum(axis=1)
 
-    def score(queries: Float32) -> Float32:
+    def score(queries: _Float32) -> _Float32:
         white = (queries - centre) @ whiten
         squared = lengths - 2 * white @ white_means.T
         return _float32((white**2).sum(axis=1) + squared.min(axis=1))
@@ -168,7 +168,7 @@ def mahalanobis(features: Float32, labels: NDArray[np.integer[Any]]) -> _Feature
     return score
 
 
-def vim(features: Float32, head: nn.Linear) -> _FeatureScore:
+def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:
     """Return the score: the virtual logit less the energy of the logits.
 
     Args:
@@ -181,12 +181,12 @@ def vim(features: Float32, head: nn.Linear) -> _FeatureScore:
     """
     width = features.shape[1]
     size = 1000 if width >= 2048 else 512 if width > 512 else width // 2
-    detector = ViM(None, size, head.weight, _bias_of(head))
+    detector = ViM(None, size, head.weight, _head_bias(head))
     detector.fit_features(torch.from_numpy(features), torch.zeros(len(features)))
     return _score_arrays(detector.predict_features)
 
 
-def react(features: Float32, head: nn.Linear) -> _FeatureScore:
+def react(features: _Float32, head: nn.Linear) -> _FeatureScore:
     """Return the score: the energy of the logits of clipped features.
 
     They are clipped at a percentile of all values of ID features.
@@ -209,12 +209,12 @@ def ash(head: nn.Linear) -> _FeatureScore:
     score = _score_arrays(
         lambda features: detector.predict_feature_maps(features[:, :, None, None])
     )
-    nothing = -float(torch.logsumexp(_bias_of(head), 0))  # features of zero: nothing to sharpen
+    nothing = -float(torch.logsumexp(_head_bias(head), 0))  # features of zero: nothing to sharpen
     largest = np.finfo(np.float32).max  # features below zero can sharpen beyond all bounds
     return lambda features: np.nan_to_num(score(features), True, nothing, largest, -largest)
 
 
-def _bias_of(head: nn.Linear) -> Tensor:
+def _head_bias(head: nn.Linear) -> Tensor:
     """Return the bias ``(L,)`` of a linear layer; zeros where it has none."""
     bias: Tensor | None = head.bias
     return torch.zeros(head.out_features) if bias is None else bias.detach()
@@ -223,14 +223,14 @@ def _bias_of(head: nn.Linear) -> Tensor:
 def _score_arrays(predict: Callable[[Tensor], Tensor]) -> _FeatureScore:
     """Return a score of tensors as one of arrays."""
 
-    def score(features: Float32) -> Float32:
+    def score(features: _Float32) -> _Float32:
         with torch.inference_mode():
             return predict(torch.from_numpy(features)).numpy()
 
     return score
 
 
-def logistic_regression(id_features: Float32, ood_features: Float32) -> _FeatureScore:
+def logistic_regression(id_features: _Float32, ood_features: _Float32) -> _FeatureScore:
     """Return the score: the log-odds of a linear classifier of ID against auxiliary OOD features.
 
     Args:
@@ -242,7 +242,7 @@ def logistic_regression(id_features: Float32, ood_features: Float32) -> _Feature
     return lambda features: _float32(model.decision_function(features))
 
 
-def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> _FeatureScore:
+def _small_mlp(id_features: _Float32, ood_features: _Float32, seed: int) -> _FeatureScore:
     """Return the score: the log-odds of a network with one hidden layer, ID against auxiliary OOD.
 
     Args:
@@ -255,7 +255,7 @@ def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> _Featur
     _fit_quietly(make_pipeline(scaler, network), id_features, ood_features)
     first, last = zip(network.coefs_, network.intercepts_, strict=True)
 
-    def score(features: Float32) -> Float32:
+    def score(features: _Float32) -> _Float32:
         # by hand: its probabilities round to one and the same 1 for every clear image
         hidden = np.maximum(scaler.transform(features) @ first[0] + first[1], 0)
         return _float32((hidden @ last[0] + last[1])[:, 0])
@@ -263,7 +263,7 @@ def small_mlp(id_features: Float32, ood_features: Float32, seed: int) -> _Featur
     return score
 
 
-def _fit_quietly(model: Any, id_features: Float32, ood_features: Float32) -> None:
+def _fit_quietly(model: Any, id_features: _Float32, ood_features: _Float32) -> None:
     """Fit a model of scikit-learn to tell ID, 0, from OOD, 1."""
     both = np.concatenate([id_features, ood_features])
     is_ood = np.repeat([0, 1], [len(id_features), len(ood_features)])
@@ -272,7 +272,7 @@ def _fit_quietly(model: Any, id_features: Float32, ood_features: Float32) -> Non
         model.fit(both, is_ood)
 
 
-def _of_logits(score: Callable[[Float32], Float32]) -> Callable[[FitData], Score]:
+def _of_logits(score: Callable[[_Float32], _Float32]) -> Callable[[FitData], Score]:
     """Return how to fit a score of logits: there is nothing to fit."""
     return lambda data: lambda inputs: score(inputs.logits)
 
@@ -310,7 +310,7 @@ METHODS = (
     Method(
         "mlp",
         "MLP",
-        _of_features(lambda data: small_mlp(data.features, data.ood_features, data.seed)),
+        _of_features(lambda data: _small_mlp(data.features, data.ood_features, data.seed)),
         sees_ood=True,
     ),
 )

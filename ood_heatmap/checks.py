@@ -32,7 +32,7 @@ def device_bound(autocast: bool) -> float:
     return 1.5e-1 if autocast else 3e-2
 
 
-def relative_distance(values: Tensor, expected: Tensor) -> float:
+def _relative_distance(values: Tensor, expected: Tensor) -> float:
     """Return the largest ``||values - expected|| / ||expected||`` of all rows ``(B, ...)``."""
     values, expected = values.double().flatten(1), expected.double().flatten(1)
     distance = (values - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
@@ -74,7 +74,7 @@ def check_head(head: str, logits: Tensor, expected: Tensor, bound: float) -> Non
         expected: What the network returns.
         bound: The relative distance that rounding explains.
     """
-    if not relative_distance(logits, expected) <= bound:
+    if not _relative_distance(logits, expected) <= bound:
         raise OodHeatmapError(
             f"{head} is not what the network returns: something follows, such as a log_softmax, or "
             "the mean of several heads or views. Name with --classifier a function whose network "
@@ -91,12 +91,12 @@ def check_repeatable(spec: str, features: Tensor, alone: Tensor, bound: float) -
         alone: ``(1, D)`` of the second image in a batch of its own.
         bound: The relative distance that rounding explains.
     """
-    if not relative_distance(features[2:], features[:1]) <= bound:
+    if not _relative_distance(features[2:], features[:1]) <= bound:
         raise OodHeatmapError(
             f"{spec} returns other features for the same image twice: something in it is random in "
             "eval mode, such as F.dropout without training=self.training."
         )
-    if not relative_distance(alone, features[1:2]) <= bound:
+    if not _relative_distance(alone, features[1:2]) <= bound:
         raise OodHeatmapError(
             f"{spec} returns other features for an image alone than in a batch: they depend on the "
             "other images, as with batch norm that uses the statistics of the batch."
@@ -126,7 +126,7 @@ def check_same_outputs(
         if values.shape != before.shape:
             difference = f"shape {before.shape} then, {tuple(values.shape)} now"
         else:
-            distance = relative_distance(values.cpu(), torch.from_numpy(before))
+            distance = _relative_distance(values.cpu(), torch.from_numpy(before))
             if distance <= bound:
                 continue
             difference = f"a relative difference of {distance:.2g}, rounding gives up to {bound:g}"

@@ -26,7 +26,7 @@ from ood_heatmap.checks import (
 )
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import build, code_of
+from ood_heatmap.networks import build, parse_user_code
 from ood_heatmap.probing import (
     FeatureMap,
     find_head,
@@ -255,7 +255,7 @@ class Classifier(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the results depend on: weights and code by their hash, and the settings."""
-        code = code_of(self.config.spec)
+        code = parse_user_code(self.config.spec)
         is_file = code is not None and code.place.endswith(".py")
         return {
             "weights": hash_of_weights(self.network),
@@ -387,7 +387,7 @@ def load_classifier(
         spec, num_classes, transform, mean or own_mean, std or own_std, head, num_maps, autocast
     )
     classifier = _make_classifier(network, config, weights)
-    code = code_of(spec)
+    code = parse_user_code(spec)
     if code is not None:
         code.remember()
     return classifier
@@ -412,7 +412,7 @@ def restore_classifier(
             not run when its source differs.
         OodHeatmapError: The user's code is not trusted, see ``user_code``.
     """
-    code = code_of(config.spec)
+    code = parse_user_code(config.spec)
     if code is not None:
         if fingerprint is not None:
             _check_same(config.spec, {"source": fingerprint.get("source")}, {"source": code.hash})

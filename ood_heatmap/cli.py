@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from ood_heatmap.pipeline.plan import Plan
     from ood_heatmap.pipeline.results import Results
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 # the commands that torchrun may start
-SHARED = ("index", "targets", "train", "evaluate")
+_SHARED = ("index", "targets", "train", "evaluate")
 
-new_run = click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-existing_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-device_option = click.option(
+_new_run = click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+_existing_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+_device_option = click.option(
     "--device",
     cls=GroupedOption,
     group="Speed",
@@ -65,7 +65,7 @@ def _trust_code(context: click.Context, _: click.Parameter, trust: bool) -> None
         context.with_resource(trusting_code())
 
 
-trust_option = click.option(
+_trust_option = click.option(
     "--trust-code",
     cls=GroupedOption,
     group="Other",
@@ -74,12 +74,12 @@ trust_option = click.option(
     callback=_trust_code,
     help="Run the model code that RUN names, even if you have not run it here before.",
 )
-index_options = options(data=IndexData, classifier=ClassifierOptions, config=IndexConfig)
-targets_options = options(data=TargetsData, config=TargetsConfig)
-train_options = options(config=TrainConfig)
+_index_options = options(data=IndexData, classifier=ClassifierOptions, config=IndexConfig)
+_targets_options = options(data=TargetsData, config=TargetsConfig)
+_train_options = options(config=TrainConfig)
 
 
-@click.group("ood-heatmap", cls=CommandGroup, context_settings=CONTEXT)
+@click.group("ood-heatmap", cls=CommandGroup, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="ood-heatmap")
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -88,10 +88,10 @@ def main(context: click.Context) -> None:
     The four stages, in order: index, targets, train, evaluate. Each resumes when it is started
     again.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in SHARED:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in _SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} runs in one process: start it without torchrun. "
-            f"Commands that share their work are {', '.join(SHARED)}."
+            f"Commands that share their work are {', '.join(_SHARED)}."
         )
     if os.environ.get("RANK", "0") != "0":
         context.with_resource(contextlib.redirect_stdout(io.StringIO()))
@@ -119,9 +119,9 @@ def conclude(results: "Results", next_command: str = "", *, allow_suspicious: bo
 
 
 @main.command()
-@new_run
-@index_options
-@device_option
+@_new_run
+@_index_options
+@_device_option
 def index(
     run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
 ) -> None:
@@ -164,10 +164,10 @@ def index(
 
 
 @main.command()
-@existing_run
-@targets_options
-@device_option
-@trust_option
+@_existing_run
+@_targets_options
+@_device_option
+@_trust_option
 def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Stage 2: pair OOD images with their nearest ID images in RUN and store the target heatmaps.
 
@@ -195,9 +195,9 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
 
 
 @main.command()
-@existing_run
-@train_options
-@device_option
+@_existing_run
+@_train_options
+@_device_option
 def train(run: Path, config: TrainConfig, device: str) -> None:
     """Stage 3: train the decoder of RUN from cached arrays alone.
 
@@ -219,10 +219,10 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
 
 
 @main.command()
-@existing_run
+@_existing_run
 @options(data=EvaluateData, config=EvaluateConfig)
-@device_option
-@trust_option
+@_device_option
+@_trust_option
 def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str) -> None:
     """Stage 4: measure how well RUN detects, beside baselines, in tables and pictures.
 
@@ -270,11 +270,11 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
 
 
 @main.command()
-@existing_run
+@_existing_run
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(given=PredictOptions, config=PredictConfig)
-@device_option
-@trust_option
+@_device_option
+@_trust_option
 def predict(
     run: Path,
     images: tuple[Path, ...],
@@ -311,10 +311,10 @@ def predict(
 
 
 @main.command()
-@existing_run
+@_existing_run
 @options(data=AuditData, config=AuditConfig)
-@device_option
-@trust_option
+@_device_option
+@_trust_option
 def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
     """Find images that the training sets of RUN share with each other and with further sets.
 
@@ -347,10 +347,10 @@ def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
 
 
 @main.command()
-@existing_run
+@_existing_run
 @options(data=TestData, config=LocalizeConfig)
-@device_option
-@trust_option
+@_device_option
+@_trust_option
 def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> None:
     """Measure how well the heatmaps of RUN locate patches of OOD images pasted into ID images.
 
@@ -376,9 +376,9 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
 
 
 @main.command()
-@existing_run
+@_existing_run
 @options(given=ExportOptions)
-@trust_option
+@_trust_option
 def export(run: Path, given: ExportOptions) -> None:
     """Write the detector of RUN as one file that needs no ood_heatmap to run.
 
@@ -415,9 +415,9 @@ def plan() -> None:
 
 
 @plan.command("index")
-@new_run
-@index_options
-@device_option
+@_new_run
+@_index_options
+@_device_option
 def plan_index(
     run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
 ) -> None:
@@ -439,10 +439,10 @@ def plan_index(
 
 
 @plan.command("targets")
-@existing_run
-@targets_options
-@device_option
-@trust_option
+@_existing_run
+@_targets_options
+@_device_option
+@_trust_option
 def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Estimate what `targets` would take; nothing is written or downloaded.
 
@@ -460,9 +460,9 @@ def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: st
 
 
 @plan.command("train")
-@existing_run
-@train_options
-@device_option
+@_existing_run
+@_train_options
+@_device_option
 def plan_train(run: Path, config: TrainConfig, device: str) -> None:
     """Estimate what `train` would take; nothing is written.
 
@@ -484,7 +484,7 @@ def _echo_plan(found: "Plan", run: Path, device: "torch.device") -> None:
 
 
 @main.command()
-@existing_run
+@_existing_run
 @options(config=VerifyConfig)
 def verify(run: Path, config: VerifyConfig) -> None:
     """Check every checksum of RUN, and recompute a sample of targets by brute force in float64.
@@ -501,7 +501,7 @@ def verify(run: Path, config: VerifyConfig) -> None:
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"))
-@device_option
+@_device_option
 @click.pass_context
 def demo(context: click.Context, run: Path, device: str) -> None:
     """Run all four stages in RUN on data that come with the dependencies: handwritten digits.

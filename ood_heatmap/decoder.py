@@ -190,7 +190,7 @@ class DcganDecoder(Decoder):
         )
         num_inputs = config.num_inputs + config.num_classes
         self.first = nn.Linear(num_inputs, widths[0] * config.first_size**2, bias=False)
-        self.first_norm = nn.Sequential(BatchNorm(widths[0]), nn.ReLU())
+        self.first_norm = nn.Sequential(_BatchNorm(widths[0]), nn.ReLU())
         # each feature map that joins adds as many channels as were there
         joined = [
             width * (1 + len(joining)) for width, joining in zip(widths, self._joining, strict=True)
@@ -369,7 +369,7 @@ class _SpatialBranch(nn.Module):
         return centred
 
 
-class BatchNorm(nn.BatchNorm2d):
+class _BatchNorm(nn.BatchNorm2d):
     """Batch norm with the mean and variance over the batches of all ranks.
 
     Several ranks then train as one would with the same total batch size. ``nn.SyncBatchNorm`` does
@@ -418,7 +418,7 @@ def _all_reduce_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _norm_block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
     """Return a convolution with batch norm and ReLU."""
-    return nn.Sequential(convolution, BatchNorm(convolution.out_channels), nn.ReLU())
+    return nn.Sequential(convolution, _BatchNorm(convolution.out_channels), nn.ReLU())
 
 
 def _resize(maps: Tensor, size: int) -> Tensor:

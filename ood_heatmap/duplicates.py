@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 from ood_heatmap.errors import printable
 from ood_heatmap.sanity import Finding
 
-Float32 = NDArray[np.float32]
-Int64 = NDArray[np.int64]
-UInt8 = NDArray[np.uint8]
-UInt64 = NDArray[np.uint64]
+_Float32 = NDArray[np.float32]
+_Int64 = NDArray[np.int64]
+_UInt8 = NDArray[np.uint8]
+_UInt64 = NDArray[np.uint64]
 
 # an image whose relative difference to its nearest ID image is smaller is a changed copy
-NEAR = 0.25
+_NEAR = 0.25
 _SHOWN = 3
 
 
-def hash_pixels(images: UInt8) -> UInt64:
+def hash_pixels(images: _UInt8) -> _UInt64:
     """Return the first 64 bits of the sha256 of each image of ``(B, 3, H, W)``, ``(B,)``."""
     digests = [hashlib.sha256(image.tobytes()).digest()[:8] for image in images]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
-def relative_difference(images: UInt8, others: UInt8) -> Float32:
+def relative_difference(images: _UInt8, others: _UInt8) -> _Float32:
     """Return how much pairs of images differ, relative to the contrast of the first.
 
     The root mean square of the difference over the standard deviation of all values of the image:
@@ -72,9 +72,9 @@ class AuditedSet:
     kind: Literal["ID", "OOD"]
     fitted: bool
     name_of: Callable[[int], str]
-    pixel_hash: UInt64
-    nearest: Int64
-    difference: Float32
+    pixel_hash: _UInt64
+    nearest: _Int64
+    difference: _Float32
 
 
 def find_overlaps(sets: Sequence[AuditedSet]) -> list[Finding]:
@@ -94,14 +94,14 @@ def find_overlaps(sets: Sequence[AuditedSet]) -> list[Finding]:
         equal = np.flatnonzero(first.pixel_hash[partner] == second.pixel_hash)
         findings += _to_findings(first, second, equal, partner[equal], "are also in")
     for item in sets[1:]:
-        near = (item.difference < NEAR) & ~np.isin(item.pixel_hash, sets[0].pixel_hash)
+        near = (item.difference < _NEAR) & ~np.isin(item.pixel_hash, sets[0].pixel_hash)
         found = np.flatnonzero(near)
         findings += _to_findings(sets[0], item, found, item.nearest[found], "are almost equal in")
     return findings
 
 
 def _to_findings(
-    first: AuditedSet, second: AuditedSet, positions: Int64, partners: Int64, words: str
+    first: AuditedSet, second: AuditedSet, positions: _Int64, partners: _Int64, words: str
 ) -> list[Finding]:
     """Return the finding for images of a set that have a partner in a set before it, if any."""
     if not len(positions):

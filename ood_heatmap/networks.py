@@ -173,7 +173,7 @@ class _BuiltIn:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
-BUILT_IN = {
+_BUILT_IN = {
     "cifar-resnet18": _BuiltIn(cifar_resnet18, 10, 32),
     "cifar-resnet50-64px": _BuiltIn(_cifar_resnet50_64px, 200, 64),
     "wrn-40-2": _BuiltIn(_wrn_40_2, 10, 32),
@@ -181,10 +181,10 @@ BUILT_IN = {
 
 
 # a network with its own transform, mean and std
-Built: TypeAlias = tuple[nn.Module, Transform | None, tuple[float, ...], tuple[float, ...]]
+_Built: TypeAlias = tuple[nn.Module, Transform | None, tuple[float, ...], tuple[float, ...]]
 
 
-def build(spec: str, num_classes: int | None, *, pretrained: bool) -> Built:
+def build(spec: str, num_classes: int | None, *, pretrained: bool) -> _Built:
     """Build the network of a SPEC, and return it with its own transform, mean and std.
 
     Args:
@@ -196,23 +196,23 @@ def build(spec: str, num_classes: int | None, *, pretrained: bool) -> Built:
         UsageError: There is no such network, or it does not take the arguments.
         OodHeatmapError: Its weights cannot be fetched.
     """
-    if spec in BUILT_IN:
+    if spec in _BUILT_IN:
         return _build_own(spec, num_classes, pretrained)
     family, _, name = spec.partition("/")
     if family == "torchvision":
         return _build_torchvision(name, num_classes, pretrained)
     if family == "timm":
         return _build_timm(name, num_classes, pretrained)
-    code = code_of(spec)
+    code = parse_user_code(spec)
     if code is not None:
         return _build_from_code(code, num_classes)
     raise UsageError(
-        f"there is no classifier {spec!r}: use {', '.join(BUILT_IN)}, torchvision/NAME, timm/NAME, "
-        "path/to/file.py:function or package.module:function."
+        f"there is no classifier {spec!r}: use {', '.join(_BUILT_IN)}, "
+        "torchvision/NAME, timm/NAME, path/to/file.py:function or package.module:function."
     )
 
 
-def code_of(spec: str) -> UserCode | None:
+def parse_user_code(spec: str) -> UserCode | None:
     """Return the user's code that a SPEC names; None for networks of this package and libraries."""
     place, colon, function = spec.rpartition(":")
     if not colon or spec.startswith(("torchvision/", "timm/")):
@@ -220,16 +220,16 @@ def code_of(spec: str) -> UserCode | None:
     return UserCode(place, function)
 
 
-def _build_own(spec: str, num_classes: int | None, pretrained: bool) -> Built:
+def _build_own(spec: str, num_classes: int | None, pretrained: bool) -> _Built:
     """Return a network of the reference."""
     if pretrained:
         raise UsageError(f"{spec} comes without weights: add --weights FILE.")
-    entry = BUILT_IN[spec]
+    entry = _BUILT_IN[spec]
     network = entry.build(num_classes or entry.num_classes)
     return network, Transform(entry.size), entry.mean, entry.std
 
 
-def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> Built:
+def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> _Built:
     """Return ``NAME`` or ``NAME:WEIGHTS`` of torchvision, with its weights' own transform."""
     from torchvision import models
 
@@ -275,7 +275,7 @@ def _arguments_of_pretrained(name: str, weights: Any) -> dict[str, Any]:
     return {}
 
 
-def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
+def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> _Built:
     """Return ``NAME`` of timm, with its own transform."""
     try:
         import timm
@@ -296,7 +296,7 @@ def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> Built:
     return network, transform, tuple(preset["mean"]), tuple(preset["std"])
 
 
-def _build_from_code(code: UserCode, num_classes: int | None) -> Built:
+def _build_from_code(code: UserCode, num_classes: int | None) -> _Built:
     """Return what the user's own function makes, which takes pixels in [0, 1] unless told."""
     network = code.make(num_classes)
     if not isinstance(network, nn.Module):

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
-from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, fields_of
+from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, option_fields
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-Decorator = Callable[[Decorated], Decorated]
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+_Decorator = Callable[[_Decorated], _Decorated]
 _LOG = logging.getLogger("ood_heatmap")
 _LEVEL = "ood_heatmap.level"
 _PATHS = {
@@ -134,7 +134,7 @@ class _RgbType(click.ParamType):  # type: ignore[type-arg]
         return numbers
 
 
-def options(**kinds: type[Settings]) -> Decorator[Any]:
+def options(**kinds: type[Settings]) -> _Decorator[Any]:
     """Give a command an option for each described field of some settings dataclasses.
 
     Args:
@@ -148,7 +148,7 @@ def options(**kinds: type[Settings]) -> Decorator[Any]:
                 name: kind(
                     **{
                         field.name: given.pop(field.name)
-                        for field in fields_of(kind)
+                        for field in option_fields(kind)
                         if field.option is not None
                     }
                 )
@@ -159,7 +159,7 @@ def options(**kinds: type[Settings]) -> Decorator[Any]:
             return command(**filled, **given)
 
         for kind in reversed(kinds.values()):
-            for field in reversed(fields_of(kind)):
+            for field in reversed(option_fields(kind)):
                 if field.option is not None:
                     run = _click_option(field, field.option)(run)
         return run
@@ -167,7 +167,7 @@ def options(**kinds: type[Settings]) -> Decorator[Any]:
     return decorate
 
 
-def _click_option(field: Field, option: Option) -> Decorator[Any]:
+def _click_option(field: Field, option: Option) -> _Decorator[Any]:
     """Return the click option of one field."""
     flag = field.flag
     settings: dict[str, Any] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ood_heatmap.errors import OodHeatmapError
 
-Layout = Literal["channels first", "channels last", "tokens"]
+_Layout = Literal["channels first", "channels last", "tokens"]
 # uint8 images (B, 3, S, S) to logits; raises OodHeatmapError when the network cannot take them
 Run = Callable[[Tensor], Any]
 # contrast between the halves of a map, see _contrast: 0.3 to 1 for maps of forty architectures;
@@ -109,7 +109,7 @@ class FeatureMap:
     """
 
     name: str
-    layout: Layout
+    layout: _Layout
 
     def __str__(self) -> str:
         return self.name if self.layout == "channels first" else f"{self.name} ({self.layout})"
@@ -118,7 +118,7 @@ class FeatureMap:
     def parse(text: str) -> "FeatureMap":
         """Return what ``str`` made a text of."""
         name, _, layout = text.removesuffix(")").partition(" (")
-        layouts = {known: known for known in get_args(Layout)}
+        layouts = {known: known for known in get_args(_Layout)}
         return FeatureMap(name, layouts.get(layout, "channels first"))
 
     def to_grid(self, output: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def _readings(name: str, output: Any, batch: int) -> Iterator[tuple[FeatureMap, 
     """Yield the readings of an output as a map of more than one row and column."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != batch:
         return
-    layouts: tuple[Layout, ...] = ("channels first", "channels last")
+    layouts: tuple[_Layout, ...] = ("channels first", "channels last")
     for layout in layouts if output.ndim == 4 else ("tokens",):
         item = FeatureMap(name, layout)
         grid = item.to_grid(output)

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from ood_heatmap.calibration import num_needed
 from ood_heatmap.images import class_orders
 
-Int64 = NDArray[np.int64]
+_Int64 = NDArray[np.int64]
 
 # Cohen's kappa (0 by chance, 1 if all are right): below the first, accuracy is that of chance;
 # below the second it is low for a classifier on the images it was trained on
@@ -48,9 +48,9 @@ def texts(findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def confusion_matrix(
+def _confusion_matrix(
     label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], num_classes: int
-) -> Int64:
+) -> _Int64:
     """Return how many images of each class are predicted as each class.
 
     Args:
@@ -168,7 +168,7 @@ def _check_class_order(
     num_classes = len(names)
     if num_classes > _MAX_CLASSES:
         return []
-    confusion = confusion_matrix(label, prediction, num_classes)
+    confusion = _confusion_matrix(label, prediction, num_classes)
     accuracy = confusion.trace() / len(label)
     rows, columns, best = _best_assignment(confusion)
     sizes = confusion.sum(axis=1)
@@ -181,9 +181,10 @@ def _check_class_order(
     if not far_better and len(moved) < 2:
         return []
     generator = np.random.default_rng(0)
+    shuffles = (generator.permutation(prediction) for _ in range(_NUM_SHUFFLES))
     by_chance = max(
-        _best_assignment(confusion_matrix(label, generator.permutation(prediction), num_classes))[2]
-        for _ in range(_NUM_SHUFFLES)
+        _best_assignment(_confusion_matrix(label, shuffled, num_classes))[2]
+        for shuffled in shuffles
     )
     if best < by_chance + _CHANCE_KAPPA * (1 - by_chance):
         return []
@@ -209,13 +210,13 @@ def _check_class_order(
     ]
 
 
-def _best_assignment(confusion: Int64) -> tuple[list[int], list[int], float]:
+def _best_assignment(confusion: _Int64) -> tuple[list[int], list[int], float]:
     """Return the assignment of labels to predictions with the highest accuracy, and that."""
     rows, columns = linear_sum_assignment(confusion, maximize=True)
     return rows.tolist(), columns.tolist(), float(confusion[rows, columns].sum() / confusion.sum())
 
 
-def _better_order(confusion: Int64, names: Sequence[str], best: float) -> str:
+def _better_order(confusion: _Int64, names: Sequence[str], best: float) -> str:
     """Return which order of the class names explains an assignment, and the way out."""
     for order, in_order in class_orders(names).items():
         columns = [in_order.index(name) for name in names]

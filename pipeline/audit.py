@@ -24,8 +24,8 @@ from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets
 from ood_heatmap.sanity import Finding
 from ood_heatmap.sources import open_images
 
-Float32 = NDArray[np.float32]
-UInt64 = NDArray[np.uint64]
+_Float32 = NDArray[np.float32]
+_UInt64 = NDArray[np.uint64]
 
 _CHUNK = 64  # images in memory at once, in each of two threads
 _EMBED_CHUNK = 1024
@@ -60,7 +60,7 @@ def audit_targets(
     row = columns["row"].read()[paired]
     positions = index.positions(columns["nearest"].read()[paired])
 
-    def compare(start: int) -> tuple[UInt64, Float32]:
+    def compare(start: int) -> tuple[_UInt64, _Float32]:
         here = slice(start, start + _CHUNK)
         id_images = index.columns["images"].take(positions[here])
         images = (id_images - columns["heatmap"].take(paired[here])).astype(np.uint8)
@@ -87,7 +87,7 @@ def audit_open_targets(targets: Targets, index: Index) -> AuditedSet:
     )
 
 
-def _hash_all(images: Rows) -> UInt64:
+def _hash_all(images: Rows) -> _UInt64:
     """Return the hash of every image of a column."""
     chunks = [
         part[start : start + _CHUNK] for part in images for start in range(0, len(part), _CHUNK)
@@ -153,7 +153,7 @@ def _audit_images(
     images: ImageSet,
     index: Index,
     forward: BatchedClassifier,
-    id_features: Float32,
+    id_features: _Float32,
     config: AuditConfig,
 ) -> AuditedSet:
     """Return a set that is no part of the run."""

@@ -92,11 +92,11 @@ class Settings:
     """Base of the settings: checks choices and bounds, in Python as on the command line."""
 
     def __post_init__(self) -> None:
-        for field in fields_of(type(self)):
+        for field in option_fields(type(self)):
             field.check(getattr(self, field.name))
 
 
-def fields_of(kind: type[Any]) -> tuple[Field, ...]:
+def option_fields(kind: type[Any]) -> tuple[Field, ...]:
     """Return the fields of a settings dataclass; those from its base classes come last."""
     hints = get_type_hints(kind, include_extras=True)
     bases = [base.__annotations__ for base in kind.__mro__[1:-1]]
@@ -116,14 +116,14 @@ def result_options(config: Settings) -> dict[str, Any]:
     """
     return {
         field.name: getattr(config, field.name)
-        for field in fields_of(type(config))
+        for field in option_fields(type(config))
         if field.option is None or field.option.affects_result
     }
 
 
-SHARD_MEGABYTES = 128
+_SHARD_MEGABYTES = 128
 # the deepest alone: shallower maps see how an image was resized, not what it shows
-FEATURE_MAPS = 1
+_FEATURE_MAPS = 1
 
 
 def _seed(text: str, group: Group) -> Option:
@@ -136,14 +136,14 @@ def _workers(text: str) -> Option:
     return Option(text, "Speed", min=1, max=256, affects_result=False)
 
 
-Overwrite: TypeAlias = Annotated[
+_Overwrite: TypeAlias = Annotated[
     bool,
     Option("Rebuild what was made from other inputs.", "Output", affects_result=False),
 ]
-ShardMegabytes: TypeAlias = Annotated[
+_ShardMegabytes: TypeAlias = Annotated[
     int, Option("Approximate size of a shard on disk, in megabytes.", "Output", min=1)
 ]
-AllowSuspicious: TypeAlias = Annotated[
+_AllowSuspicious: TypeAlias = Annotated[
     bool,
     Option(
         "Exit with 0 although a result is suspicious, such as an accuracy of chance.",
@@ -151,11 +151,11 @@ AllowSuspicious: TypeAlias = Annotated[
         affects_result=False,
     ),
 ]
-BatchSize: TypeAlias = Annotated[
+_BatchSize: TypeAlias = Annotated[
     int,
     Option("Images per forward pass of the classifier.", "Speed", min=1, affects_result=False),
 ]
-Workers: TypeAlias = Annotated[
+_Workers: TypeAlias = Annotated[
     int,
     _workers("Threads that decode images."),
 ]
@@ -324,7 +324,7 @@ class ClassifierOptions(Settings):
             min=0,
             max=3,
         ),
-    ] = FEATURE_MAPS
+    ] = _FEATURE_MAPS
     autocast: Annotated[
         bool, Option("Run the classifier in bfloat16, in every stage of RUN.", "Classifier")
     ] = False
@@ -334,12 +334,12 @@ class ClassifierOptions(Settings):
 class EmbedConfig(Settings):
     """Settings of every stage that runs images through the classifier."""
 
-    batch_size: BatchSize = 256
-    workers: Workers = 2
+    batch_size: _BatchSize = 256
+    workers: _Workers = 2
     skip_unreadable: Annotated[
         bool, Option("Leave out images that cannot be read, and list them.", "Data")
     ] = False
-    overwrite: Overwrite = False
+    overwrite: _Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,8 +349,8 @@ class IndexConfig(EmbedConfig):
     ignore_labels: Annotated[
         bool, Option("Treat class folders as plain folders, without labels.", "Data")
     ] = False
-    shard_mb: ShardMegabytes = SHARD_MEGABYTES
-    allow_suspicious: AllowSuspicious = False
+    shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
+    allow_suspicious: _AllowSuspicious = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,8 +386,8 @@ class TargetsConfig(EmbedConfig):
         int,
         _seed("Random seed of the draw, of patches and of random pairing.", "Pairing"),
     ] = 0
-    shard_mb: ShardMegabytes = SHARD_MEGABYTES
-    allow_suspicious: AllowSuspicious = False
+    shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
+    allow_suspicious: _AllowSuspicious = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,7 +457,7 @@ class TrainConfig(Settings):
             min=0,
             max=3,
         ),
-    ] = FEATURE_MAPS
+    ] = _FEATURE_MAPS
     feed: Annotated[
         Literal["auto", "resident", "pinned", "streaming"],
         Option(
@@ -481,7 +481,7 @@ class TrainConfig(Settings):
             affects_result=False,
         ),
     ] = "auto"
-    overwrite: Overwrite = False
+    overwrite: _Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,7 +535,7 @@ class EvaluateConfig(EmbedConfig):
     gallery: Annotated[
         int, Option("Images of each set to show in the report, at most.", "Output", min=1)
     ] = 40
-    allow_suspicious: AllowSuspicious = False
+    allow_suspicious: _AllowSuspicious = False
     neighbours: Annotated[
         int | None,
         Option(
@@ -574,12 +574,12 @@ class AuditData(DataOptions):
 class AuditConfig(Settings):
     """Settings of ``audit``."""
 
-    batch_size: BatchSize = 256
-    workers: Workers = 2
+    batch_size: _BatchSize = 256
+    workers: _Workers = 2
     skip_unreadable: Annotated[
         bool, Option("Leave out images that cannot be read, and list them.", "Data")
     ] = False
-    allow_suspicious: AllowSuspicious = False
+    allow_suspicious: _AllowSuspicious = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -607,7 +607,7 @@ class LocalizeConfig(EmbedConfig):
 class PredictConfig(Settings):
     """Settings of ``predict``."""
 
-    batch_size: BatchSize = 64
+    batch_size: _BatchSize = 64
     workers: Annotated[
         int,
         _workers("Threads that decode images, and as many that draw and write."),

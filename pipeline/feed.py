@@ -28,7 +28,7 @@ _FeedKind: TypeAlias = Literal["resident", "pinned", "streaming"]
 _FeedChoice: TypeAlias = Literal["auto", _FeedKind]
 
 # contiguous rows of the training set, and chunks that are shuffled together
-CHUNK, GROUP = 4096, 64
+_CHUNK, _GROUP = 4096, 64
 # slots of the ring buffer: batches that are prefetched
 _NUM_SLOTS = 4
 # batches whose row numbers are copied to the device at once
@@ -119,7 +119,7 @@ class TrainingSet:
         return shared + self.ood_columns["heatmap"].num_bytes
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> _Int64:
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> _Int64:
     """Return the order of rows in an epoch, a function of its arguments alone.
 
     Chunks of contiguous rows are assigned to groups at random and each group is shuffled, so that
@@ -130,12 +130,12 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> _Int64:
         ``(num_rows,)`` int64, a permutation.
     """
     generator = np.random.default_rng([seed, epoch])
-    if num_rows <= CHUNK * GROUP:
+    if num_rows <= _CHUNK * _GROUP:
         return generator.permutation(num_rows)
-    chunks = generator.permutation(-(-num_rows // CHUNK))
+    chunks = generator.permutation(-(-num_rows // _CHUNK))
     groups = []
-    for start in range(0, len(chunks), GROUP):
-        rows = (chunks[start : start + GROUP, None] * CHUNK + np.arange(CHUNK)).ravel()
+    for start in range(0, len(chunks), _GROUP):
+        rows = (chunks[start : start + _GROUP, None] * _CHUNK + np.arange(_CHUNK)).ravel()
         groups.append(generator.permutation(rows[rows < num_rows]))
     return np.concatenate(groups)
 
@@ -153,7 +153,7 @@ def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> 
         epochs: Numbers of the epochs.
     """
     for epoch in epochs:
-        order = epoch_order(num_rows, seed, epoch)
+        order = _epoch_order(num_rows, seed, epoch)
         for start in range(0, num_rows - size + 1, size):
             yield np.sort(order[start : start + size])[rank() :: world_size()]
 
@@ -207,12 +207,12 @@ def open_feed(
     kind: _FeedKind = broadcast(choose_feed(data, device, choice))
     try:
         if kind == "resident":
-            return kind, ResidentFeed(data, device)
+            return kind, _ResidentFeed(data, device)
         if kind == "pinned":
-            return kind, StreamingFeed(load_into_memory(data, device), device, size)
+            return kind, _StreamingFeed(_load_into_memory(data, device), device, size)
     except (torch.OutOfMemoryError, MemoryError):
         log.warning("no memory for the %s feed on %s: falling back to streaming", kind, device)
-    return "streaming", StreamingFeed(data, device, size)
+    return "streaming", _StreamingFeed(data, device, size)
 
 
 def _empty(column: Rows, count: int, device: torch.device, *, pinned: bool = False) -> Tensor:
@@ -228,7 +228,7 @@ def _to_batch(columns: Mapping[str, Tensor], count: int) -> TrainingBatch:
     return TrainingBatch(rows["features"], rows["prediction"], rows["heatmap"], maps)
 
 
-class ResidentFeed:
+class _ResidentFeed:
     """The training set in device memory; a batch is gathered there."""
 
     def __init__(self, data: TrainingSet, device: torch.device) -> None:
@@ -268,7 +268,7 @@ class ResidentFeed:
         return TrainingBatch(features, prediction, target, tuple(maps))
 
 
-def load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
+def _load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
     """Return a copy of the training set in RAM, page-locked if the device is a GPU."""
 
     def load(rows: Rows) -> Rows:
@@ -285,7 +285,7 @@ def load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
     )
 
 
-def read_rows(data: TrainingSet, rows: _Int64, out: Mapping[str, NDArray[Any]]) -> None:
+def _read_rows(data: TrainingSet, rows: _Int64, out: Mapping[str, NDArray[Any]]) -> None:
     """Read ascending rows into the first rows of buffers, one per column.
 
     Raises:
@@ -311,7 +311,7 @@ def read_batch(data: TrainingSet, rows: _Int64, device: torch.device) -> Trainin
     """Return one batch on the device, without a feed."""
     host = torch.device("cpu")
     buffers = {name: _empty(item, len(rows), host) for name, item in data.columns.items()}
-    read_rows(data, rows, {name: item.numpy() for name, item in buffers.items()})
+    _read_rows(data, rows, {name: item.numpy() for name, item in buffers.items()})
     return _to_batch({name: item.to(device) for name, item in buffers.items()}, len(rows))
 
 
@@ -319,7 +319,7 @@ def _untimed_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-class Slot:
+class _Slot:
     """One ring-buffer slot: a pinned host batch and its device copy.
 
     On a CPU both are the same memory. On a GPU two events guard it: the reader waits for
@@ -342,7 +342,7 @@ class Slot:
         """Read a batch; the reader thread waits here, never the step."""
         if self.on_gpu:
             self.copied.synchronize()
-        read_rows(data, rows, self.arrays)
+        _read_rows(data, rows, self.arrays)
         self.count = len(rows)
 
     def to_device(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
@@ -362,20 +362,20 @@ class Slot:
             self.used.record(torch.cuda.current_stream(device))
 
 
-class StreamingFeed:
+class _StreamingFeed:
     """Batches from memory-mapped shards or RAM: one thread prefetches into a ring buffer."""
 
     def __init__(self, data: TrainingSet, device: torch.device, size: int) -> None:
         self.data, self.device = data, device
-        self.slots = [Slot(data, device, size) for _ in range(_NUM_SLOTS)]
+        self.slots = [_Slot(data, device, size) for _ in range(_NUM_SLOTS)]
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
-        free: Queue[Slot | None] = Queue()
-        full: Queue[Slot | BaseException | None] = Queue()
+        free: Queue[_Slot | None] = Queue()
+        full: Queue[_Slot | BaseException | None] = Queue()
         for slot in self.slots:
             free.put(slot)
         arguments = (batches, free, full)
@@ -398,8 +398,8 @@ class StreamingFeed:
     def _read(
         self,
         batches: Iterable[_Int64],
-        free: "Queue[Slot | None]",
-        full: "Queue[Slot | BaseException | None]",
+        free: "Queue[_Slot | None]",
+        full: "Queue[_Slot | BaseException | None]",
     ) -> None:
         """Fill free slots, batch after batch; the body of the thread."""
         try:

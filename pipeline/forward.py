@@ -27,7 +27,7 @@ from ood_heatmap.errors import OodHeatmapError
 log = logging.getLogger(__name__)
 _UInt8 = NDArray[np.uint8]
 # batch size of one core
-IMAGES_PER_CORE = 32
+_IMAGES_PER_CORE = 32
 # forward passes of a GPU between two readings of the clock
 _PASSES_PER_WINDOW = 4
 
@@ -71,9 +71,9 @@ class BatchedClassifier:
         self.classifier = classifier
         self.batch_size = batch_size
         self.on_gpu = classifier.device.type == "cuda"
-        self.size = batch_size if self.on_gpu else min(batch_size, IMAGES_PER_CORE)
+        self.size = batch_size if self.on_gpu else min(batch_size, _IMAGES_PER_CORE)
         self.num_threads = torch.get_num_threads()
-        copies = make_copies(classifier, min(self.num_threads, batch_size // self.size))
+        copies = _make_copies(classifier, min(self.num_threads, batch_size // self.size))
         self.num_workers = len(copies)
         self.idle: SimpleQueue[Classifier] = SimpleQueue()
         for item in copies:
@@ -81,7 +81,7 @@ class BatchedClassifier:
         self.executor = (
             _InlineExecutor()
             if self.on_gpu
-            else pinned_thread_pool(self.num_workers, self.num_threads // self.num_workers)
+            else _pinned_thread_pool(self.num_workers, self.num_threads // self.num_workers)
         )
         self._halving = threading.Lock()
 
@@ -197,7 +197,7 @@ def _chunks(images: _UInt8, size: int) -> list[_UInt8]:
     return [images[start : start + size] for start in range(0, len(images), size)]
 
 
-def make_copies(classifier: Classifier, count: int) -> list[Classifier]:
+def _make_copies(classifier: Classifier, count: int) -> list[Classifier]:
     """Return the classifier and ``count - 1`` copies of it that share its weights.
 
     One per thread, because a network may store activations in its own attributes. Falls back to
@@ -231,7 +231,7 @@ class _InlineExecutor:
 
 
 @lru_cache
-def pinned_thread_pool(count: int, num_threads: int) -> ThreadPoolExecutor:
+def _pinned_thread_pool(count: int, num_threads: int) -> ThreadPoolExecutor:
     """Return a pool of ``count`` threads, each computing with ``num_threads`` intra-op threads."""
     started, before = threading.Barrier(count + 1), torch.get_num_threads()
 

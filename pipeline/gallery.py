@@ -16,7 +16,7 @@ from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import Index, read_manifest
 from ood_heatmap.pipeline.scoring import HEATMAP, ID, ScoredSet, Subset
 from ood_heatmap.pipeline.stage import Stage
-from ood_heatmap.pipeline.tables import label_of
+from ood_heatmap.pipeline.tables import format_label
 from ood_heatmap.report import render_report
 
 _HISTOGRAMS, _ROC, _EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
@@ -61,10 +61,10 @@ def write_report(
     heatmap = {name: scored[name].scores[HEATMAP] for name in scored}
     ood = [name for name in scored if name != ID]
     by_method = {
-        name: {label_of(key, metrics): values for key, values in item.by_method.items()}
+        name: {format_label(key, metrics): values for key, values in item.by_method.items()}
         for name, item in scored.items()
     }
-    labelled = [{**row, "method": label_of(row["method"], metrics)} for row in metrics["table"]]
+    labelled = [{**row, "method": format_label(row["method"], metrics)} for row in metrics["table"]]
     for name, figure in (
         (_HISTOGRAMS, figures.score_histograms(heatmap[ID], {key: heatmap[key] for key in ood})),
         (_ROC, figures.roc_curves(by_method[ID], {key: by_method[key] for key in ood})),

@@ -50,7 +50,7 @@ from ood_heatmap.pipeline.tables import (
 )
 
 log = logging.getLogger(__name__)
-UInt8 = NDArray[np.uint8]
+_UInt8 = NDArray[np.uint8]
 
 _TABLE, _FIGURE = "localization.json", "figures/localization.png"
 
@@ -91,7 +91,7 @@ def localize(
         }
         stage = Stage(run, "localization", inputs)
         transform = index.classifier_config.transform
-        samples = {name: read_sample(images, transform, config) for name, images in sets.items()}
+        samples = {name: _read_sample(images, transform, config) for name, images in sets.items()}
         content = hash_json({name: sample.content for name, sample in samples.items()})
         complete = _resume_or_start(stage, content, config)
         if complete is not None:
@@ -134,7 +134,7 @@ def _resume_or_start(stage: Stage, content: str, config: LocalizeConfig) -> Mani
 
 
 @dataclass(frozen=True)
-class Sample:
+class _Sample:
     """Some images of a set at the input size, in random order.
 
     Args:
@@ -142,11 +142,11 @@ class Sample:
         content: sha256 of the images' bytes.
     """
 
-    pixels: UInt8
+    pixels: _UInt8
     content: str
 
 
-def read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig) -> Sample:
+def _read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig) -> _Sample:
     """Return a seeded sample of a set; all of it when it is smaller.
 
     Raises:
@@ -170,7 +170,7 @@ def read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig) 
         raise OodHeatmapError(f"none of {count} images of {images.source} is readable.")
     # sets lie class by class: without this the same classes would always meet
     order = generator.permutation(len(pixels))
-    return Sample(pixels[order], content_hash(b"".join(batch.digests for batch in taken)))
+    return _Sample(pixels[order], content_hash(b"".join(batch.digests for batch in taken)))
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class _Example:
     """One line of the picture: an image, where its patch is, and what each method says of it."""
 
     title: str
-    image: UInt8
+    image: _UInt8
     mask: NDArray[np.bool_]
     pixel_scores: PixelScores
 
 
 def _measure(
-    samples: Mapping[str, Sample], methods: LocalizationMethods, config: LocalizeConfig
+    samples: Mapping[str, _Sample], methods: LocalizationMethods, config: LocalizeConfig
 ) -> tuple[list[LocalizationRow], list[_Example]]:
     """Return the metrics of every set, size and kind of edges, and an image of each set and size.
 
@@ -229,7 +229,7 @@ def _check_sanity(table: Sequence[LocalizationRow]) -> dict[str, float]:
 def _localization_json(
     table: Sequence[LocalizationRow],
     sets: Mapping[str, ImageSet],
-    samples: Mapping[str, Sample],
+    samples: Mapping[str, _Sample],
     config: LocalizeConfig,
 ) -> dict[str, Any]:
     """Return the content of ``localization.json``."""

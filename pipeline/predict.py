@@ -147,7 +147,7 @@ def predict(
     """
     make_directory(out)
     results = PredictResults(out / f"scores.{config.format}")
-    images, names = from_paths(paths), make_output_names(paths)
+    images, names = from_paths(paths), _make_output_names(paths)
     meter = Meter(len(paths), "predict")
     chunks = (
         np.arange(start, min(start + config.batch_size, len(paths)))
@@ -318,7 +318,7 @@ def _to_cell(value: str | float | bool | None) -> str | float | None:
     return value
 
 
-def make_output_names(paths: Sequence[Path]) -> list[str]:
+def _make_output_names(paths: Sequence[Path]) -> list[str]:
     """Make a unique output filename for each image, without suffix.
 
     Names are derived from the image's filename: characters that some file system or spreadsheet

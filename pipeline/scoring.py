@@ -32,10 +32,10 @@ from ood_heatmap.pipeline.run import Index, Targets, make_detector, open_decoder
 from ood_heatmap.pipeline.stage import Stage, content_hash, log_event
 from ood_heatmap.sanity import Finding, check_fits
 
-Float32 = NDArray[np.float32]
-Int64 = NDArray[np.int64]
-UInt8 = NDArray[np.uint8]
-PixelScores = dict[str, Float32]  # method to (B, H, W), larger is more OOD
+_Float32 = NDArray[np.float32]
+_Int64 = NDArray[np.int64]
+_UInt8 = NDArray[np.uint8]
+PixelScores = dict[str, _Float32]  # method to (B, H, W), larger is more OOD
 
 ID, HEATMAP = "id", "heatmap"
 CENTRE, _DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
@@ -59,7 +59,7 @@ class Subset:
     """
 
     images: ImageSet
-    rows: Int64
+    rows: _Int64
     classes: Sequence[str]
 
     @cached_property
@@ -84,21 +84,21 @@ class ScoredSet:
         content: sha256 of the images' bytes.
     """
 
-    scores: Mapping[str, Float32]
-    max_pixel_score: Float32
+    scores: Mapping[str, _Float32]
+    max_pixel_score: _Float32
     prediction: NDArray[np.int32]
     label: NDArray[np.int32]
-    row: Int64
+    row: _Int64
     pixel_hash: NDArray[np.uint64]
-    nearest: Int64
-    difference: Float32
+    nearest: _Int64
+    difference: _Float32
     content: str
 
     def __len__(self) -> int:
         return len(self.row)
 
     @property
-    def by_method(self) -> dict[str, Float32]:
+    def by_method(self) -> dict[str, _Float32]:
         """The scores without those of runs with other seeds."""
         return {
             name: values
@@ -152,7 +152,7 @@ def name_of_run(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class DetectionMethods:
+class _DetectionMethods:
     """The heatmap and all methods of ``METHODS``, fitted.
 
     Args:
@@ -166,7 +166,7 @@ class DetectionMethods:
 
     detectors: Sequence[HeatmapDetector]
     index: Index
-    id_features: Float32
+    id_features: _Float32
     by_name: Mapping[str, Score]
     neighbours: int
     config: EvaluateConfig
@@ -199,7 +199,7 @@ class DetectionMethods:
             content=embedded.content,
         )
 
-    def _decode(self, embedded: Embedded) -> tuple[dict[str, Float32], Float32]:
+    def _decode(self, embedded: Embedded) -> tuple[dict[str, _Float32], _Float32]:
         """Return each decoder's image scores, and the run's own largest pixel scores."""
         device, size = self.detectors[0].classifier.device, self.config.batch_size
         batches = [
@@ -237,10 +237,10 @@ def open_detectors(
 
 def make_detection_methods(
     index: Index, targets: Targets, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
-) -> DetectionMethods:
+) -> _DetectionMethods:
     """Fit every method."""
-    data = fit_data(index, targets, detectors[0].classifier, config.seed)
-    return DetectionMethods(
+    data = _fit_data(index, targets, detectors[0].classifier, config.seed)
+    return _DetectionMethods(
         detectors,
         index,
         unit_length(index.columns["features"].read()),
@@ -257,7 +257,7 @@ def num_neighbours(index: Index, config: EvaluateConfig) -> int:
     return min(config.neighbours, index.results.num_images)
 
 
-def fit_data(index: Index, targets: Targets, classifier: Classifier, seed: int) -> FitData:
+def _fit_data(index: Index, targets: Targets, classifier: Classifier, seed: int) -> FitData:
     """Return what the caches hold for the methods to be fitted on."""
     columns = index.columns
     rows = _sample(np.arange(len(columns["row"])), seed)
@@ -289,7 +289,7 @@ def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> lis
     )
 
 
-def _sample(rows: Int64, seed: int) -> Int64:
+def _sample(rows: _Int64, seed: int) -> _Int64:
     """Return the rows to fit on, ascending: all if they are few, or a seeded draw."""
     if len(rows) <= _MAX_FIT:
         return rows
@@ -301,7 +301,7 @@ def scores_name(name: str) -> str:
     return f"scores-{name}.npz"
 
 
-def _chunks(subset: Subset) -> list[Int64]:
+def _chunks(subset: Subset) -> list[_Int64]:
     """Return the rows that are scored at once: the same for any batch size and number of ranks.
 
     The content hash of a set depends on them.
@@ -309,7 +309,7 @@ def _chunks(subset: Subset) -> list[Int64]:
     return [subset.rows[start : start + _CHUNK] for start in range(0, len(subset.rows), _CHUNK)]
 
 
-def current_content(subset: Subset, rows: Int64) -> str | None:
+def current_content(subset: Subset, rows: _Int64) -> str | None:
     """Return what ``ScoredSet.content`` is for the images as they are now.
 
     Args:
@@ -331,7 +331,7 @@ def current_content(subset: Subset, rows: Int64) -> str | None:
         return None
 
 
-def score_set(stage: Stage, name: str, subset: Subset, methods: DetectionMethods) -> ScoredSet:
+def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethods) -> ScoredSet:
     """Score a set and write its scores; the ranks share its images."""
     config, classifier = methods.config, methods.detectors[0].classifier
     chunks = _chunks(subset)
@@ -379,16 +379,16 @@ class LocalizationMethods:
     decoder: Decoder
     forward: BatchedClassifier
     shuffled: BatchedClassifier
-    locations: Float32 | None
+    locations: _Float32 | None
     batch_size: int
 
-    def __call__(self, pixels: UInt8) -> PixelScores:
+    def __call__(self, pixels: _UInt8) -> PixelScores:
         """Score the pixels of images ``(B, 3, H, W)``."""
         output = self.forward(pixels)
         prediction = output.logits.argmax(dim=1)
         scores = {
             HEATMAP: self._heatmap(output, prediction),
-            CENTRE: np.broadcast_to(centre_prior(pixels.shape[-1]), pixels[:, 0].shape),
+            CENTRE: np.broadcast_to(_centre_prior(pixels.shape[-1]), pixels[:, 0].shape),
             _DIFFERENCE: self._difference(pixels, output, prediction),
         }
         if self.locations is not None:
@@ -399,7 +399,7 @@ class LocalizationMethods:
         return {**scores, SWAPPED: self._heatmap(output, swapped)}
 
     @torch.inference_mode()
-    def _heatmap(self, output: Output, prediction: Tensor) -> Float32:
+    def _heatmap(self, output: Output, prediction: Tensor) -> _Float32:
         """Return the decoder's pixel scores, ``(B, H, W)``."""
         device, parts = self.forward.classifier.device, []
         maps = output.maps[: len(self.decoder.config.map_shapes)]
@@ -412,17 +412,17 @@ class LocalizationMethods:
             )
             parts.append(pixel_score(heatmap).cpu())
         # shuffled weights may overflow to infinity: such a heatmap says nothing
-        scores: Float32 = torch.cat(parts).nan_to_num(0.0).numpy()
+        scores: _Float32 = torch.cat(parts).nan_to_num(0.0).numpy()
         return scores
 
-    def _difference(self, pixels: UInt8, output: Output, prediction: Tensor) -> Float32:
+    def _difference(self, pixels: _UInt8, output: Output, prediction: Tensor) -> _Float32:
         """Return the absolute difference to the nearest ID image of the predicted class."""
         found = self.bank.nearest(output.features.numpy(), prediction.numpy())
         nearest = self.index.columns["images"].take(self.index.positions(found.row))
-        difference: Float32 = np.abs(nearest.astype(np.float32) - pixels).max(axis=1)
+        difference: _Float32 = np.abs(nearest.astype(np.float32) - pixels).max(axis=1)
         return difference
 
-    def _distance(self, maps: Tensor, size: int) -> Float32:
+    def _distance(self, maps: Tensor, size: int) -> _Float32:
         """Return each location's distance to the nearest ID location, ``(B, size, size)``.
 
         Source: after Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022.
@@ -432,7 +432,7 @@ class LocalizationMethods:
         queries = _locations(maps).reshape(-1, maps.shape[1]) - centre
         distance, _ = k_nearest(np.ascontiguousarray(queries), self.locations - centre, k=1)
         coarse = torch.from_numpy(distance).view(len(maps), 1, *maps.shape[2:])
-        fine: Float32 = interpolate(coarse, (size, size), mode="bilinear")[:, 0].numpy()
+        fine: _Float32 = interpolate(coarse, (size, size), mode="bilinear")[:, 0].numpy()
         return fine
 
 
@@ -471,13 +471,13 @@ def _shuffle_weights(classifier: Classifier, seed: int) -> None:
         weight.data.copy_(weight.data.flatten()[order].view(weight.shape))
 
 
-def _locations(maps: Tensor) -> Float32:
+def _locations(maps: Tensor) -> _Float32:
     """Return maps ``(B, C, h, w)`` as the features of each location, ``(B, h w, C)`` float32."""
-    locations: Float32 = maps.float().flatten(2).transpose(1, 2).contiguous().numpy()
+    locations: _Float32 = maps.float().flatten(2).transpose(1, 2).contiguous().numpy()
     return locations
 
 
-def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeConfig) -> Float32:
+def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeConfig) -> _Float32:
     """Return features of random locations in random ID training images, of the deepest map.
 
     Returns:
@@ -498,8 +498,8 @@ def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeCo
     return np.concatenate(parts)
 
 
-def centre_prior(size: int) -> Float32:
+def _centre_prior(size: int) -> _Float32:
     """Return a guess that looks at no image: the nearer to the centre, the higher the score."""
     offset = np.arange(size) - (size - 1) / 2
-    prior: Float32 = -np.hypot(offset[:, None], offset).astype(np.float32)
+    prior: _Float32 = -np.hypot(offset[:, None], offset).astype(np.float32)
     return prior

@@ -24,7 +24,7 @@ Step: TypeAlias = Callable[[TrainingBatch], Tensor]
 StepKind: TypeAlias = Literal["eager", "compiled", "graph"]
 
 # steps before a capture or a measurement: the first ones allocate and choose kernels
-WARM_UP = 3
+_WARM_UP = 3
 _WINDOWS = 5
 _STEPS_PER_WINDOW = 10
 _CEILING_SECONDS = 2.0
@@ -136,18 +136,18 @@ def make_step(
     """
     if config.step == "compiled":
         return "compiled", _make_compiled_step(decoder, optimizer, config, example)
-    eager = make_eager_step(decoder, optimizer, config)
+    eager = _make_eager_step(decoder, optimizer, config)
     single_gpu = example.features.device.type == "cuda" and world_size() == 1
     if config.step == "graph":
         if not single_gpu:
             raise UsageError("--step graph is for one process on a GPU: use --step auto.")
-        return "graph", capture_graph(eager, optimizer, example)
+        return "graph", _capture_graph(eager, optimizer, example)
     if config.step == "auto" and single_gpu:
-        return faster_of_eager_and_graph(eager, optimizer, example)
+        return _faster_of_eager_and_graph(eager, optimizer, example)
     return "eager", eager
 
 
-def make_eager_step(
+def _make_eager_step(
     decoder: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -212,7 +212,7 @@ def _make_compiled_step(
     Raises:
         UsageError: PyTorch cannot compile it here.
     """
-    step = make_eager_step(decoder, optimizer, config, compiled=True)
+    step = _make_eager_step(decoder, optimizer, config, compiled=True)
     try:
         step(example)
     except torch.OutOfMemoryError:
@@ -223,13 +223,13 @@ def _make_compiled_step(
     return step
 
 
-def capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch) -> Step:
+def _capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch) -> Step:
     """Capture a step as one CUDA graph: a single launch instead of more than a hundred.
 
     Warm-up steps update the weights; restore them afterwards.
 
     Args:
-        step: See ``make_eager_step``.
+        step: See ``_make_eager_step``.
         optimizer: Its optimizer, capturable.
         example: A batch of the only shape that the graph accepts.
 
@@ -241,7 +241,7 @@ def capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: Trainin
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(current)
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+        for _ in range(_WARM_UP):
             step(static)
     current.wait_stream(side)
     # so that the capture allocates the gradients in the graph's own memory pool
@@ -259,12 +259,12 @@ def capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: Trainin
     return replay
 
 
-def faster_of_eager_and_graph(
+def _faster_of_eager_and_graph(
     eager: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch
 ) -> tuple[StepKind, Step]:
     """Return the faster step; eager, with a warning, if the capture fails."""
     try:
-        graph = capture_graph(eager, optimizer, example)
+        graph = _capture_graph(eager, optimizer, example)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         log.warning("the step cannot be captured (%s): falling back to eager steps", reason)
@@ -314,7 +314,7 @@ def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int)
         size: Batch size over all ranks.
         num_steps: Steps of the training.
     """
-    for _ in range(WARM_UP - 1):
+    for _ in range(_WARM_UP - 1):
         step(batch)
     (seconds_per_step,) = _time_windows(step, batch, 1, 1)
     # all ranks must take the same number of steps

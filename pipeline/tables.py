@@ -34,7 +34,7 @@ _HEADS = {
 }
 _ID_POSITIVE = ("auroc", "aupr_in", "fpr95_id_pos")
 _OOD_POSITIVE = ("auroc", "aupr_out", "fpr95_ood_pos")
-HEADLINES = {"all": METRICS, "paper": _ID_POSITIVE, "openood": _OOD_POSITIVE}
+_HEADLINES = {"all": METRICS, "paper": _ID_POSITIVE, "openood": _OOD_POSITIVE}
 _STEP = 25  # resamples at once: few enough that they stay in the processor's cache
 MEAN = "mean"
 _LOCALIZATION_HEADS = ("AUROC", "AUPRO", "pointing")
@@ -235,7 +235,7 @@ def metrics_json(
         "fpr95_ood_pos takes OOD (OpenOOD). aupr_in and aupr_out are average precision. Shares in "
         "[0, 1]. intervals: 95 %, bootstrap over images. spread: standard deviation over runs.",
         "protocol": config.protocol,
-        "headline": list(HEADLINES[config.protocol]),
+        "headline": list(_HEADLINES[config.protocol]),
         "resamples": config.resamples,
         "seed": config.seed,
         "id_accuracy": float((id_set.label == id_set.prediction)[known].mean())
@@ -260,11 +260,11 @@ def format_table(content: Mapping[str, Any]) -> str:
         numbers = [f"{100 * row[key]:.2f}" for key in keys]
         numbers[0] += f" {_margin(row, 'auroc')}"
         prevalence = f"{100 * row['prevalence_ood']:.1f}" if "prevalence_ood" in row else ""
-        lines.append((label_of(row["method"], content), row["set"], *numbers, prevalence))
+        lines.append((format_label(row["method"], content), row["set"], *numbers, prevalence))
     return _aligned(lines)
 
 
-def label_of(method: str, content: Mapping[str, Any]) -> str:
+def format_label(method: str, content: Mapping[str, Any]) -> str:
     """Return what a method is called in tables and figures.
 
     Args:

@@ -54,7 +54,7 @@ _Float32 = NDArray[np.float32]
 _History: TypeAlias = list[dict[str, float]]
 
 _HISTORY = "history.jsonl"
-CHECKPOINT_SECONDS = 10
+_CHECKPOINT_SECONDS = 10
 _ROWS_PER_CHUNK = 4096
 
 
@@ -122,7 +122,7 @@ def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
     )
 
 
-def new_decoder(index: Index, config: TrainConfig) -> Decoder:
+def _new_decoder(index: Index, config: TrainConfig) -> Decoder:
     """Return an untrained decoder with the ranges of the index's features and feature maps."""
     architecture = decoder_config(index, config)
     if config.stack == "dcgan":
@@ -186,7 +186,7 @@ def _train(
     torch.manual_seed(config.seed)
     # every batch has the same shape
     torch.backends.cudnn.benchmark = True
-    decoder = new_decoder(index, config).to(device)
+    decoder = _new_decoder(index, config).to(device)
     # what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time, widths
     # 256-128-64-32, batch 100)
     decoder.to(memory_format=torch.channels_last)
@@ -230,13 +230,13 @@ def _run_epochs(
     num_images, start = 0, time.perf_counter()
     last_saved = start
     for epoch in missing:
-        generator = noise_generator(config.seed, epoch, device)
+        generator = _noise_generator(config.seed, epoch, device)
         # summed on the device: .item() would wait for the GPU in every step
         total = torch.zeros((), device=device)
         for number, batch in enumerate(_show_progress(batches, num_batches, epoch, config)):
             step_number = epoch * num_batches + number
             set_lr(optimizer, lr_at(step_number, config.epochs * num_batches, config))
-            total += step(add_noise(batch, generator, decoder.config.num_inputs, config))
+            total += step(_add_noise(batch, generator, decoder.config.num_inputs, config))
         history.append({"epoch": epoch + 1, "loss": _mean_over_ranks(total) / num_batches})
         _check_finite(history, decoder)
         num_images += num_batches * size
@@ -245,7 +245,7 @@ def _run_epochs(
             *(epoch + 1, config.epochs, history[-1]["loss"]),
             num_images / (time.perf_counter() - start),
         )
-        if epoch + 1 == config.epochs or time.perf_counter() - last_saved > CHECKPOINT_SECONDS:
+        if epoch + 1 == config.epochs or time.perf_counter() - last_saved > _CHECKPOINT_SECONDS:
             _save_checkpoint(stage, decoder, optimizer, history)
             last_saved = time.perf_counter()
     return _training_stats(num_images, time.perf_counter() - start, ceiling, step_kind, device)
@@ -262,9 +262,9 @@ def _prepare_step(
     restore = snapshot(decoder, optimizer)
     device, size = decoder.feature_range.device, config.batch_size
     rows = next(iter_batches(len(data), size, config.seed, [0]))
-    generator = noise_generator(config.seed, 0, device)
+    generator = _noise_generator(config.seed, 0, device)
     example = read_batch(data, rows, device)
-    example = add_noise(example, generator, decoder.config.num_inputs, config)
+    example = _add_noise(example, generator, decoder.config.num_inputs, config)
     step_kind, step = make_step(wrap_ddp(decoder.train()), optimizer, config, example)
     ceiling = measure_ceiling(step, example, size, num_epochs * (len(data) // size))
     restore()
@@ -287,13 +287,13 @@ def _show_progress(
     return shown
 
 
-def noise_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+def _noise_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
     """Return the generator of an epoch's noise: the same after a resume."""
     generator = torch.Generator(device)
     return generator.manual_seed(int(np.random.default_rng([seed, epoch, 1]).integers(2**62)))
 
 
-def add_noise(
+def _add_noise(
     batch: TrainingBatch, generator: torch.Generator, num_inputs: int, config: TrainConfig
 ) -> TrainingBatch:
     """Return the batch with noise for the plain decoder's scaled inputs.

@@ -175,14 +175,14 @@ def test_the_mlp_gives_the_log_odds_of_its_probabilities(drawn, monkeypatch):
     monkeypatch.setattr(
         baselines, "_fit_quietly", lambda model, *data: (fitted.append(model), fit(model, *data))
     )
-    score = baselines.small_mlp(drawn["features"], drawn["auxiliary"], seed=0)
+    score = baselines._small_mlp(drawn["features"], drawn["auxiliary"], seed=0)
     probability = fitted[0].predict_proba(drawn["queries"])[:, 1].astype(np.float64)
     np.testing.assert_allclose(1 / (1 + np.exp(-score(drawn["queries"]))), probability, rtol=1e-4)
 
 
 def test_the_mlp_is_the_same_for_the_same_seed_alone(drawn):
     first, again, other = (
-        baselines.small_mlp(drawn["features"], drawn["auxiliary"], seed)(drawn["queries"])
+        baselines._small_mlp(drawn["features"], drawn["auxiliary"], seed)(drawn["queries"])
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
@@ -195,7 +195,7 @@ def test_every_method_scores_clear_ood_higher(drawn):
     for score in (
         baselines.mahalanobis(features, labels),
         baselines.logistic_regression(features, auxiliary),
-        baselines.small_mlp(features, auxiliary, 0),
+        baselines._small_mlp(features, auxiliary, 0),
     ):
         assert np.median(score(far)) > np.median(score(features))
 
@@ -220,12 +220,16 @@ def test_k_is_a_quarter_of_a_small_class(sizes, k):
 def test_k_from_the_class_sizes_tells_ood_where_a_fixed_one_does_not():
     """Sixteen images a class: the 50th neighbour of an ID image is of another class."""
     generator = np.random.default_rng(0)
-    centres = generator.normal(size=(8, 16)) * 3
+
+    def normal(*shape):
+        return generator.normal(size=shape).astype(np.float32)
+
+    centres = normal(8, 16) * 3
     bank, test = (
-        unit_length(centres[np.arange(8).repeat(count)] + generator.normal(size=(8 * count, 16)))
+        unit_length(centres[np.arange(8).repeat(count)] + normal(8 * count, 16))
         for count in (16, 20)
     )
-    ood = unit_length(generator.normal(size=(160, 16)) * 3)
+    ood = unit_length(normal(160, 16) * 3)
 
     def auroc(k):
         ids, oods = (k_nearest(rows, bank, k)[0][:, -1] for rows in (test, ood))

@@ -15,7 +15,7 @@ from torchvision import models
 from ood_heatmap.checkpoints import hash_of_weights, load_weights, put_weights
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.networks import BUILT_IN
+from ood_heatmap.networks import _BUILT_IN
 
 
 def wrapped(state, kind):
@@ -172,7 +172,7 @@ def test_missing_weights_are_named(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_released_checkpoint_loads(tmp_path, prefix):
     torch.manual_seed(0)
-    network = BUILT_IN["wrn-40-2"].build(10).eval()
+    network = _BUILT_IN["wrn-40-2"].build(10).eval()
     state = network.state_dict()
     torch.save(
         {

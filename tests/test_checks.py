@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ood_heatmap.checks import check_finite, library_versions, relative_distance
+from ood_heatmap.checks import _relative_distance, check_finite, library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.images import Transform
@@ -146,11 +146,11 @@ def test_nan_features_name_the_image():
 def test_relative_distance_is_the_largest_of_all_rows():
     expected = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     values = torch.tensor([[3.0, 4.5], [0.5, 2.0], [0.0, 0.0]])
-    assert relative_distance(values, expected) == pytest.approx(max(0.5 / 5, 0.5 / 2))
-    assert relative_distance(expected, expected) == 0
+    assert _relative_distance(values, expected) == pytest.approx(max(0.5 / 5, 0.5 / 2))
+    assert _relative_distance(expected, expected) == 0
     values[2, 0] = 1e-9
-    assert relative_distance(values, expected) > 1
-    assert np.isnan(relative_distance(values * torch.nan, expected))
+    assert _relative_distance(values, expected) > 1
+    assert np.isnan(_relative_distance(values * torch.nan, expected))
 
 
 @pytest.fixture

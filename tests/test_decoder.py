@@ -123,11 +123,11 @@ def test_batch_norm_of_two_processes_is_that_of_their_batches_together(monkeypat
     monkeypatch.setattr(decoder_module, "world_size", lambda: 2)
     monkeypatch.setattr(decoder_module, "all_reduce", lambda mine: sent.append(mine) or mine)
     for part in parts:
-        decoder_module.BatchNorm(4)(part)
+        decoder_module._BatchNorm(4)(part)
     monkeypatch.setattr(decoder_module, "all_reduce", lambda mine: sum(sent))
     tolerance = 1e-5 + 2e-6 * offset
     for part, value in zip(parts, wanted.split([2, 3]), strict=True):
-        ours = decoder_module.BatchNorm(4)
+        ours = decoder_module._BatchNorm(4)
         torch.testing.assert_close(ours(part).double(), value, rtol=0, atol=tolerance)
         for name, item in whole.state_dict().items():
             found = ours.state_dict()[name].to(item.dtype)

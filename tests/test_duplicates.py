@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ood_heatmap.duplicates import (
-    NEAR,
+    _NEAR,
     AuditedSet,
     find_overlaps,
     hash_pixels,
@@ -70,12 +70,12 @@ def test_the_relative_difference_is_its_formula(photographs):
 
 @pytest.mark.parametrize("change", [compressed, rescaled])
 def test_changed_copies_are_near_and_other_images_are_not(photographs, change):
-    assert (relative_difference(changed(photographs, change), photographs) < NEAR).mean() > 0.9
+    assert (relative_difference(changed(photographs, change), photographs) < _NEAR).mean() > 0.9
     others = [
         relative_difference(photographs, np.roll(photographs, shift, axis=0))
         for shift in range(1, 60)
     ]
-    assert (np.array(others) < NEAR).mean() < 0.002  # tiles of one wall
+    assert (np.array(others) < _NEAR).mean() < 0.002  # tiles of one wall
 
 
 def make_set(title, kind, images, *, fitted=False, bank=None):

@@ -31,9 +31,9 @@ from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConf
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import open_index, open_targets
-from ood_heatmap.pipeline.scoring import fit_data, score_set
+from ood_heatmap.pipeline.scoring import _fit_data, score_set
 from ood_heatmap.pipeline.tables import (
-    HEADLINES,
+    _HEADLINES,
     format_decisions,
     format_table,
     metrics_table,
@@ -144,7 +144,7 @@ def test_controls_do_not_take_patched_id_images_for_ood(data, run):
     def auxiliary():
         index = open_index(run)
         targets = open_targets(run, index)
-        return fit_data(index, targets, index.classifier(CPU), 0).ood_features
+        return _fit_data(index, targets, index.classifier(CPU), 0).ood_features
 
     before = auxiliary()
     config = TargetsConfig(batch_size=16, patched=1.0, overwrite=True)
@@ -457,7 +457,7 @@ def test_means_that_are_shown(protocol, near, means):
     ],
 )
 def test_the_headline_comes_first_and_both_conventions_always(finished_run, protocol, heads):
-    content = {**table(finished_run)[0], "headline": list(HEADLINES[protocol])}
+    content = {**table(finished_run)[0], "headline": list(_HEADLINES[protocol])}
     first, line = format_table(content).splitlines()[:2]
     assert re.split(r"  +", first) == ["method", "set", *heads, "OOD share"]
     row = content["table"][0]

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.pipeline import feed
 from ood_heatmap.pipeline.feed import (
-    ResidentFeed,
-    StreamingFeed,
     TrainingSet,
+    _epoch_order,
+    _load_into_memory,
+    _ResidentFeed,
+    _StreamingFeed,
     choose_feed,
-    epoch_order,
     iter_batches,
-    load_into_memory,
     open_feed,
     read_batch,
 )
@@ -44,43 +44,43 @@ def example(num_id: int = 11, num_ood: int = 7, num_maps: int = 1) -> TrainingSe
 
 @given(num_rows=st.integers(1, 3000), seed=st.integers(0, 99), epoch=st.integers(0, 99))
 def test_every_row_comes_once_an_epoch(num_rows, seed, epoch):
-    order = epoch_order(num_rows, seed, epoch)
+    order = _epoch_order(num_rows, seed, epoch)
     np.testing.assert_array_equal(np.sort(order), np.arange(num_rows))
-    np.testing.assert_array_equal(order, epoch_order(num_rows, seed, epoch))
+    np.testing.assert_array_equal(order, _epoch_order(num_rows, seed, epoch))
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 31, 32, 33, 100])
 def test_every_row_comes_once_also_in_groups(monkeypatch, num_rows):
-    monkeypatch.setattr(feed, "CHUNK", 4)
-    monkeypatch.setattr(feed, "GROUP", 2)
-    order = epoch_order(num_rows, 0, 0)
+    monkeypatch.setattr(feed, "_CHUNK", 4)
+    monkeypatch.setattr(feed, "_GROUP", 2)
+    order = _epoch_order(num_rows, 0, 0)
     np.testing.assert_array_equal(np.sort(order), np.arange(num_rows))
     for start in range(0, num_rows - 8, 8):  # a group reads two places of the disk, no more
         assert len(np.unique(order[start : start + 8] // 4)) <= 3
 
 
 def test_epochs_and_seeds_differ():
-    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    orders = {tuple(_epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
 def test_groups_mix_rows_from_far_apart(monkeypatch):
-    monkeypatch.setattr(feed, "CHUNK", 4)
-    monkeypatch.setattr(feed, "GROUP", 2)
-    order = epoch_order(400, 0, 0)
+    monkeypatch.setattr(feed, "_CHUNK", 4)
+    monkeypatch.setattr(feed, "_GROUP", 2)
+    order = _epoch_order(400, 0, 0)
     assert np.abs(np.diff(order[:8].astype(float))).max() > 8
 
 
-def resident(data: TrainingSet) -> ResidentFeed:
-    return ResidentFeed(data, CPU)
+def resident(data: TrainingSet) -> _ResidentFeed:
+    return _ResidentFeed(data, CPU)
 
 
-def pinned(data: TrainingSet) -> StreamingFeed:
-    return StreamingFeed(load_into_memory(data, CPU), CPU, 5)
+def pinned(data: TrainingSet) -> _StreamingFeed:
+    return _StreamingFeed(_load_into_memory(data, CPU), CPU, 5)
 
 
-def streaming(data: TrainingSet) -> StreamingFeed:
-    return StreamingFeed(data, CPU, 5)
+def streaming(data: TrainingSet) -> _StreamingFeed:
+    return _StreamingFeed(data, CPU, 5)
 
 
 @pytest.mark.parametrize("kind", [resident, pinned, streaming])
@@ -123,7 +123,7 @@ def test_the_processes_share_each_batch_of_the_one_order(monkeypatch, processes)
     for number in range(processes):
         monkeypatch.setattr(feed, "rank", lambda number=number: number)
         shares.append(list(iter_batches(43, 10, seed=3, epochs=range(2))))
-    order = [epoch_order(43, 3, epoch)[:40].reshape(4, 10) for epoch in range(2)]
+    order = [_epoch_order(43, 3, epoch)[:40].reshape(4, 10) for epoch in range(2)]
     assert [len(share) for share in shares] == [8] * processes
     for whole, *parts in zip(np.concatenate(order), *shares, strict=True):
         assert sorted(np.concatenate(parts)) == sorted(whole)
@@ -133,14 +133,14 @@ def test_the_processes_share_each_batch_of_the_one_order(monkeypatch, processes)
 
 def test_an_error_of_the_reader_reaches_the_step():
     with pytest.raises(IndexError):
-        list(StreamingFeed(example(), CPU, 4).batches([np.array([1, 99])]))
+        list(_StreamingFeed(example(), CPU, 4).batches([np.array([1, 99])]))
 
 
 def test_a_feed_that_is_left_early_stops_its_thread():
     import threading
 
     before = threading.active_count()
-    for _ in StreamingFeed(example(), CPU, 4).batches([np.arange(4)] * 50):
+    for _ in _StreamingFeed(example(), CPU, 4).batches([np.arange(4)] * 50):
         break
     assert threading.active_count() == before
 
@@ -164,9 +164,9 @@ def test_what_does_not_fit_after_all_is_streamed(monkeypatch, caplog, kind):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(feed, "ResidentFeed", full)
-    monkeypatch.setattr(feed, "load_into_memory", full)
+    monkeypatch.setattr(feed, "_ResidentFeed", full)
+    monkeypatch.setattr(feed, "_load_into_memory", full)
     name, found = open_feed(example(), CPU, kind, 4)
     assert name == "streaming"
-    assert isinstance(found, StreamingFeed)
+    assert isinstance(found, _StreamingFeed)
     assert f"no memory for the {kind} feed on cpu: falling back to streaming" in caplog.text

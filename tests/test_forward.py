@@ -15,7 +15,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform, iter_batches
 from ood_heatmap.pipeline import forward as module
 from ood_heatmap.pipeline.embed import iter_outputs
-from ood_heatmap.pipeline.forward import BatchedClassifier, make_copies, pinned_thread_pool
+from ood_heatmap.pipeline.forward import BatchedClassifier, _make_copies, _pinned_thread_pool
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.sources import from_array
 
@@ -69,7 +69,7 @@ def of(network: nn.Module) -> Classifier:
 def test_each_core_has_a_copy_whose_attributes_are_its_own(threads):
     threads(2)
     classifier = of(Forgetful())
-    images = pixels(4 * module.IMAGES_PER_CORE)
+    images = pixels(4 * module._IMAGES_PER_CORE)
     wanted = classifier(torch.from_numpy(images))
     forward = BatchedClassifier(classifier, len(images))
     both: list[Any] = [forward.idle.get(), forward.idle.get()]
@@ -84,7 +84,7 @@ def test_each_core_has_a_copy_whose_attributes_are_its_own(threads):
 
 
 def test_copies_share_all_weights(classifier):
-    first, *others = make_copies(classifier, 3)
+    first, *others = _make_copies(classifier, 3)
     assert first is classifier
     assert len(others) == 2
     for other in others:
@@ -105,7 +105,7 @@ def test_a_network_that_cannot_be_copied_is_used_as_it_is(classifier, threads, c
         # a function of its own, which a copy would share with the original
         classifier.network.forward = lambda images: own(images)  # noqa: PLW0108
     with caplog.at_level(logging.INFO):
-        forward = BatchedClassifier(classifier, 4 * module.IMAGES_PER_CORE)
+        forward = BatchedClassifier(classifier, 4 * module._IMAGES_PER_CORE)
     assert "cannot be copied" in caplog.text
     assert forward.num_workers == 1
     images = pixels(40)
@@ -126,7 +126,7 @@ def test_no_more_images_are_inside_at_once_than_asked_for(classifier, threads):
 
 def test_a_core_computes_with_its_own_number_of_threads_and_nobody_else_does():
     before = torch.get_num_threads()
-    pool, others = pinned_thread_pool(2, 1), []
+    pool, others = _pinned_thread_pool(2, 1), []
     assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
     thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
     thread.start()
@@ -147,10 +147,10 @@ def test_what_has_not_begun_is_left_out_when_the_reader_stops(classifier, monkey
         return forward(images)
 
     monkeypatch.setattr(classifier.network, "forward", gated)
-    images = from_array(pixels(6 * module.IMAGES_PER_CORE))
+    images = from_array(pixels(6 * module._IMAGES_PER_CORE))
     rows = np.split(np.arange(len(images)), 3)
     decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
-    batched = BatchedClassifier(classifier, 2 * module.IMAGES_PER_CORE)
+    batched = BatchedClassifier(classifier, 2 * module._IMAGES_PER_CORE)
     done = iter_outputs(decoded, batched, Meter(len(images), "test"), images.names)
     batch, _ = next(done)
     assert inside.wait(timeout=60)  # the third piece is inside, and the fourth waits
@@ -172,10 +172,10 @@ def test_the_rest_of_a_batch_is_left_out_when_a_part_of_it_fails(classifier, mon
         raise ValueError("broken network")
 
     monkeypatch.setattr(classifier.network, "forward", failing)
-    images = from_array(pixels(8 * module.IMAGES_PER_CORE))
+    images = from_array(pixels(8 * module._IMAGES_PER_CORE))
     rows = np.split(np.arange(len(images)), 2)
     decoded = iter_batches(images, rows, classifier.config.transform, workers=1)
-    batched = BatchedClassifier(classifier, 4 * module.IMAGES_PER_CORE)
+    batched = BatchedClassifier(classifier, 4 * module._IMAGES_PER_CORE)
     done = iter_outputs(decoded, batched, Meter(len(images), "test"), images.names)
     with pytest.raises(ValueError, match="broken network"):
         next(done)
@@ -199,7 +199,7 @@ def test_a_halved_batch_is_remembered(classifier, monkeypatch, caplog):
 
 def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
     threads(4)
-    images = pixels(8 * module.IMAGES_PER_CORE)
+    images = pixels(8 * module._IMAGES_PER_CORE)
     wanted = BatchedClassifier(classifier, len(images))(images)
     whole = Classifier.forward
 

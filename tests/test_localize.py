@@ -71,7 +71,7 @@ def patched(data, run, set_name, side, edges):
     """Return the images and masks of a cell."""
     transform = open_index(run).classifier(CPU).config.transform
     id_pixels, ood_pixels = (
-        module.read_sample(open_images(str(data / name)), transform, CONFIG).pixels
+        module._read_sample(open_images(str(data / name)), transform, CONFIG).pixels
         for name in ("test", set_name)
     )
     patches = [draw_patch(16, 0, row, (side,), (edges,)) for row in range(12)]
@@ -156,7 +156,7 @@ def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
 
 
 def test_the_centre_prior_looks_at_no_image(measured, data):
-    prior = scoring.centre_prior(5)
+    prior = scoring._centre_prior(5)
     assert prior.argmax() == 2 * 5 + 2
     np.testing.assert_allclose(prior, prior[::-1].T)
     rows = table(measured)[1]

@@ -15,7 +15,7 @@ from ood_heatmap.classifier import (
 )
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import BUILT_IN, build
+from ood_heatmap.networks import _BUILT_IN, build
 
 # names and shapes as they stand in the released checkpoints
 RELEASED = {
@@ -53,9 +53,9 @@ def resnet18_parameters(num_classes: int) -> int:
     return total + 512 * num_classes + num_classes
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", _BUILT_IN)
 def test_names_and_shapes_are_those_of_the_release(name):
-    state = BUILT_IN[name].build(BUILT_IN[name].num_classes).state_dict()
+    state = _BUILT_IN[name].build(_BUILT_IN[name].num_classes).state_dict()
     for key, shape in RELEASED[name].items():
         assert tuple(state[key].shape) == shape
 
@@ -63,7 +63,7 @@ def test_names_and_shapes_are_those_of_the_release(name):
 def test_parameter_counts_are_the_known_ones():
     counts = {
         name: sum(item.numel() for item in entry.build(10).parameters())
-        for name, entry in BUILT_IN.items()
+        for name, entry in _BUILT_IN.items()
     }
     assert counts["cifar-resnet18"] == resnet18_parameters(10) == 11_173_962
     assert counts["cifar-resnet50-64px"] == 23_520_842
@@ -85,7 +85,7 @@ def wrn_biases() -> int:
     ],
 )
 def test_features_and_maps_have_the_references_shapes(name, num_features, shapes):
-    entry = BUILT_IN[name]
+    entry = _BUILT_IN[name]
     config = ClassifierConfig(name, None, Transform(entry.size), entry.mean, entry.std, "", 3)
     classifier = Classifier(entry.build(7), config)
     assert (classifier.num_features, classifier.num_classes) == (num_features, 7)
@@ -95,7 +95,7 @@ def test_features_and_maps_have_the_references_shapes(name, num_features, shapes
 
 def test_a_basic_block_is_two_convolutions_and_a_shortcut():
     torch.manual_seed(0)
-    block = BUILT_IN["cifar-resnet18"].build(10).eval().layer2[0]
+    block = _BUILT_IN["cifar-resnet18"].build(10).eval().layer2[0]
     x = torch.randn(2, 64, 8, 8)
 
     def norm(y, bn):

@@ -23,7 +23,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import _truncate, add_legend, overlay
 from ood_heatmap.pipeline import predict as predict_module
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.predict import list_images, make_output_names, predict
+from ood_heatmap.pipeline.predict import _make_output_names, list_images, predict
 
 CALIBRATION = Calibration.fit(*np.linspace((0, 0), (1, 1), 99, dtype=np.float32).T)
 
@@ -239,7 +239,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
         tmp_path / name
         for name in ("a/x.png", "b/x.png", "x_png-2", "c/x.png", "x.jpg", "X.PNG", "x_png")
     ]
-    assert len({name.casefold() for name in make_output_names(paths)}) == len(paths)
+    assert len({name.casefold() for name in _make_output_names(paths)}) == len(paths)
 
 
 ODD_NAMES = [

@@ -85,7 +85,7 @@ def test_two_swapped_folders_are_named_and_not_suspicious():
 def test_the_best_assignment_is_that_of_all_permutations():
     for seed in range(10):
         label, prediction = draw(5, 60, 0.3, seed)
-        found = sanity._best_assignment(sanity.confusion_matrix(label, prediction, 5))[2]
+        found = sanity._best_assignment(sanity._confusion_matrix(label, prediction, 5))[2]
         wanted = max(
             (np.array(order)[label] == prediction).mean() for order in permutations(range(5))
         )
@@ -95,7 +95,7 @@ def test_the_best_assignment_is_that_of_all_permutations():
 def test_unknown_labels_are_in_no_count():
     label = np.array([0, 1, -1, -2, 7, 1])
     prediction = np.array([0, 1, 1, 0, 1, 0])
-    np.testing.assert_array_equal(sanity.confusion_matrix(label, prediction, 2), [[1, 0], [1, 1]])
+    np.testing.assert_array_equal(sanity._confusion_matrix(label, prediction, 2), [[1, 0], [1, 1]])
 
 
 @pytest.mark.parametrize(("accuracy", "suspicious"), [(0.4, True), (0.95, False)])

@@ -13,10 +13,10 @@ from ood_heatmap.pipeline import step as module
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch
 from ood_heatmap.pipeline.step import (
-    capture_graph,
-    faster_of_eager_and_graph,
+    _capture_graph,
+    _faster_of_eager_and_graph,
+    _make_eager_step,
     make_adam,
-    make_eager_step,
     make_step,
     measure_ceiling,
     snapshot,
@@ -51,7 +51,7 @@ def fresh(device: torch.device = CPU) -> tuple[Decoder, torch.optim.Adam, module
     decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).double().to(device).train()
     decoder.to(memory_format=torch.channels_last)
     optimizer = make_adam(decoder, CONFIG)
-    return decoder, optimizer, make_eager_step(decoder, optimizer, CONFIG)
+    return decoder, optimizer, _make_eager_step(decoder, optimizer, CONFIG)
 
 
 class Clock:
@@ -128,7 +128,7 @@ def test_a_captured_step_trains_as_an_eager_one():
     wanted = losses(fresh(device)[2], device)
     decoder, optimizer, eager = fresh(device)
     restore = snapshot(decoder, optimizer)
-    graph = capture_graph(eager, optimizer, example(device))
+    graph = _capture_graph(eager, optimizer, example(device))
     restore()
     assert losses(graph, device) == pytest.approx(wanted, rel=1e-6)  # summed in float32
 
@@ -148,9 +148,9 @@ def test_a_step_that_cannot_be_captured_is_eager_with_a_warning(monkeypatch, cap
     def fails(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(module, "capture_graph", fails)
+    monkeypatch.setattr(module, "_capture_graph", fails)
     _, optimizer, eager = fresh()
-    assert faster_of_eager_and_graph(eager, optimizer, example()) == ("eager", eager)
+    assert _faster_of_eager_and_graph(eager, optimizer, example()) == ("eager", eager)
     assert (
         "captured (operation not permitted when stream is capturing): falling back" in caplog.text
     )
@@ -158,9 +158,9 @@ def test_a_step_that_cannot_be_captured_is_eager_with_a_warning(monkeypatch, cap
 
 @pytest.mark.parametrize(("graph", "kind"), [(0.004, "graph"), (0.006, "eager")])
 def test_the_faster_of_eager_and_graph_is_taken(monkeypatch, clock, graph, kind):
-    monkeypatch.setattr(module, "capture_graph", lambda *_: clock.step(graph))
+    monkeypatch.setattr(module, "_capture_graph", lambda *_: clock.step(graph))
     _, optimizer, _ = fresh()
-    assert faster_of_eager_and_graph(clock.step(0.005), optimizer, example())[0] == kind
+    assert _faster_of_eager_and_graph(clock.step(0.005), optimizer, example())[0] == kind
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_ceiling_takes_a_tenth_of_a_short_training_and_two_seconds_of_a_long
 ):
     rate = measure_ceiling(clock.step(2**-7), example(), 6, num_steps)
     assert rate == pytest.approx(6 * 2**7)
-    assert clock.seconds == (module.WARM_UP + counted) * 2**-7
+    assert clock.seconds == (module._WARM_UP + counted) * 2**-7
 
 
 class Small(torch.nn.Module):
@@ -197,10 +197,10 @@ def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
 
 def test_without_memory_for_a_step_its_halves_train_the_same(caplog):
     decoder, optimizer = plain_stack()
-    wanted = losses(make_eager_step(decoder, optimizer, CONFIG))
+    wanted = losses(_make_eager_step(decoder, optimizer, CONFIG))
     halved, optimizer = plain_stack()
     small = Small(halved, 2)
-    found = losses(make_eager_step(small, optimizer, CONFIG))
+    found = losses(_make_eager_step(small, optimizer, CONFIG))
     assert small.sizes == [6, 3, *[2, 2, 2] * 5]  # remembered
     assert "micro-batch size reduced to 2 images" in caplog.text
     assert found == pytest.approx(wanted, rel=1e-6)  # summed in float32
@@ -213,7 +213,7 @@ def test_a_step_that_halves_would_not_help_is_an_error(memory, stack):
     decoder, optimizer = plain_stack()
     config = replace(CONFIG, stack=stack)
     with pytest.raises(torch.OutOfMemoryError):
-        make_eager_step(Small(decoder, memory), optimizer, config)(example())
+        _make_eager_step(Small(decoder, memory), optimizer, config)(example())
 
 
 @pytest.mark.parametrize("size", [4, 6])
@@ -222,7 +222,7 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     monkeypatch.setattr(module, "world_size", lambda: 2)
     config = TrainConfig(batch_size=size, lr=1e-30, precision="float32")
     decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).eval()  # images are independent
-    step = make_eager_step(decoder, make_adam(decoder, config), config)
+    step = _make_eager_step(decoder, make_adam(decoder, config), config)
     whole, parts = example(), []
     for part in (slice(0, size - 1), slice(size - 1, size)):
         batch = TrainingBatch(*(item[part] for item in whole.tensors))  # type: ignore[arg-type]

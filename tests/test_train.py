@@ -21,10 +21,10 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheErr
 from ood_heatmap.heatmap import score, target_heatmap
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
-from ood_heatmap.pipeline.feed import TrainingBatch, epoch_order
+from ood_heatmap.pipeline.feed import TrainingBatch, _epoch_order
 from ood_heatmap.pipeline.run import open_decoder, open_index, open_targets, read_manifest
 from ood_heatmap.pipeline.stage import Stage
-from ood_heatmap.pipeline.step import lr_at
+from ood_heatmap.pipeline.step import lr_at, make_step
 from ood_heatmap.pipeline.train import train_decoder
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 0.0)
 
 
 def weights(run) -> bytes:
@@ -75,8 +75,8 @@ def in_float64(monkeypatch):
     weights of that unit by a whole step of Adam: after 12 steps a run differs from its float64 twin
     by 1e-6 to 1e-1 of what it has learnt, depending on seed and processor.
     """
-    make = module.new_decoder
-    monkeypatch.setattr(module, "new_decoder", lambda *arguments: make(*arguments).double())
+    make = module._new_decoder
+    monkeypatch.setattr(module, "_new_decoder", lambda *arguments: make(*arguments).double())
 
 
 def train_by_the_formulas(run, config) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -90,11 +90,11 @@ def train_by_the_formulas(run, config) -> tuple[dict[str, torch.Tensor], list[fl
     stored = np.concatenate([np.zeros((80, 3, 16, 16), np.int16), targets["heatmap"].read()])
     targets_of_all = target_heatmap(torch.from_numpy(stored), signed=False)
     torch.manual_seed(config.seed)
-    decoder = module.new_decoder(index, config)
+    decoder = module._new_decoder(index, config)
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, betas=(0.5, 0.999))
     losses = []
     for epoch in range(config.epochs):
-        for rows in np.split(epoch_order(130, config.seed, epoch)[:128], 4):
+        for rows in np.split(_epoch_order(130, config.seed, epoch)[:128], 4):
             target = targets_of_all[rows]
             found = decoder(features[rows], prediction[rows])
             loss = ((1 + 5 * target) * (found - target) ** 2).sum() / 32
@@ -209,7 +209,6 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_do(run):
 
 def test_weights_that_the_last_step_made_infinite_are_not_kept(run, monkeypatch):
     """Their loss was finite: it is that of the weights before the step."""
-    make_step = module.make_step
 
     def make_breaking_step(decoder, *arguments):
         kind, step = make_step(decoder, *arguments)
@@ -291,7 +290,7 @@ def test_killed_before_the_last_history_it_is_written_from_the_checkpoint(
     run, unbroken, tree, monkeypatch, checkpoints
 ):
     if checkpoints == "the last alone":
-        monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 3600.0)
+        monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 3600.0)
     write_history = module._write_history
 
     def killed(stage, losses):
@@ -457,7 +456,7 @@ def state(run) -> dict[str, torch.Tensor]:
 
 def test_ranges_of_the_plain_stack_are_mean_and_deviation_of_the_id_images(run):
     index = open_index(run)
-    decoder = module.new_decoder(index, TrainConfig(feature_maps=2, width=32))
+    decoder = module._new_decoder(index, TrainConfig(feature_maps=2, width=32))
     features, maps = (
         index.columns[name].read().astype(np.float64) for name in ("features", "feature_maps_1")
     )
@@ -479,8 +478,8 @@ def test_noise_is_a_function_of_seed_and_epoch():
     empty = TrainingBatch(torch.zeros(6, 8), torch.zeros(6), torch.zeros(6))
 
     def drawn(seed: int, epoch: int) -> torch.Tensor:
-        generator = module.noise_generator(seed, epoch, CPU)
-        batches = [module.add_noise(empty, generator, 8, config) for _ in range(400)]
+        generator = module._noise_generator(seed, epoch, CPU)
+        batches = [module._add_noise(empty, generator, 8, config) for _ in range(400)]
         return torch.stack([batch.noise for batch in batches if batch.noise is not None])
 
     assert torch.equal(drawn(0, 1), drawn(0, 1))
@@ -489,7 +488,7 @@ def test_noise_is_a_function_of_seed_and_epoch():
     # 19,200 numbers: 0.02 is four standard errors of their deviation
     assert drawn(0, 1).std() == pytest.approx(0.5, rel=0.02)
     for other in (replace(config, noise=0.0), replace(config, stack="dcgan")):
-        assert module.add_noise(empty, module.noise_generator(0, 1, CPU), 8, other) is empty
+        assert module._add_noise(empty, module._noise_generator(0, 1, CPU), 8, other) is empty
 
 
 def test_the_cosine_schedule_rises_for_a_tenth_and_ends_near_nothing():
