@@ -141,7 +141,7 @@ def bad_calls(data: Path, spec: str, run: Path, folder: Path):
         "an unknown near set": (
             ["evaluate", run, "--id", data / "test", "--ood", data / "far", "--near", "x"],
             2,
-            "--near x is none",
+            "--near x is not one of the OOD sets",
         ),
         # last: --overwrite has discarded what was there
         "a truncated image": (
