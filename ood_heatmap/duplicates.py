@@ -65,7 +65,8 @@ class AuditedSet:
         name_of: Position of an image to its name.
         pixel_hash: ``(B,)`` uint64, see ``hash_pixels``.
         nearest: ``(B,)`` int64 position of its nearest ID training image.
-        difference: ``(B,)`` float32 to that image, see ``relative_difference``.
+        difference: ``(B,)`` float32 to that image, see ``relative_difference``; for the ID training
+            set that of a sample of its images to their nearest other ones.
     """
 
     title: str
@@ -96,8 +97,24 @@ def find_overlaps(sets: Sequence[AuditedSet]) -> list[Finding]:
     for item in sets[1:]:
         near = (item.difference < _NEAR) & ~np.isin(item.pixel_hash, sets[0].pixel_hash)
         found = np.flatnonzero(near)
-        findings += _to_findings(sets[0], item, found, item.nearest[found], "are almost equal in")
+        if len(found) / len(near) > _natural_share(sets[0].difference, len(near)):
+            words = "are almost equal in"
+            findings += _to_findings(sets[0], item, found, item.nearest[found], words)
     return findings
+
+
+def _natural_share(differences: Float32, count: int) -> float:
+    """Return the share of almost equal images that is no more than chance.
+
+    Images of digits or of one machine are much alike without being copies: what the ID training
+    set has within itself, and three standard errors more.
+
+    Args:
+        differences: Of ID training images to their nearest other ones.
+        count: Images of the set that is compared.
+    """
+    share = float(np.mean(differences < NEAR))
+    return share + 3 * float(np.sqrt(share * (1 - share) * (1 / len(differences) + 1 / count)))
 
 
 def _to_findings(

@@ -29,6 +29,7 @@ _UInt64 = NDArray[np.uint64]
 
 _CHUNK = 64  # images in memory at once, in each of two threads
 _EMBED_CHUNK = 1024
+_SAMPLE = 1000  # ID training images that are compared with the others
 
 
 def audit_index(index: Index) -> AuditedSet:
@@ -41,7 +42,33 @@ def audit_index(index: Index) -> AuditedSet:
         name_of=lambda position: _name_of_row(index.manifest, source, int(row[position])),
         pixel_hash=_hash_all(index.columns["images"]),
         nearest=np.arange(len(row)),
-        difference=np.full(len(row), np.inf, np.float32),
+        difference=_difference_within(index),
+    )
+
+
+def _difference_within(index: Index) -> Float32:
+    """Return the difference of a sample of ID training images to their nearest other ones."""
+    num_images = len(index.columns["row"])
+    sample = np.arange(0, num_images, -(-num_images // _SAMPLE))
+    queries = unit_length(index.columns["features"].take(sample))
+    nearest, closest = np.zeros(len(sample), np.int64), np.full(len(sample), np.inf, np.float32)
+    start = 0
+    for features in index.columns["features"]:  # shard by shard, to bound the memory
+        distance, positions = k_nearest(queries, unit_length(features), 2)
+        positions += start
+        distance[positions == sample[:, None]] = np.inf
+        best = distance.argmin(axis=1)[:, None]
+        shard_closest = np.take_along_axis(distance, best, axis=1)[:, 0]
+        closer = shard_closest < closest
+        nearest[closer] = np.take_along_axis(positions, best, axis=1)[closer, 0]
+        closest = np.minimum(closest, shard_closest)
+        start += len(features)
+    images = index.columns["images"]
+    return np.concatenate(
+        [
+            relative_difference(images.take(sample[rows]), images.take(nearest[rows]))
+            for rows in np.array_split(np.arange(len(sample)), -(-len(sample) // _CHUNK))
+        ]
     )
 
 

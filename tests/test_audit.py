@@ -52,6 +52,28 @@ def test_the_hashes_of_a_run_are_those_of_the_images_themselves(data, run):
     assert [found.name_of(number) for number in range(30)] == [names[row] for row in rows]
 
 
+def test_the_difference_within_the_id_set_is_to_the_nearest_other_image(data, spec, tmp_path):
+    """Over several shards, by brute force."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (3000, 4, 4, 3)).astype(np.uint8)
+    coarse[7] = coarse[2900]
+    np.savez(tmp_path / "id.npz", images=coarse.repeat(4, axis=1).repeat(4, axis=2))
+    classifier = load_classifier(spec, weights=data / "weights.safetensors")
+    images = open_images(str(tmp_path / "id.npz"))
+    build_index(tmp_path / "run", images, classifier, IndexConfig(shard_mb=1))
+    index = open_index(tmp_path / "run")
+    assert len(list(index.columns["features"])) > 1
+    features = index.columns["features"].read().astype(np.float64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    rows = np.arange(0, 3000, 3)
+    squared = ((features[rows, None] - features) ** 2).sum(axis=2)
+    squared[np.arange(1000), rows] = np.inf
+    pixels = index.columns["images"].read()
+    wanted = relative_difference(pixels[rows], pixels[squared.argmin(axis=1)])
+    found = audit_index(index).difference
+    assert (np.isclose(found, wanted)).mean() > 0.99  # but for ties of float32
+
+
 def test_targets_of_the_id_images_themselves_are_suspicious(data, run, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(data / "ood", mixed)
