@@ -103,7 +103,7 @@ def find_overlaps(sets: Sequence[AuditedSet]) -> list[Finding]:
     return findings
 
 
-def _natural_share(differences: Float32, count: int) -> float:
+def _natural_share(differences: _Float32, count: int) -> float:
     """Return the share of almost equal images that is no more than chance.
 
     Images of digits or of one machine are much alike without being copies: what the ID training
@@ -113,7 +113,7 @@ def _natural_share(differences: Float32, count: int) -> float:
         differences: Of ID training images to their nearest other ones.
         count: Images of the set that is compared.
     """
-    share = float(np.mean(differences < NEAR))
+    share = float(np.mean(differences < _NEAR))
     return share + 3 * float(np.sqrt(share * (1 - share) * (1 / len(differences) + 1 / count)))
 
 

@@ -46,7 +46,7 @@ def audit_index(index: Index) -> AuditedSet:
     )
 
 
-def _difference_within(index: Index) -> Float32:
+def _difference_within(index: Index) -> _Float32:
     """Return the difference of a sample of ID training images to their nearest other ones."""
     num_images = len(index.columns["row"])
     sample = np.arange(0, num_images, -(-num_images // _SAMPLE))

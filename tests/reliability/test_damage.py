@@ -18,7 +18,7 @@ FUZZED = (
     "run/index/manifest.json",
     "run/evaluation/calibration.safetensors",
 )
-CHECKPOINTS = {"ood_heatmap.pipeline.train.CHECKPOINT_SECONDS": 0.0}
+CHECKPOINTS = {"ood_heatmap.pipeline.train._CHECKPOINT_SECONDS": 0.0}
 
 
 def directory(place: Path, command: str) -> Path:

@@ -16,7 +16,7 @@ from lab import (
     killed,
 )
 
-CHECKPOINTS = {"ood_heatmap.pipeline.train.CHECKPOINT_SECONDS": 0.0}
+CHECKPOINTS = {"ood_heatmap.pipeline.train._CHECKPOINT_SECONDS": 0.0}
 EPOCHS = {"epochs": 3}
 NAMES = ("rename", "unlink", "rmdir", "mkdir", "open for writing")
 
