@@ -204,7 +204,7 @@ def test_a_missing_folder_is_found_before_the_work(classifier, tmp_path, monkeyp
 def test_networks_too_large_for_onnx_are_refused_before_the_work(classifier, tmp_path, monkeypatch):
     detector = make_detector(classifier, "magnitude", 0)
     monkeypatch.setattr(export_module, "_MAX_ONNX_BYTES", 10)
-    with pytest.raises(OodHeatmapError, match=r"holds at most .* GB\. Use --format torch"):
+    with pytest.raises(OodHeatmapError, match=r"is limited to .* GB\. Use --format torch"):
         export(detector, tmp_path / "detector", "onnx")
     assert not list(tmp_path.iterdir())
 
