@@ -16,7 +16,15 @@ import click
 
 from ood_heatmap import __version__
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
-from ood_heatmap.options import CommandGroup, GroupedOption, log_to_stderr, options
+from ood_heatmap.options import (
+    CommandGroup,
+    device_option,
+    existing_run,
+    log_to_stderr,
+    new_run,
+    options,
+    trust_option,
+)
 from ood_heatmap.pipeline.config import (
     AuditConfig,
     AuditData,
@@ -46,34 +54,6 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 # the commands that torchrun may start
 _SHARED = ("index", "targets", "train", "evaluate")
 
-_new_run = click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-_existing_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-_device_option = click.option(
-    "--device",
-    cls=GroupedOption,
-    group="Speed",
-    default="auto",
-    help="Device to compute on: auto, cpu, cuda or cuda:N.",
-)
-
-
-def _trust_code(context: click.Context, _: click.Parameter, trust: bool) -> None:
-    """Let the command run code that RUN names."""
-    if trust:
-        from ood_heatmap.user_code import trusting_code
-
-        context.with_resource(trusting_code())
-
-
-_trust_option = click.option(
-    "--trust-code",
-    cls=GroupedOption,
-    group="Other",
-    is_flag=True,
-    expose_value=False,
-    callback=_trust_code,
-    help="Run the model code that RUN names, even if you have not run it here before.",
-)
 _index_options = options(data=IndexData, classifier=ClassifierOptions, config=IndexConfig)
 _targets_options = options(data=TargetsData, config=TargetsConfig)
 _train_options = options(config=TrainConfig)
@@ -119,9 +99,9 @@ def conclude(results: "Results", next_command: str = "", *, allow_suspicious: bo
 
 
 @main.command()
-@_new_run
+@new_run
 @_index_options
-@_device_option
+@device_option
 def index(
     run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
 ) -> None:
@@ -164,10 +144,10 @@ def index(
 
 
 @main.command()
-@_existing_run
+@existing_run
 @_targets_options
-@_device_option
-@_trust_option
+@device_option
+@trust_option
 def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Stage 2: pair OOD images with their nearest ID images in RUN and store the target heatmaps.
 
@@ -195,9 +175,9 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
 
 
 @main.command()
-@_existing_run
+@existing_run
 @_train_options
-@_device_option
+@device_option
 def train(run: Path, config: TrainConfig, device: str) -> None:
     """Stage 3: train the decoder of RUN from cached arrays alone.
 
@@ -219,10 +199,10 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
 
 
 @main.command()
-@_existing_run
+@existing_run
 @options(data=EvaluateData, config=EvaluateConfig)
-@_device_option
-@_trust_option
+@device_option
+@trust_option
 def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str) -> None:
     """Stage 4: measure how well RUN detects, beside baselines, in tables and pictures.
 
@@ -270,11 +250,11 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
 
 
 @main.command()
-@_existing_run
+@existing_run
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(given=PredictOptions, config=PredictConfig)
-@_device_option
-@_trust_option
+@device_option
+@trust_option
 def predict(
     run: Path,
     images: tuple[Path, ...],
@@ -311,10 +291,10 @@ def predict(
 
 
 @main.command()
-@_existing_run
+@existing_run
 @options(data=AuditData, config=AuditConfig)
-@_device_option
-@_trust_option
+@device_option
+@trust_option
 def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
     """Find images that the training sets of RUN share with each other and with further sets.
 
@@ -347,10 +327,10 @@ def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
 
 
 @main.command()
-@_existing_run
+@existing_run
 @options(data=TestData, config=LocalizeConfig)
-@_device_option
-@_trust_option
+@device_option
+@trust_option
 def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> None:
     """Measure how well the heatmaps of RUN locate patches of OOD images pasted into ID images.
 
@@ -376,9 +356,9 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
 
 
 @main.command()
-@_existing_run
+@existing_run
 @options(given=ExportOptions)
-@_trust_option
+@trust_option
 def export(run: Path, given: ExportOptions) -> None:
     """Write the detector of RUN as one file that needs no ood_heatmap to run.
 
@@ -415,9 +395,9 @@ def plan() -> None:
 
 
 @plan.command("index")
-@_new_run
+@new_run
 @_index_options
-@_device_option
+@device_option
 def plan_index(
     run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
 ) -> None:
@@ -439,10 +419,10 @@ def plan_index(
 
 
 @plan.command("targets")
-@_existing_run
+@existing_run
 @_targets_options
-@_device_option
-@_trust_option
+@device_option
+@trust_option
 def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
     """Estimate what `targets` would take; nothing is written or downloaded.
 
@@ -460,9 +440,9 @@ def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: st
 
 
 @plan.command("train")
-@_existing_run
+@existing_run
 @_train_options
-@_device_option
+@device_option
 def plan_train(run: Path, config: TrainConfig, device: str) -> None:
     """Estimate what `train` would take; nothing is written.
 
@@ -484,7 +464,7 @@ def _echo_plan(found: "Plan", run: Path, device: "torch.device") -> None:
 
 
 @main.command()
-@_existing_run
+@existing_run
 @options(config=VerifyConfig)
 def verify(run: Path, config: VerifyConfig) -> None:
     """Check every checksum of RUN, and recompute a sample of targets by brute force in float64.
@@ -501,7 +481,7 @@ def verify(run: Path, config: VerifyConfig) -> None:
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"))
-@_device_option
+@device_option
 @click.pass_context
 def demo(context: click.Context, run: Path, device: str) -> None:
     """Run all four stages in RUN on data that come with the dependencies: handwritten digits.

@@ -256,3 +256,33 @@ _VERBOSITY = [
         help="Print results, warnings and errors only, no progress.",
     ),
 ]
+
+
+new_run = click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+existing_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+device_option = click.option(
+    "--device",
+    cls=GroupedOption,
+    group="Speed",
+    default="auto",
+    help="Device to compute on: auto, cpu, cuda or cuda:N.",
+)
+
+
+def _trust_code(context: click.Context, _: click.Parameter, trust: bool) -> None:
+    """Let the command run code that RUN names."""
+    if trust:
+        from ood_heatmap.user_code import trusting_code
+
+        context.with_resource(trusting_code())
+
+
+trust_option = click.option(
+    "--trust-code",
+    cls=GroupedOption,
+    group="Other",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust_code,
+    help="Run the model code that RUN names, even if you have not run it here before.",
+)
