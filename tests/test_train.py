@@ -396,8 +396,8 @@ import os, signal, sys
 from ood_heatmap.cli import main
 from ood_heatmap.pipeline import train as module
 
-module.CHECKPOINT_SECONDS = 0.0
-make, save_checkpoint, die_after = module.new_decoder, module._save_checkpoint, int(sys.argv[1])
+module._CHECKPOINT_SECONDS = 0.0
+make, save_checkpoint, die_after = module._new_decoder, module._save_checkpoint, int(sys.argv[1])
 
 
 def and_die(*arguments):
@@ -408,7 +408,7 @@ def and_die(*arguments):
 
 
 module._save_checkpoint = and_die
-module.new_decoder = lambda *arguments: make(*arguments).double()
+module._new_decoder = lambda *arguments: make(*arguments).double()
 main(["train", *sys.argv[2:]])
 """
 
