@@ -275,7 +275,8 @@ def _write_pictures(
     with replacing(overlay_path) as scratch:
         picture.save(scratch, "png", compress_level=1)
     with replacing(heatmap_path) as scratch, scratch.open("wb") as file:
-        np.save(file, heatmap)
+        # a strided array would be written value by value
+        np.save(file, np.ascontiguousarray(heatmap))
     return replace(line, overlay=overlay_path.name, heatmap=heatmap_path.name)
 
 
