@@ -12,6 +12,16 @@ import torch
 from ood_heatmap.distributed import process_group
 from ood_heatmap.errors import UsageError
 
+# what allocators other than PyTorch's own for GPUs report: the driver, cuBLAS and cuDNN, cuDNN that
+# finds no algorithm for the workspace left, and the CPU's
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "unable to find an engine",
+    "can't allocate memory",
+)
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """Resolve a device name.
@@ -45,6 +55,18 @@ def _local_gpu(name: str, index: int | None) -> torch.device:
         needed = f"{num_ranks} processes need a GPU each" if num_ranks > 1 else f"{name} is needed"
         raise UsageError(f"{needed} and this machine has {num_gpus} GPUs. Use --device cpu.")
     return torch.device("cuda", index)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that a smaller batch may fit.
+
+    PyTorch's own allocator raises ``torch.OutOfMemoryError``; libraries that allocate beside it
+    arrive as a plain ``RuntimeError`` or ``torch.AcceleratorError``.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(text in message for text in _OUT_OF_MEMORY)
 
 
 @contextmanager

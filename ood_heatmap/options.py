@@ -80,6 +80,17 @@ class Command(click.Command):
             if isinstance(error, OSError) and error.errno in (None, errno.EPIPE):
                 raise
             raise _click_error(error, ctx) from error
+        except RuntimeError as error:
+            # also click's own exit, and nothing here loads PyTorch
+            if "torch" not in sys.modules:
+                raise
+            from ood_heatmap.devices import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            _LOG.debug("traceback", exc_info=True)
+            reason = str(error).partition("\n")[0]
+            raise _click_error(MemoryError(reason), ctx) from error
 
 
 def _click_error(error: Exception, ctx: click.Context) -> Exception:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from ood_heatmap.classifier import Classifier, Output
+from ood_heatmap.devices import is_out_of_memory
 from ood_heatmap.errors import OodHeatmapError
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,12 @@ class BatchedClassifier:
         try:
             output = self._run_on_idle_copy(self._to_device(images, size))
             return [self._to_host(output, len(images))]
-        except torch.OutOfMemoryError:
-            self._halve_batch(size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # outside of the except block the error no longer holds the activations
+        self._halve_batch(size, reason)
         return self._run(images)
 
     def _run_on_idle_copy(self, images: torch.Tensor) -> Output:
@@ -123,8 +128,12 @@ class BatchedClassifier:
             self.idle.put(classifier)
         return output
 
-    def _halve_batch(self, size: int) -> None:
+    def _halve_batch(self, size: int, reason: str) -> None:
         """Halve the batch size that ran out of memory.
+
+        Args:
+            size: The batch size.
+            reason: What the device said.
 
         Raises:
             OodHeatmapError: It is already 1.
@@ -136,8 +145,8 @@ class BatchedClassifier:
                 return
             if size == 1:
                 raise OodHeatmapError(
-                    f"{device} has no memory for a single image. Use --device cpu."
-                ) from None
+                    f"{device} has no memory for a single image ({reason}). Use --device cpu."
+                )
             self.size = size // 2
         if self.on_gpu:
             # cached blocks of the old size are useless now

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ood_heatmap.devices import is_out_of_memory
 from ood_heatmap.distributed import broadcast, world_size
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import region_weight, target_heatmap, weighted_squared_error
@@ -188,8 +189,8 @@ def _halve_on_out_of_memory(
         while True:
             try:
                 return step(batch, size)
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
                     raise
             # outside of the except block the error no longer holds the activations
             size = -(-min(size, len(batch.features)) // 2)
@@ -215,9 +216,9 @@ def _make_compiled_step(
     step = _make_eager_step(decoder, optimizer, config, compiled=True)
     try:
         step(example)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split("\n")[:2])
         raise UsageError(f"torch.compile failed ({reason}): use --step eager.") from error
     return step

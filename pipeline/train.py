@@ -21,6 +21,7 @@ from ood_heatmap.cache.files import save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
+from ood_heatmap.devices import is_out_of_memory
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import pixel_score
@@ -202,7 +203,9 @@ def _train(
     )
     try:
         stats = _run_epochs(stage, data, feed, decoder, optimizer, history, config)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise OodHeatmapError(
             f"{device} has no memory for steps of {config.batch_size} images beside the "
             f"{feed_kind} feed. Use a smaller --batch-size, --feed streaming, or --stack plain in "

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,39 @@ def test_a_halved_batch_is_remembered(classifier, monkeypatch, caplog):
     torch.testing.assert_close(features, wanted.features, rtol=1e-5, atol=1e-6)
 
 
+def test_a_full_device_is_found_out_whoever_says_it_and_its_activations_are_gone_by_then(
+    classifier, monkeypatch
+):
+    """Words as of cuDNN; cached memory can be given back only when nothing holds it."""
+    forward, alive = classifier.network.forward, []
+
+    def full(images):
+        if len(images) == 4:
+            activations = images + 1
+            alive.append(weakref.ref(activations))
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return forward(images)
+
+    monkeypatch.setattr(classifier.network, "forward", full)
+    batched = BatchedClassifier(classifier, 4)
+    halve = batched._halve_batch
+    monkeypatch.setattr(
+        batched, "_halve_batch", lambda *args: alive.append(alive.pop()()) or halve(*args)
+    )
+    assert len(batched(pixels(4)).features) == 4
+    assert alive == [None]
+    assert batched.size == 2
+
+
+def test_another_error_of_the_network_is_no_full_device(classifier, monkeypatch):
+    def broken(images):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(classifier.network, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        BatchedClassifier(classifier, 4)(pixels(4))
+
+
 def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
     threads(4)
     images = pixels(8 * module._IMAGES_PER_CORE)
@@ -218,7 +252,9 @@ def test_cores_halve_together(classifier, monkeypatch, caplog, threads):
 
 def test_a_device_without_memory_for_one_image_is_refused(classifier, monkeypatch):
     limited(classifier, monkeypatch, 0)
-    with pytest.raises(OodHeatmapError, match="no memory for a single image"):
+    with pytest.raises(
+        OodHeatmapError, match=r"no memory for a single image \(CUDA out of memory\)"
+    ):
         BatchedClassifier(classifier, 4)(pixels(4))
 
 

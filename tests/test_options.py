@@ -144,6 +144,7 @@ def test_what_is_out_of_bounds_is_a_usage_error(arguments, words):
         (OSError(errno.EMFILE, "Too many open files"), "Error: Too many open files."),
         (PermissionError(errno.EACCES, "Permission denied", b"/x"), "Error: /x: Permission denied"),
         (MemoryError("274 GiB"), "Error: out of memory (274 GiB). Use a smaller --batch-size"),
+        (torch.OutOfMemoryError("274 GiB"), "Error: out of memory (274 GiB). Use a smaller"),
     ],
 )
 def test_what_a_user_or_the_machine_can_fix_is_one_line(error, line):

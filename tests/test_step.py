@@ -177,15 +177,17 @@ def test_the_ceiling_takes_a_tenth_of_a_short_training_and_two_seconds_of_a_long
 class Small(torch.nn.Module):
     """Stands in for a decoder on a device with memory for a few images only."""
 
-    def __init__(self, decoder: Decoder, memory: int) -> None:
+    def __init__(
+        self, decoder: Decoder, memory: int, error: type[RuntimeError] = torch.OutOfMemoryError
+    ) -> None:
         super().__init__()
-        self.decoder, self.memory = decoder, memory
+        self.decoder, self.memory, self.error = decoder, memory, error
         self.sizes: list[int] = []
 
     def forward(self, features: torch.Tensor, *inputs: object) -> torch.Tensor:
         self.sizes.append(len(features))
         if len(features) > self.memory:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error("CUDA error: out of memory")
         return self.decoder(features, *inputs)
 
 
@@ -195,11 +197,12 @@ def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
     return decoder, make_adam(decoder, CONFIG)
 
 
-def test_without_memory_for_a_step_its_halves_train_the_same(caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_without_memory_for_a_step_its_halves_train_the_same(caplog, error):
     decoder, optimizer = plain_stack()
     wanted = losses(_make_eager_step(decoder, optimizer, CONFIG))
     halved, optimizer = plain_stack()
-    small = Small(halved, 2)
+    small = Small(halved, 2, error)
     found = losses(_make_eager_step(small, optimizer, CONFIG))
     assert small.sizes == [6, 3, *[2, 2, 2] * 5]  # remembered
     assert "micro-batch size reduced to 2 images" in caplog.text

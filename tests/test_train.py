@@ -364,7 +364,7 @@ def test_a_decoder_of_another_index_is_refused(run):
 
 def test_a_step_without_memory_is_one_line(run, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError
+        raise torch.AcceleratorError("CUDA error: out of memory")
 
     monkeypatch.setattr(module, "make_step", lambda *_: ("eager", full))
     with pytest.raises(OodHeatmapError, match=r"steps of 32 images .* Use a smaller --batch-size"):
