@@ -164,6 +164,8 @@ class Decoder(nn.Module):
         size = self.config.size
         start = (logits.shape[2] - size) // 2
         logits = logits[:, :, start : start + size, start : start + size]
+        # under autocast: near 1 a bfloat16 has steps of 1/256, and targets have steps of 1/255
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return torch.tanh(logits) if self.config.target == "signed" else torch.sigmoid(logits)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ood_heatmap.classifier import Classifier, ClassifierConfig
+from ood_heatmap.classifier import Classifier, ClassifierConfig, Output
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform, iter_batches
 from ood_heatmap.pipeline import forward as module
@@ -202,23 +202,26 @@ def test_a_full_device_is_found_out_whoever_says_it_and_its_activations_are_gone
     classifier, monkeypatch
 ):
     """Words as of cuDNN; cached memory can be given back only when nothing holds it."""
-    forward, alive = classifier.network.forward, []
+    forward, halve = classifier.network.forward, BatchedClassifier._halve_batch
+    activations: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
 
     def full(images):
         if len(images) == 4:
-            activations = images + 1
-            alive.append(weakref.ref(activations))
+            computed = images + 1
+            activations.append(weakref.ref(computed))
             raise RuntimeError("GET was unable to find an engine to execute this computation")
         return forward(images)
 
+    def watched(*arguments):
+        alive.append(activations[0]() is not None)
+        halve(*arguments)
+
     monkeypatch.setattr(classifier.network, "forward", full)
+    monkeypatch.setattr(BatchedClassifier, "_halve_batch", watched)
     batched = BatchedClassifier(classifier, 4)
-    halve = batched._halve_batch
-    monkeypatch.setattr(
-        batched, "_halve_batch", lambda *args: alive.append(alive.pop()()) or halve(*args)
-    )
     assert len(batched(pixels(4)).features) == 4
-    assert alive == [None]
+    assert alive == [False]
     assert batched.size == 2
 
 
@@ -266,6 +269,17 @@ def test_every_batch_has_the_same_size_so_a_row_does_not_depend_on_its_neighbour
     )
     assert len(part.features) == 3
     torch.testing.assert_close(part.features, whole.features[:3], rtol=0, atol=0)
+
+
+def test_maps_leave_the_device_rounded_and_in_the_order_of_the_file(classifier):
+    """The host copies them as they are: reordering channels there would wait for one core."""
+    images = pixels(16)
+    wanted: Output = classifier(torch.from_numpy(images))
+    assert not wanted.maps[0].is_contiguous()
+    (found,) = BatchedClassifier(classifier, 16).start(images[:9]).wait()
+    for ours, whole in zip(found.maps, wanted.maps, strict=True):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, whole[:9].half(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypatch, threads):
