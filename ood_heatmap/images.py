@@ -322,6 +322,8 @@ class ImageSet:
         listing: sha256 of everything known without reading the images.
         array: All images as uint8 ``(N, 3, H, W)`` if they are in memory, otherwise None.
         has_class_names: False if ``classes`` are only label numbers, as in array files.
+        stamps: ``(N, 2)`` int64 size in bytes and modification time in nanoseconds of the file of
+            each image, as of its listing; None if they say nothing about the content.
     """
 
     source: str
@@ -332,6 +334,7 @@ class ImageSet:
     listing: str
     array: NDArray[np.uint8] | None = None
     has_class_names: bool = True
+    stamps: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

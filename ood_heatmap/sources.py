@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -231,8 +231,9 @@ def from_paths(
     """
     names = [str(path) if root is None else path.relative_to(root).as_posix() for path in paths]
     listing = hashlib.sha256()
-    for name, path in zip(names, paths, strict=True):
-        listing.update(f"{name}\0{_num_bytes(path)}\n".encode(errors="surrogateescape"))
+    stamps = np.array([_stamp(path) for path in paths], np.int64).reshape(-1, 2)
+    for name, num_bytes in zip(names, stamps[:, 0].tolist(), strict=True):
+        listing.update(f"{name}\0{num_bytes}\n".encode(errors="surrogateescape"))
     for label in sorted(set(range(len(classes))) - set(() if labels is None else labels.tolist())):
         # an empty class shifts the labels of others, but has no file in the list
         listing.update(f"{label}\0no images\n".encode())
@@ -243,15 +244,17 @@ def from_paths(
         classes=tuple(printable(name) for name in classes),
         reader=_FileReader(paths),
         listing=listing.hexdigest(),
+        stamps=stamps,
     )
 
 
-def _num_bytes(path: Path) -> int:
-    """Return the size of a file, -1 if it is missing."""
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return size and modification time of a file, -1 if it is missing."""
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError:
-        return -1
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def read_file(path: Path) -> tuple[Image.Image, bytes]:
@@ -295,7 +298,8 @@ def _open_array_file(path: Path) -> ImageSet:
             images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OodHeatmapError(f"{path} cannot be read as NumPy arrays ({error}).") from error
-    return from_array(images, labels, source=str(path))
+    found = from_array(images, labels, source=str(path))
+    return replace(found, stamps=np.broadcast_to(np.array(_stamp(path)), (len(found), 2)))
 
 
 def _images_key(keys: Sequence[str], path: Path) -> str:

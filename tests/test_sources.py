@@ -335,6 +335,25 @@ def test_paths_as_a_set(tmp_path):
         images.digest(1)
 
 
+@pytest.mark.parametrize("kind", ["folder", "npy", "npz"])
+def test_size_and_time_of_the_file_of_each_image_are_known(tmp_path, kind):
+    if kind == "folder":
+        root = write_pictures(tmp_path / "set", "b/y.png", "a/x.png")
+        paths = [root / "a" / "x.png", root / "b" / "y.png"]
+    else:
+        root = tmp_path / f"set.{kind}"
+        array = np.zeros((2, 3, 8, 8), np.uint8)
+        np.save(root, array) if kind == "npy" else np.savez(root, images=array)
+        paths = [root, root]
+    for number, path in enumerate(paths):
+        os.utime(path, ns=(0, 1_600_000_000_123_456_789 + number))
+    wanted = [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    stamps = open_images(str(root)).stamps
+    assert stamps is not None
+    assert stamps.tolist() == wanted
+    assert from_array(np.zeros((2, 3, 8, 8), np.uint8)).stamps is None
+
+
 def test_images_anywhere_below_a_folder_are_found(tmp_path, caplog):
     root = write_pictures(tmp_path, "b.png", "a/c.png", "a/d/e.png")
     (root / "a" / "notes.txt").write_text("")
