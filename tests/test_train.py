@@ -373,6 +373,8 @@ def test_a_step_without_memory_is_one_line(run, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# said once in a process, by whichever of these is the first
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("step", ["eager", "graph"])
 @pytest.mark.parametrize("feed", ["resident", "pinned", "streaming"])
 def test_an_epoch_never_waits_for_the_gpu(run, monkeypatch, feed, step):
