@@ -29,6 +29,8 @@ _WARM_UP = 3
 _WINDOWS = 5
 _STEPS_PER_WINDOW = 10
 _CEILING_SECONDS = 2.0
+# before 2.13 the allocator could take an invalidated capture for one that goes on
+_RECOVERS_FROM_FAILED_CAPTURE = torch.__version__ >= "2.13"
 
 
 def training_step(
@@ -142,9 +144,13 @@ def make_step(
     if config.step == "graph":
         if not single_gpu:
             raise UsageError("--step graph is for one process on a GPU: use --step auto.")
-        return "graph", _capture_graph(eager, optimizer, example)
+        return "graph", _capture_or_usage_error(eager, optimizer, example)
     if config.step == "auto" and single_gpu:
-        return _faster_of_eager_and_graph(eager, optimizer, example)
+        kind, step = _faster_of_eager_and_graph(eager, optimizer, example)
+        # the step that was not chosen still has gradients and cached blocks
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return kind, step
     return "eager", eager
 
 
@@ -181,25 +187,33 @@ def _make_eager_step(
 def _halve_on_out_of_memory(
     step: Callable[[TrainingBatch, int], Tensor], micro_batch_size: int
 ) -> Step:
-    """Return the step with a micro-batch size that is halved whenever the device is full."""
+    """Return the step with a micro-batch size that is halved whenever the device is full.
+
+    Not inside a capture, where no memory can be freed: there the error ends the capture.
+    """
     size = micro_batch_size
 
     def halving_step(batch: TrainingBatch) -> Tensor:
         nonlocal size
+        device = batch.features.device
         while True:
             try:
                 return step(batch, size)
             except RuntimeError as error:
-                if size == 1 or not is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error) or _is_capturing(device):
                     raise
             # outside of the except block the error no longer holds the activations
             size = -(-min(size, len(batch.features)) // 2)
-            device = batch.features.device
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             log.warning("out of memory on %s: micro-batch size reduced to %d images", device, size)
 
     return halving_step
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return whether what runs now on a device is captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _make_compiled_step(
@@ -248,7 +262,8 @@ def _capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: Traini
     # so that the capture allocates the gradients in the graph's own memory pool
     optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    # the outer context restores the current stream also if the end of the capture raises
+    with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side):
         loss = step(static)
 
     def replay(batch: TrainingBatch) -> Tensor:
@@ -260,14 +275,37 @@ def _capture_graph(step: Step, optimizer: torch.optim.Optimizer, example: Traini
     return replay
 
 
+def _capture_or_usage_error(
+    step: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch
+) -> Step:
+    """Return the captured step, see ``_capture_graph``.
+
+    Raises:
+        UsageError: The step cannot be captured.
+    """
+    try:
+        return _capture_graph(step, optimizer, example)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"the step cannot be captured ({_first_line(error)}): use --step eager."
+        ) from error
+
+
 def _faster_of_eager_and_graph(
     eager: Step, optimizer: torch.optim.Optimizer, example: TrainingBatch
 ) -> tuple[StepKind, Step]:
-    """Return the faster step; eager, with a warning, if the capture fails."""
+    """Return the faster step; eager, with a warning, if the capture fails.
+
+    Raises:
+        UsageError: The capture failed in a way that this version of PyTorch does not recover from.
+    """
     try:
-        graph = _capture_graph(eager, optimizer, example)
+        capture = _capture_graph if _RECOVERS_FROM_FAILED_CAPTURE else _capture_or_usage_error
+        graph = capture(eager, optimizer, example)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = _first_line(error)
         log.warning("the step cannot be captured (%s): falling back to eager steps", reason)
         return "eager", eager
     eager_seconds, graph_seconds = (
@@ -276,6 +314,13 @@ def _faster_of_eager_and_graph(
     )
     log.info("step: graph %.3g ms, eager %.3g ms", 1000 * graph_seconds, 1000 * eager_seconds)
     return ("graph", graph) if graph_seconds < eager_seconds else ("eager", eager)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of the first error: the end of a failed capture raises another."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return str(error).partition("\n")[0]
 
 
 def snapshot(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -144,16 +144,30 @@ def test_on_the_cpu_a_step_is_eager_unless_another_is_asked_for():
         make_step(decoder, optimizer, TrainConfig(step="graph"), example())
 
 
-def test_a_step_that_cannot_be_captured_is_eager_with_a_warning(monkeypatch, caplog):
-    def fails(*_: object) -> None:
+def cannot_be_captured(*_: object) -> None:
+    """Fail as a capture does: its end finds that something in it was not permitted."""
+    try:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    except RuntimeError:
+        raise RuntimeError("operation failed due to a previous error")  # noqa: B904
 
-    monkeypatch.setattr(module, "_capture_graph", fails)
+
+def test_a_step_that_cannot_be_captured_is_eager_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_capture_graph", cannot_be_captured)
+    monkeypatch.setattr(module, "_RECOVERS_FROM_FAILED_CAPTURE", True)
     _, optimizer, eager = fresh()
     assert _faster_of_eager_and_graph(eager, optimizer, example()) == ("eager", eager)
     assert (
         "captured (operation not permitted when stream is capturing): falling back" in caplog.text
     )
+
+
+def test_where_pytorch_does_not_recover_a_failed_capture_is_one_line(monkeypatch):
+    monkeypatch.setattr(module, "_capture_graph", cannot_be_captured)
+    monkeypatch.setattr(module, "_RECOVERS_FROM_FAILED_CAPTURE", False)
+    _, optimizer, eager = fresh()
+    with pytest.raises(UsageError, match=r"\(operation not permitted .*\): use --step eager"):
+        _faster_of_eager_and_graph(eager, optimizer, example())
 
 
 @pytest.mark.parametrize(("graph", "kind"), [(0.004, "graph"), (0.006, "eager")])
