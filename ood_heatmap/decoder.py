@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -31,7 +31,7 @@ _UNIT_RANGE = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Architecture of a decoder.
+    """Architecture of a decoder; the defaults of a run are those of ``TrainConfig``.
 
     Args:
         num_features: Width D of the features.
@@ -47,11 +47,11 @@ class DecoderConfig:
     num_features: int
     num_classes: int
     size: int
-    target: _Target = "magnitude"
+    target: _Target
     width: int = 0
     map_shapes: tuple[tuple[int, int, int], ...] = ()
     num_channels: int = 3
-    stack: _Stack = "dcgan"
+    stack: _Stack = field(kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value, choices in (

@@ -33,7 +33,7 @@ def make_detector(
 ) -> HeatmapDetector:
     """Return a detector whose decoder is drawn wide enough for its heatmaps to differ."""
     shapes = classifier.map_shapes[:num_maps]
-    config = DecoderConfig(8, 4, 16, target, width=32, map_shapes=shapes)
+    config = DecoderConfig(8, 4, 16, target, width=32, map_shapes=shapes, stack="dcgan")
     torch.manual_seed(0)
     decoder = make_decoder(config, (0.0, 2.0)).eval()
     with torch.no_grad():

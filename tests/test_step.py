@@ -33,6 +33,7 @@ DEVICES = [
         ],
     ),
 ]
+DCGAN = DecoderConfig(8, 3, 8, "magnitude", width=16, stack="dcgan")
 CONFIG = TrainConfig(batch_size=6, precision="float32")
 
 
@@ -48,7 +49,7 @@ def example(device: torch.device = CPU, seed: int = 0) -> TrainingBatch:
 def fresh(device: torch.device = CPU) -> tuple[Decoder, torch.optim.Adam, module.Step]:
     """Return a decoder in float64, where steps that round differently stay together."""
     torch.manual_seed(0)
-    decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).double().to(device).train()
+    decoder = make_decoder(DCGAN).double().to(device).train()
     decoder.to(memory_format=torch.channels_last)
     optimizer = make_adam(decoder, CONFIG)
     return decoder, optimizer, _make_eager_step(decoder, optimizer, CONFIG)
@@ -207,7 +208,7 @@ class Small(torch.nn.Module):
 
 def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
     torch.manual_seed(0)
-    decoder = make_decoder(DecoderConfig(8, 3, 8, width=16, stack="plain")).double().train()
+    decoder = make_decoder(replace(DCGAN, stack="plain")).double().train()
     return decoder, make_adam(decoder, CONFIG)
 
 
@@ -238,7 +239,7 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     """What a process of two does with an uneven part: its mean over both is that of the batch."""
     monkeypatch.setattr(module, "world_size", lambda: 2)
     config = TrainConfig(batch_size=size, lr=1e-30, precision="float32")
-    decoder = make_decoder(DecoderConfig(8, 3, 8, width=16)).eval()  # images are independent
+    decoder = make_decoder(DCGAN).eval()  # images are independent
     step = _make_eager_step(decoder, make_adam(decoder, config), config)
     whole, parts = example(), []
     for part in (slice(0, size - 1), slice(size - 1, size)):
