@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ood_heatmap.pipeline.results import Results
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
-# the commands that torchrun may start
+# the commands that can run under torchrun
 _SHARED = ("index", "targets", "train", "evaluate")
 
 _index_options = options(data=IndexData, classifier=ClassifierOptions, config=IndexConfig)
@@ -65,13 +65,13 @@ _train_options = options(config=TrainConfig)
 def main(context: click.Context) -> None:
     """Show whether, and where, an image is not what a fixed classifier was trained on.
 
-    The four stages, in order: index, targets, train, evaluate. Each resumes when it is started
-    again.
+    The four stages, in order: index, targets, train, evaluate. An interrupted stage resumes when
+    its command is run again.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand not in _SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} runs in one process: start it without torchrun. "
-            f"Commands that share their work are {', '.join(_SHARED)}."
+            f"Commands that run in several processes are {', '.join(_SHARED)}."
         )
     if os.environ.get("RANK", "0") != "0":
         context.with_resource(contextlib.redirect_stdout(io.StringIO()))
@@ -82,17 +82,17 @@ def main(context: click.Context) -> None:
 
 
 def conclude(results: "Results", next_command: str = "", *, allow_suspicious: bool = True) -> None:
-    """Print the warnings of a stage, and the command that comes next.
+    """Print the warnings of a stage and the next command.
 
     Raises:
-        OodHeatmapError: A result is suspicious, and that is not allowed.
+        OodHeatmapError: A result is suspicious and that is not allowed.
     """
     for warning in results.warnings:
         click.echo(f"{click.style('warning:', fg='yellow')} {printable(warning)}", err=True)
     if results.suspicious and not allow_suspicious:
         raise OodHeatmapError(
             "the stage is complete, but its result is suspicious (see the warning). Correct the "
-            "command and add --overwrite, or add --allow-suspicious if it is meant."
+            "command and add --overwrite, or add --allow-suspicious if it is intended."
         )
     if next_command:
         click.echo(f"next: ood-heatmap {next_command}")
@@ -204,7 +204,7 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
 @device_option
 @trust_option
 def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str) -> None:
-    """Stage 4: measure how well RUN detects, beside baselines, in tables and pictures.
+    """Stage 4: measure how well RUN detects OOD images, against baselines; tables and figures.
 
     \b
     Example:
@@ -216,7 +216,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
     from ood_heatmap.pipeline.inputs import near_names, open_ood_sets, open_source
     from ood_heatmap.pipeline.results import EvaluationResults
     from ood_heatmap.pipeline.run import read_result
-    from ood_heatmap.pipeline.tables import format_decisions, format_table
+    from ood_heatmap.pipeline.tables import format_metrics
 
     config = replace(config, near=near_names(config.near, data.ood_sources))
     with stage_device(device) as torch_device:
@@ -232,21 +232,10 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             more_runs=data.runs,
         )
     results = EvaluationResults.from_manifest(manifest)
-    content = read_result(run, "evaluation", "metrics.json")
-    if content["id_accuracy"] is not None:
-        click.echo(
-            f"accuracy {content['id_accuracy']:.2%} on {content['id_labelled']} labelled images of "
-            "the ID test set"
-        )
-    click.echo(format_table(content))
-    if "decisions" in content:
-        click.echo(format_decisions(content["decisions"]))
+    click.echo(format_metrics(read_result(run, "evaluation", "metrics.json")))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")
-    conclude(
-        results,
-        f"predict {run} IMAGE_OR_FOLDER --out DIR",
-        allow_suspicious=config.allow_suspicious,
-    )
+    next_command = f"predict {run} IMAGE_OR_FOLDER --out DIR"
+    conclude(results, next_command, allow_suspicious=config.allow_suspicious)
 
 
 @main.command()
@@ -264,11 +253,11 @@ def predict(
 ) -> None:
     """Score IMAGES and show where they are OOD: files, folders, or - for a list of files on stdin.
 
-    Writes scores.csv with a line for each image, an overlay (PNG) and the raw heatmap (.npy).
-    p_value and is_ood are empty until the run has been evaluated, and is_ood when it was evaluated
-    on too few ID images for the level. Images that cannot be read are named and skipped, and the
-    exit code is then 1. In scores.csv, text that a spreadsheet would take for a formula begins with
-    an apostrophe; scores.jsonl has it unchanged.
+    Writes scores.csv with a row per image, and an overlay (PNG) and the raw heatmap (.npy) of each.
+    p_value and is_ood are empty until the run has been evaluated; is_ood also if it was evaluated
+    on too few ID images for the level. Images that cannot be read are reported and skipped, and the
+    exit code is then 1. In scores.csv, text that a spreadsheet would interpret as a formula begins
+    with an apostrophe; scores.jsonl has it unchanged.
 
     \b
     Examples:
@@ -298,9 +287,9 @@ def predict(
 def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
     """Find images that the training sets of RUN share with each other and with further sets.
 
-    Copies are found in another file format too, and most of those that were compressed or rescaled.
-    Writes nothing. The exit code is 1 if most images of a set are in one that it must not share
-    images with.
+    Exact copies are found in any file format, as are most copies that were compressed or rescaled.
+    Writes nothing. The exit code is 1 if most images of a set are also in a set that it must not
+    overlap with.
 
     \b
     Example:
@@ -323,7 +312,7 @@ def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
     if not findings:
         click.echo("no image is in two sets")
     if results.suspicious and not config.allow_suspicious:
-        raise OodHeatmapError("image sets overlap. Add --allow-suspicious if that is meant.")
+        raise OodHeatmapError("image sets overlap. Add --allow-suspicious if that is intended.")
 
 
 @main.command()
@@ -360,10 +349,11 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
 @options(given=ExportOptions)
 @trust_option
 def export(run: Path, given: ExportOptions) -> None:
-    """Write the detector of RUN as one file that needs no ood_heatmap to run.
+    """Export the detector of RUN as one file that runs without ood_heatmap.
 
-    Images go in as uint8 (B, 3, H, W) at the classifier's input size; score, heatmap, prediction
-    and p_value come out. The file is run and compared with the detector before it is put in place.
+    The input is uint8 (B, 3, H, W) at the classifier's input size; the outputs are score, heatmap,
+    prediction and p_value. The file is run and compared with the detector before it is put in
+    place.
 
     \b
     Example:
@@ -376,7 +366,7 @@ def export(run: Path, given: ExportOptions) -> None:
     differences = export_detector(detector, given.out, given.format)
     click.echo(f"{given.out}, {given.out.stat().st_size / 1e6:.1f} MB")
     if differences is None:
-        click.echo("not compared with the detector: pip install onnxruntime, and export again")
+        click.echo("not compared with the detector: pip install onnxruntime and export again")
     else:
         click.echo(
             f"differs from the detector by at most {differences.score:.1e} in scores and "
@@ -386,7 +376,9 @@ def export(run: Path, given: ExportOptions) -> None:
 
 @main.group()
 def plan() -> None:
-    """Estimate rows, bytes, memory and time of a stage, and what would not fit. Write nothing.
+    """Estimate rows, disk space, memory and time of a stage, and whether they suffice.
+
+    Nothing is written.
 
     \b
     Example:
@@ -401,7 +393,7 @@ def plan() -> None:
 def plan_index(
     run: Path, data: IndexData, classifier: ClassifierOptions, config: IndexConfig, device: str
 ) -> None:
-    """Estimate what `index` would take; nothing is written or downloaded.
+    """Estimate the resources of `index`; nothing is written or downloaded.
 
     \b
     Example:
@@ -424,7 +416,7 @@ def plan_index(
 @device_option
 @trust_option
 def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) -> None:
-    """Estimate what `targets` would take; nothing is written or downloaded.
+    """Estimate the resources of `targets`; nothing is written or downloaded.
 
     \b
     Example:
@@ -444,7 +436,7 @@ def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: st
 @_train_options
 @device_option
 def plan_train(run: Path, config: TrainConfig, device: str) -> None:
-    """Estimate what `train` would take; nothing is written.
+    """Estimate the resources of `train`; nothing is written.
 
     \b
     Example:
@@ -457,17 +449,17 @@ def plan_train(run: Path, config: TrainConfig, device: str) -> None:
         _echo_plan(make_plan(run, torch_device, config), run, torch_device)
 
 
-def _echo_plan(found: "Plan", run: Path, device: "torch.device") -> None:
+def _echo_plan(estimate: "Plan", run: Path, device: "torch.device") -> None:
     from ood_heatmap.pipeline.plan import format_plan
 
-    click.echo("\n".join(format_plan(found, run, device)))
+    click.echo("\n".join(format_plan(estimate, run, device)))
 
 
 @main.command()
 @existing_run
 @options(config=VerifyConfig)
 def verify(run: Path, config: VerifyConfig) -> None:
-    """Check every checksum of RUN, and recompute a sample of targets by brute force in float64.
+    """Check every checksum of RUN and recompute a sample of targets by brute force in float64.
 
     \b
     Example:
@@ -484,7 +476,7 @@ def verify(run: Path, config: VerifyConfig) -> None:
 @device_option
 @click.pass_context
 def demo(context: click.Context, run: Path, device: str) -> None:
-    """Run all four stages in RUN on data that come with the dependencies: handwritten digits.
+    """Run all four stages in RUN on handwritten digits that come with the dependencies.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Click options from the dataclasses of settings, and commands that list them by group."""
+"""Click options made from the settings dataclasses, and commands that list them by group."""
 
 import errno
 import logging
@@ -28,7 +28,7 @@ _PATHS = {
 
 
 class GroupedOption(click.Option):
-    """An option that ``--help`` lists under the heading of its group."""
+    """An option listed under the heading of its group in ``--help``."""
 
     def __init__(self, *arguments: Any, group: Group = "Other", **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -39,21 +39,21 @@ class Command(click.Command):
     """A command with grouped options, one-line errors, ``-v`` and ``-q``."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the parameters, with those that every command has."""
+        """Return the parameters, including those that every command has."""
         *own, help_option = super().get_params(ctx)
         return [*own, *_VERBOSITY, help_option]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, a section for each group, what is required first."""
+        """Write the options, a section for each group, required options first."""
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in get_args(Group)}
-        # newer versions of click have a record of arguments too
+        # newer versions of click have help records for arguments as well
         params = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         for param in sorted(params, key=lambda param: not param.required):
             record = param.get_help_record(ctx)
             if record is not None:
                 groups[getattr(param, "group", "Other")].append(record)
         names = [name for records in groups.values() for name, _ in records]
-        # one column for all sections: click would align each by itself
+        # one width for all sections: click would align each section separately
         width = max((len(name) for name in names if len(name) <= 30), default=0)
         for group, records in groups.items():
             if records:
@@ -61,14 +61,14 @@ class Command(click.Command):
                     formatter.write_dl([(name.ljust(width), text) for name, text in records])
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        """Return the first sentence of the help, whole."""
+        """Return the first sentence of the help, not truncated."""
         paragraph = " ".join((self.help or "").split("\n\n")[0].split())
         return paragraph.partition(". ")[0].removesuffix(".") + "."
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what a user or the machine can fix ends in one line.
+        """Run the command; an error that the user can fix is reported in one line.
 
-        No traceback, exit code 1, or 2 with the usage of this command.
+        There is no traceback, and the exit code is 1, or 2 with the usage of this command.
         """
         try:
             return super().invoke(ctx)
@@ -94,11 +94,11 @@ class Command(click.Command):
 
 
 def _click_error(error: Exception, ctx: click.Context) -> Exception:
-    """Return what click reports of an error."""
+    """Return the exception that click reports for an error."""
     if isinstance(error, UsageError):
         return click.UsageError(printable(str(error)), ctx)
     if isinstance(error, EOFError):
-        # click itself would say no more than "Aborted!"
+        # click itself would print no more than "Aborted!"
         return RuntimeError(f"a file ended too early: {error}")
     if isinstance(error, MemoryError):
         return click.ClickException(
@@ -127,7 +127,7 @@ class CommandGroup(Command, click.Group):
 
 
 class _RgbType(click.ParamType):  # type: ignore[type-arg]
-    """Three numbers, one for each channel: 0.49,0.48,0.45."""
+    """Three numbers, one per channel: 0.49,0.48,0.45."""
 
     name = "R,G,B"
 
@@ -146,10 +146,10 @@ class _RgbType(click.ParamType):  # type: ignore[type-arg]
 
 
 def options(**kinds: type[Settings]) -> _Decorator[Any]:
-    """Give a command an option for each described field of some settings dataclasses.
+    """Add options to a command: one for each described field of some settings dataclasses.
 
     Args:
-        **kinds: Parameter of the command, and the dataclass that it receives.
+        **kinds: Maps each parameter of the command to the dataclass that it receives.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +194,7 @@ def _click_option(field: Field, option: Option) -> _Decorator[Any]:
         settings |= {"default": field.default, "show_default": field.default != ""}
     if field.type is bool:
         settings["is_flag"] = True
-        # what is on by default is switched off by --no-...
+        # a flag that is on by default is switched off by --no-...
         flag = f"{flag}/--no-{flag.removeprefix('--')}" if field.default else flag
     elif get_origin(field.type) is tuple and field.type is not Rgb:
         settings |= {"multiple": True, "type": _click_type(get_args(field.type)[0], option)}
@@ -204,7 +204,7 @@ def _click_option(field: Field, option: Option) -> _Decorator[Any]:
 
 
 def _click_type(type_: Any, option: Option) -> Any:
-    """Return what click checks a value with: a choice, a range, a path or a plain type."""
+    """Return the click type of a field: a choice, a range, a path or a plain type."""
     if NoneType in get_args(type_):
         (type_,) = (part for part in get_args(type_) if part is not NoneType)
     if get_origin(type_) is Literal:
@@ -220,14 +220,14 @@ def _click_type(type_: Any, option: Option) -> Any:
 
 
 class _LineFormatter(logging.Formatter):
-    """Format a record as one line, whatever the names in it; a traceback keeps its lines."""
+    """Format a record as one line, even if names in it have line breaks; tracebacks keep theirs."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 
 def log_to_stderr(context: click.Context) -> None:
-    """Send log records to stderr: those of this package from INFO on, or as -v and -q say."""
+    """Send log records to stderr: this package's from INFO on, or as set by -v and -q."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -236,12 +236,12 @@ def log_to_stderr(context: click.Context) -> None:
 
 
 def _set_level(level: int) -> None:
-    # under torchrun rank 0 speaks for all
+    # under torchrun, rank 0 logs for all ranks
     _LOG.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
-    """Return the callback of a flag that sets the level, before or after the verb."""
+    """Return the callback of a flag that sets the log level, before or after the command name."""
 
     def callback(ctx: click.Context, _param: click.Parameter, given: bool) -> None:
         if given:
@@ -281,7 +281,7 @@ device_option = click.option(
 
 
 def _trust_code(context: click.Context, _: click.Parameter, trust: bool) -> None:
-    """Let the command run code that RUN names."""
+    """Allow the command to run the model code that RUN names."""
     if trust:
         from ood_heatmap.user_code import trusting_code
 

@@ -20,17 +20,17 @@ Rgb: TypeAlias = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting looks on the command line, and whether the result depends on it.
+    """How a setting appears on the command line, and whether the result depends on it.
 
     Args:
         help: A sentence that stands alone.
         group: Heading under which ``--help`` lists it.
         min, max: Bounds, inclusive unless ``min_open`` or ``max_open``.
-        flag: Its name; by default the field's, with dashes.
-        metavar: What its value is called in the help.
+        flag: Name of the option; by default the field's, with dashes.
+        metavar: Placeholder for the value in the help.
         unset: What None means, shown as the default.
-        path: What a path must be: a file or folder, or a run directory that exists.
-        affects_result: False for what leaves the result of the stage as it is, such as the number
+        path: Whether a path is a file, a folder, or the directory of an existing run.
+        affects_result: False if the result of the stage does not depend on it, such as the number
             of threads. All other settings are part of the stage's fingerprint.
     """
 
@@ -49,7 +49,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a settings dataclass: what Python and the command line must know of it."""
+    """One field of a settings dataclass, with the option that it becomes."""
 
     name: str
     type: Any
@@ -68,7 +68,7 @@ class Field:
         return self.default is MISSING
 
     def check(self, value: Any) -> None:
-        """Raise a ``UsageError`` for what is no choice, not finite or out of bounds."""
+        """Raise ``UsageError`` if a value is not a choice, not finite or out of bounds."""
         if get_origin(self.type) is Literal and value not in get_args(self.type):
             choices = ", ".join(get_args(self.type))
             raise UsageError(f"{self.flag} must be one of {choices}, got {value!r}.")
@@ -89,7 +89,7 @@ class Field:
 
 
 class Settings:
-    """Base of the settings: checks choices and bounds, in Python as on the command line."""
+    """Base class of all settings; checks choices and bounds, in Python as on the command line."""
 
     def __post_init__(self) -> None:
         for field in option_fields(type(self)):
@@ -122,23 +122,44 @@ def result_options(config: Settings) -> dict[str, Any]:
 
 
 _SHARD_MEGABYTES = 128
-# the deepest alone: shallower maps see how an image was resized, not what it shows
+# only the deepest: shallower maps respond to how an image was resized, not to its content
 _FEATURE_MAPS = 1
 
 
 def _seed(text: str, group: Group) -> Option:
-    # NumPy takes no negative seed
+    # NumPy does not accept negative seeds
     return Option(text, group, min=0, max=2**32 - 1)
 
 
 def _workers(text: str) -> Option:
-    # more threads than this only wait for each other, and a process cannot start any number
+    # more threads would only wait for each other, and the system limits their number
     return Option(text, "Speed", min=1, max=256, affects_result=False)
 
 
+def _source(images: str, flag: str) -> Option:
+    text = f"{images}: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT."
+    return Option(text, "Data", flag=flag, metavar="SOURCE")
+
+
+def _false_alarm(unset: str = "") -> Option:
+    return Option(
+        "Share of ID images that may be called OOD.",
+        "Evaluation",
+        min=0,
+        max=1,
+        min_open=True,
+        max_open=True,
+        unset=unset,
+    )
+
+
+_OodTestSets: TypeAlias = Annotated[
+    tuple[str, ...],
+    Option("OOD test set; may be repeated.", "Data", flag="--ood", metavar="[NAME=]SOURCE"),
+]
 _Overwrite: TypeAlias = Annotated[
     bool,
-    Option("Rebuild what was made from other inputs.", "Output", affects_result=False),
+    Option("Rebuild a stage that was made from other inputs.", "Output", affects_result=False),
 ]
 _ShardMegabytes: TypeAlias = Annotated[
     int, Option("Approximate size of a shard on disk, in megabytes.", "Output", min=1)
@@ -146,7 +167,7 @@ _ShardMegabytes: TypeAlias = Annotated[
 _AllowSuspicious: TypeAlias = Annotated[
     bool,
     Option(
-        "Exit with 0 although a result is suspicious, such as an accuracy of chance.",
+        "Exit with 0 even if a result is suspicious, such as chance accuracy.",
         "Output",
         affects_result=False,
     ),
@@ -154,10 +175,6 @@ _AllowSuspicious: TypeAlias = Annotated[
 _BatchSize: TypeAlias = Annotated[
     int,
     Option("Images per forward pass of the classifier.", "Speed", min=1, affects_result=False),
-]
-_Workers: TypeAlias = Annotated[
-    int,
-    _workers("Threads that decode images."),
 ]
 
 
@@ -177,21 +194,13 @@ class DataOptions(Settings):
 class IndexData(DataOptions):
     """Images of ``index``."""
 
-    id_source: Annotated[
-        str,
-        Option(
-            "ID training images: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT.",
-            "Data",
-            flag="--id",
-            metavar="SOURCE",
-        ),
-    ]
+    id_source: Annotated[str, _source("ID training images", "--id")]
     class_order: Annotated[
         Literal["name", "natural", "case-insensitive"],
         Option(
-            "Order in which class folders are numbered, which must be the classifier's: name as "
-            "torchvision (1, 10, 2; B, a), natural as timm (1, 2, 10; a, B), or case-insensitive "
-            "(1, 10, 2; a, B).",
+            "Order in which class folders are numbered, which must be the classifier's: name, as "
+            "in torchvision (1, 10, 2; B, a), natural, as in timm (1, 2, 10; a, B), or "
+            "case-insensitive (1, 10, 2; a, B).",
             "Data",
         ),
     ] = "name"
@@ -201,44 +210,25 @@ class IndexData(DataOptions):
 class TargetsData(DataOptions):
     """Images of ``targets``."""
 
-    ood_source: Annotated[
-        str,
-        Option(
-            "OOD training images: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT.",
-            "Data",
-            flag="--ood",
-            metavar="SOURCE",
-        ),
-    ]
+    ood_source: Annotated[str, _source("OOD training images", "--ood")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestData(DataOptions):
     """Images of ``localize``."""
 
-    id_source: Annotated[
-        str,
-        Option(
-            "ID test images: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT.",
-            "Data",
-            flag="--id",
-            metavar="SOURCE",
-        ),
-    ]
-    ood_sources: Annotated[
-        tuple[str, ...],
-        Option("OOD test set; may be repeated.", "Data", flag="--ood", metavar="[NAME=]SOURCE"),
-    ]
+    id_source: Annotated[str, _source("ID test images", "--id")]
+    ood_sources: _OodTestSets
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateData(TestData):
-    """Images of ``evaluate``, and the runs that it compares."""
+    """Images of ``evaluate``, and further runs to average over."""
 
     calibration: Annotated[
         str | None,
         Option(
-            "ID images that set the decision thresholds and are not in the table.",
+            "Held-out ID images that set the decision thresholds and are not in the table.",
             "Data",
             metavar="SOURCE",
             unset="a share of --id",
@@ -257,7 +247,7 @@ class EvaluateData(TestData):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions(Settings):
-    """The classifier of a run, as ``index`` is told."""
+    """The classifier that ``index`` makes a run with."""
 
     spec: Annotated[
         str,
@@ -285,7 +275,7 @@ class ClassifierOptions(Settings):
     mean: Annotated[
         Rgb | None,
         Option(
-            "Mean that is subtracted from each channel of images in [0, 1].",
+            "Mean of each channel, subtracted from images in [0, 1].",
             "Classifier",
             unset="the network's own, or 0,0,0",
         ),
@@ -293,7 +283,7 @@ class ClassifierOptions(Settings):
     std: Annotated[
         Rgb | None,
         Option(
-            "Standard deviation that each channel of images in [0, 1] is divided by.",
+            "Standard deviation of each channel, which images in [0, 1] are divided by.",
             "Classifier",
             unset="the network's own, or 1,1,1",
         ),
@@ -310,8 +300,8 @@ class ClassifierOptions(Settings):
     head: Annotated[
         str,
         Option(
-            "Name of the last linear layer, whose input the features are; detected automatically "
-            "by default.",
+            "Name of the last linear layer, whose input is the features; detected automatically by "
+            "default.",
             "Classifier",
             metavar="NAME",
         ),
@@ -319,7 +309,7 @@ class ClassifierOptions(Settings):
     feature_maps: Annotated[
         int,
         Option(
-            "Number of the classifier's spatial feature maps to cache, the deepest first.",
+            "Number of the classifier's spatial feature maps to cache, deepest first.",
             "Classifier",
             min=0,
             max=3,
@@ -331,14 +321,20 @@ class ClassifierOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(Settings):
-    """Settings of every stage that runs images through the classifier."""
+class ReadConfig(Settings):
+    """Settings of every command that runs image sets through the classifier."""
 
     batch_size: _BatchSize = 256
-    workers: _Workers = 2
+    workers: Annotated[int, _workers("Threads that decode images.")] = 2
     skip_unreadable: Annotated[
-        bool, Option("Leave out images that cannot be read, and list them.", "Data")
+        bool, Option("Skip images that cannot be read, and list them.", "Data")
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(ReadConfig):
+    """Settings of every stage that runs image sets through the classifier."""
+
     overwrite: _Overwrite = False
 
 
@@ -347,7 +343,7 @@ class IndexConfig(EmbedConfig):
     """Settings of stage 1, ``index``."""
 
     ignore_labels: Annotated[
-        bool, Option("Treat class folders as plain folders, without labels.", "Data")
+        bool, Option("Ignore class folders: index the images without labels.", "Data")
     ] = False
     shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
     allow_suspicious: _AllowSuspicious = False
@@ -357,7 +353,7 @@ class IndexConfig(EmbedConfig):
 class TargetsConfig(EmbedConfig):
     """Settings of stage 2, ``targets``.
 
-    Pairings other than ``nearest`` are for comparison; ``scrambled`` takes the nearest image of
+    Pairings other than ``nearest`` are for comparison; ``scrambled`` uses the nearest image of
     another OOD image, as the paper's released code does.
     """
 
@@ -377,7 +373,7 @@ class TargetsConfig(EmbedConfig):
     patched: Annotated[
         float,
         Option(
-            "ID images with a patch of an OOD image to make, per OOD image.",
+            "Number of ID images with a pasted OOD patch, per OOD image.",
             "Pairing",
             min=0,
         ),
@@ -429,7 +425,7 @@ class TrainConfig(Settings):
     stack: Annotated[
         Literal["plain", "dcgan"],
         Option(
-            "Decoder architecture: plain (no batch norm, noise on its inputs), or dcgan (batch "
+            "Decoder architecture: plain (no batch norm, noise on its inputs) or dcgan (batch "
             "norm, as in the paper).",
             "Decoder",
         ),
@@ -452,7 +448,7 @@ class TrainConfig(Settings):
     feature_maps: Annotated[
         int,
         Option(
-            "Number of the classifier's feature maps that the decoder takes.",
+            "Number of the classifier's feature maps that the decoder uses.",
             "Decoder",
             min=0,
             max=3,
@@ -491,7 +487,7 @@ class EvaluateConfig(EmbedConfig):
     near: Annotated[
         tuple[str, ...],
         Option(
-            "Name or source of an OOD test set that is near; may be repeated.",
+            "OOD test set that counts as near-OOD, by name or source; may be repeated.",
             "Data",
             metavar="NAME",
         ),
@@ -514,26 +510,16 @@ class EvaluateConfig(EmbedConfig):
             max_open=True,
         ),
     ] = 0.1
-    false_alarm: Annotated[
-        float,
-        Option(
-            "Share of ID images that may be called OOD.",
-            "Evaluation",
-            min=0,
-            max=1,
-            min_open=True,
-            max_open=True,
-        ),
-    ] = 0.05
+    false_alarm: Annotated[float, _false_alarm()] = 0.05
     seed: Annotated[
         int,
         _seed(
-            "Random seed of the protocol's draw, the held-out images and the bootstrap.",
+            "Random seed of the protocol's sample, the held-out images and the bootstrap.",
             "Evaluation",
         ),
     ] = 0
     gallery: Annotated[
-        int, Option("Images of each set to show in the report, at most.", "Output", min=1)
+        int, Option("Maximum number of images of each set in the report.", "Output", min=1)
     ] = 40
     allow_suspicious: _AllowSuspicious = False
     neighbours: Annotated[
@@ -547,7 +533,7 @@ class EvaluateConfig(EmbedConfig):
     ] = None
     # of the bootstrap
     resamples: int = 1000
-    # images of each set on the sheet
+    # images of each set in examples.png
     examples: int = 8
 
 
@@ -564,21 +550,13 @@ class AuditData(DataOptions):
             metavar="SOURCE",
         ),
     ] = ()
-    ood_sources: Annotated[
-        tuple[str, ...],
-        Option("OOD test set; may be repeated.", "Data", flag="--ood", metavar="SOURCE"),
-    ] = ()
+    ood_sources: _OodTestSets = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig(Settings):
+class AuditConfig(ReadConfig):
     """Settings of ``audit``."""
 
-    batch_size: _BatchSize = 256
-    workers: _Workers = 2
-    skip_unreadable: Annotated[
-        bool, Option("Leave out images that cannot be read, and list them.", "Data")
-    ] = False
     allow_suspicious: _AllowSuspicious = False
 
 
@@ -589,8 +567,8 @@ class LocalizeConfig(EmbedConfig):
     count: Annotated[
         int,
         Option(
-            "ID images, and images of each OOD set; each pair is measured with every patch size, "
-            "hard and blended.",
+            "Number of ID images, and of images of each OOD set; each pair is measured with every "
+            "patch size, hard and blended.",
             "Evaluation",
             min=1,
         ),
@@ -610,35 +588,24 @@ class PredictConfig(Settings):
     batch_size: _BatchSize = 64
     workers: Annotated[
         int,
-        _workers("Threads that decode images, and as many that draw and write."),
+        _workers("Threads that decode images, and as many again that draw and write."),
     ] = 2
     format: Annotated[
         Literal["csv", "jsonl"],
         Option(
-            "Format of the table: scores.csv, or scores.jsonl with one object a line.", "Output"
+            "Format of the table: scores.csv, or scores.jsonl with one object per line.", "Output"
         ),
     ] = "csv"
     pictures: Annotated[
-        bool, Option("Write an overlay and the raw heatmap of each image as well.", "Output")
+        bool, Option("Also write an overlay and the raw heatmap of each image.", "Output")
     ] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorOptions(Settings):
-    """How a detector decides that is loaded from a run."""
+    """Decision level of a detector that is loaded from a run."""
 
-    false_alarm: Annotated[
-        float | None,
-        Option(
-            "Share of ID images that may be called OOD.",
-            "Evaluation",
-            min=0,
-            max=1,
-            min_open=True,
-            max_open=True,
-            unset="that of `evaluate`",
-        ),
-    ] = None
+    false_alarm: Annotated[float | None, _false_alarm(unset="that of `evaluate`")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -654,7 +621,7 @@ class ExportOptions(DetectorOptions):
 
     format: Annotated[
         Literal["onnx", "torch"],
-        Option("File format: ONNX, or a program of torch.export.", "Output"),
+        Option("File format: ONNX, or an exported program of torch.export.", "Output"),
     ]
     out: Annotated[
         Path,

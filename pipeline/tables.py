@@ -1,4 +1,4 @@
-"""The tables of an evaluation and of a localisation: rows, means, intervals, JSON and terminal."""
+"""Tables of ``evaluate`` and ``localize``: rows, means, intervals, as JSON and as text."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -35,24 +35,26 @@ _HEADS = {
 _ID_POSITIVE = ("auroc", "aupr_in", "fpr95_id_pos")
 _OOD_POSITIVE = ("auroc", "aupr_out", "fpr95_ood_pos")
 _HEADLINES = {"all": METRICS, "paper": _ID_POSITIVE, "openood": _OOD_POSITIVE}
-_STEP = 25  # resamples at once: few enough that they stay in the processor's cache
+# resamples per chunk: few enough that they stay in the CPU cache
+_CHUNK = 25
 MEAN = "mean"
 _LOCALIZATION_HEADS = ("AUROC", "AUPRO", "pointing")
 
-Scores = Mapping[str, NDArray[np.floating[Any]]]  # by method, (B,) each
+# (B,) by method
+Scores = Mapping[str, NDArray[np.floating[Any]]]
 _Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class DetectionRow:
-    """One line of the table: a method on a set, or a mean over sets; shares in [0, 1].
+    """One row of the detection table: a method on a set, or its mean over sets.
 
     Args:
-        method: Its name.
-        set: A set's name, or ``mean near``, ``mean far``, ``mean all``.
-        metrics: Of the set; for several runs their mean.
+        method: Name of the method.
+        set: Name of the set, or ``mean near``, ``mean far``, ``mean all``.
+        metrics: Metrics in [0, 1]; for several runs their mean.
         intervals: 95 % bootstrap interval of each metric.
-        spread: Standard deviation over the runs, for each metric; empty for one run.
+        spread: Standard deviation of each metric over the runs; empty for one run.
         runs: The metrics of each run; empty for one run.
     """
 
@@ -64,7 +66,7 @@ class DetectionRow:
     runs: Mapping[str, Sequence[float]]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row for ``metrics.json``, without what it does not have."""
+        """Return the row for ``metrics.json``, without empty fields."""
         more = {"intervals": self.intervals, "spread": self.spread, "runs": self.runs}
         content = {key: value for key, value in more.items() if value}
         return {"method": self.method, "set": self.set, **self.metrics, **content}
@@ -74,8 +76,8 @@ def metrics_table(scores: Mapping[str, Scores], config: EvaluateConfig) -> list[
     """Return the metrics of every method on every OOD set, and their means over near, far and all.
 
     Args:
-        scores: By set, ``id`` among them, and by method; every method that is there is shown.
-        config: Names the near sets, the protocol, and the number of resamples.
+        scores: Scores by set, including ``id``, and by method; every method in it is shown.
+        config: Settings of the stage: near sets, protocol and number of resamples.
     """
     ood = [name for name in scores if name != ID]
     methods = _columns(scores[ID])
@@ -97,9 +99,9 @@ def metrics_table(scores: Mapping[str, Scores], config: EvaluateConfig) -> list[
 
 
 def _columns(scores: Scores) -> dict[str, list[str]]:
-    """Return the names of the scores that each method of the table is made of.
+    """Return the names of the scores behind each method of the table.
 
-    One, but for the heatmap over several runs.
+    There is one, except for the heatmap over several runs.
     """
     runs = [HEATMAP]
     while name_of_run(len(runs)) in scores:
@@ -110,7 +112,7 @@ def _columns(scores: Scores) -> dict[str, list[str]]:
 
 
 def _groups(ood: Sequence[str], config: EvaluateConfig) -> dict[str, list[int]]:
-    """Return the lines of a method: positions of each set alone, and of the sets of each mean."""
+    """Return the positions of the sets behind each row of a method: single sets and means."""
     every = list(range(len(ood)))
     near = [number for number in every if ood[number] in config.near]
     groups = {name: [number] for number, name in enumerate(ood)}
@@ -125,18 +127,18 @@ def _bootstrap(
 ) -> _Float64:
     """Return the metrics of resampled images, ``(resamples, columns, OOD sets, METRICS)``.
 
-    An image that is drawn is drawn for every method, and an ID image for every set: the means over
-    sets then vary as they should, and methods can be compared.
+    All methods share the resampled images, and all sets share the ID images: methods can then be
+    compared, and means over sets have the right variance.
     """
     ood = [name for name in scores if name != ID]
 
-    def resample(step: int) -> _Float64:
-        generator = np.random.default_rng([config.seed, step])
+    def resample(chunk: int) -> _Float64:
+        generator = np.random.default_rng([config.seed, chunk])
         weights = {
-            name: bootstrap_weights(len(values[HEATMAP]), _STEP, generator)
+            name: bootstrap_weights(len(values[HEATMAP]), _CHUNK, generator)
             for name, values in scores.items()
         }
-        metrics = np.empty((_STEP, len(columns), len(ood), len(METRICS)))
+        metrics = np.empty((_CHUNK, len(columns), len(ood), len(METRICS)))
         for column, key in enumerate(columns):
             for number, name in enumerate(ood):
                 found = weighted_metrics(
@@ -145,22 +147,22 @@ def _bootstrap(
                 metrics[:, column, number] = np.stack(list(found.values()), axis=1)
         return metrics
 
-    num_steps = -(-config.resamples // _STEP)
+    num_chunks = -(-config.resamples // _CHUNK)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return np.concatenate(list(pool.map(resample, range(num_steps))))[: config.resamples]
+        return np.concatenate(list(pool.map(resample, range(num_chunks))))[: config.resamples]
 
 
 def _make_row(
     method: str, name: str, each: _Float64, resampled: _Float64, counts: Mapping[str, Any]
 ) -> DetectionRow:
-    """Return a line of the table.
+    """Return a row of the table.
 
     Args:
-        method: Its name.
-        name: Of the set or mean.
-        each: ``(runs, METRICS)``.
-        resampled: ``(resamples, METRICS)``.
-        counts: Metrics of the set that have no interval.
+        method: Name of the method.
+        name: Name of the set or mean.
+        each: Metrics of each run, ``(runs, METRICS)``.
+        resampled: Metrics of resampled images, ``(resamples, METRICS)``.
+        counts: Further numbers of the set, without an interval.
     """
     metrics = dict(zip(METRICS, each.mean(axis=0).tolist(), strict=True))
     several = METRICS if len(each) > 1 else ()
@@ -174,13 +176,13 @@ def _make_row(
 def decisions(
     scored: Mapping[str, ScoredSet], calibration: Calibration, level: float
 ) -> dict[str, Any]:
-    """Return the thresholds at a level, and what they do to images that they have not seen.
+    """Return the thresholds at a level, and the resulting decisions on test images.
 
-    All of it is None where there are too few held-out images for the level.
+    Thresholds and rates are None if there are too few held-out images for the level.
 
     Args:
-        scored: By set, ``id`` among them.
-        calibration: Of other ID images.
+        scored: Scores by set, including ``id``.
+        calibration: Calibration on other ID images.
         level: Allowed share of false alarms.
     """
     content: dict[str, Any] = {
@@ -193,7 +195,8 @@ def decisions(
         "pixel_false_alarm": None,
         "detection": None,
     }
-    if not calibration.has_threshold(level):  # no decision, not "ID"
+    # without a threshold there is no decision, which is not the same as ID
+    if not calibration.has_threshold(level):
         return content
     threshold, pixel_threshold = calibration.threshold(level), calibration.pixel_threshold(level)
     flagged = {name: _share(item.scores[HEATMAP] > threshold) for name, item in scored.items()}
@@ -223,7 +226,7 @@ def _share(flagged: NDArray[np.bool_]) -> dict[str, Any]:
 def metrics_json(
     table: Sequence[DetectionRow], id_set: ScoredSet, neighbours: int, config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Return the first part of ``metrics.json``: the table, and how to read it."""
+    """Return the first part of ``metrics.json``: the table and what its columns mean."""
     methods: dict[str, dict[str, Any]] = {
         method.name: {"label": method.label, "sees_ood": method.sees_ood} for method in METHODS
     }
@@ -248,10 +251,25 @@ def metrics_json(
     }
 
 
-def format_table(content: Mapping[str, Any]) -> str:
-    """Return ``metrics.json`` as the table that the terminal shows, in percent.
+def format_metrics(content: Mapping[str, Any]) -> str:
+    """Format ``metrics.json`` for the terminal: accuracy, the table and the decisions."""
+    parts = [format_table(content)]
+    if content["id_accuracy"] is not None:
+        parts.insert(
+            0,
+            f"accuracy {content['id_accuracy']:.2%} on {content['id_labelled']} labelled images of "
+            "the ID test set",
+        )
+    if "decisions" in content:
+        parts.append(format_decisions(content["decisions"]))
+    return "\n".join(parts)
 
-    AUROC has its interval, or the spread over several runs. The protocol's headline comes first.
+
+def format_table(content: Mapping[str, Any]) -> str:
+    """Format the table of ``metrics.json`` for the terminal, in percent.
+
+    AUROC is shown with its interval, or with the spread over several runs. The headline metrics of
+    the protocol come first.
     """
     first: list[str] = content["headline"]
     keys = [*first, *(key for key in METRICS if key not in first)]
@@ -265,18 +283,18 @@ def format_table(content: Mapping[str, Any]) -> str:
 
 
 def format_label(method: str, content: Mapping[str, Any]) -> str:
-    """Return what a method is called in tables and figures.
+    """Return the label of a method in tables and figures.
 
     Args:
-        method: Its name.
-        content: Of ``metrics.json``.
+        method: Name of the method.
+        content: Content of ``metrics.json``.
     """
     label: str = content["methods"].get(method, {}).get("label", method)
     return label
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return cells in columns: the first two, which are names, to the left; numbers, right."""
+    """Align cells in columns: the first two, which are names, left; numbers right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -288,7 +306,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _margin(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
-    """Return how far to trust a metric, in percent: its spread over runs, or else its interval."""
+    """Format the uncertainty of a metric, in percent: its spread over runs, or its interval."""
     if "spread" in row:
         return f"± {100 * row['spread'][key]:.{digits}f}"
     low, high = row["intervals"][key]
@@ -296,12 +314,12 @@ def _margin(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
 
 
 def format_decisions(decisions: Mapping[str, Any]) -> str:
-    """Return what the thresholds do, as a line for the terminal."""
+    """Format the thresholds and the resulting rates as a line for the terminal."""
     num_calibration, level = decisions["num_calibration"], decisions["level"]
     if decisions["threshold"] is None:
         return (
             f"no threshold: {num_calibration} held-out ID images are too few for a level of "
-            f"{level:g}, which takes {decisions['num_needed']}"
+            f"{level:g}, which needs {decisions['num_needed']}"
         )
     false_alarm = decisions["false_alarm"]
     low, high = false_alarm["interval"]
@@ -317,15 +335,15 @@ def format_decisions(decisions: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class LocalizationRow:
-    """One line of the table: a method on a set, for patches of one size and kind, or a mean.
+    """One row of the localisation table: a method on a set, for one kind of patch, or a mean.
 
     Args:
-        method: What was measured.
+        method: Name of the method.
         set: Name of the OOD set, or ``mean``.
         side: The patch's side as a share of the image's, or ``mean``.
         edges: ``hard``, ``blended`` or ``mean``.
-        metrics: Metric to share in [0, 1].
-        resampled: The same of resampled images, ``(R, 3)``; of a mean the mean.
+        metrics: Metrics in [0, 1], by name.
+        resampled: Metrics of resampled images, ``(R, 3)``; averaged for a mean.
     """
 
     method: str
@@ -351,7 +369,7 @@ def with_means(cells: Sequence[LocalizationRow], names: Sequence[str]) -> list[L
     sides: list[float | str] = [*SIDES, MEAN]
     table = []
     for method, name, side, edges in product(methods, [*names, MEAN], sides, [*EDGES, MEAN]):
-        mine = [
+        chosen = [
             row
             for row in cells
             if row.method == method
@@ -359,45 +377,45 @@ def with_means(cells: Sequence[LocalizationRow], names: Sequence[str]) -> list[L
             and side in (row.side, MEAN)
             and edges in (row.edges, MEAN)
         ]
-        means = {key: float(np.mean([row.metrics[key] for row in mine])) for key in PIXEL_METRICS}
-        resampled = np.mean([row.resampled for row in mine], axis=0)
+        means = {key: float(np.mean([row.metrics[key] for row in chosen])) for key in PIXEL_METRICS}
+        resampled = np.mean([row.resampled for row in chosen], axis=0)
         table.append(LocalizationRow(method, name, side, edges, means, resampled))
     return table
 
 
 def _overall(table: Sequence[LocalizationRow], method: str) -> LocalizationRow:
-    """Return the means of a method over everything."""
+    """Return the row of a method with its means over all sets, sizes and edges."""
     everything = (method, MEAN, MEAN, MEAN)
     return next(row for row in table if (row.method, row.set, row.side, row.edges) == everything)
 
 
 def heatmap_leads(table: Sequence[LocalizationRow]) -> dict[str, dict[str, Any]]:
-    """Return by how much the heatmap is ahead of each other method, with 95 % intervals.
+    """Return the lead of the heatmap over each other method, with 95 % intervals.
 
-    Of the means over everything. The same images were drawn for both, so the interval of the
-    difference is narrower than the two beside each other suggest.
+    The overall means are compared. Both methods share the resampled images, so the interval of the
+    difference is narrower than their separate intervals suggest.
     """
-    own, found = _overall(table, HEATMAP), {}
+    heatmap, leads = _overall(table, HEATMAP), {}
     for method in dict.fromkeys(row.method for row in table if row.method != HEATMAP):
         other = _overall(table, method)
-        found[method] = {
-            **{key: own.metrics[key] - other.metrics[key] for key in PIXEL_METRICS},
-            "intervals": intervals(PIXEL_METRICS, own.resampled - other.resampled),
+        leads[method] = {
+            **{key: heatmap.metrics[key] - other.metrics[key] for key in PIXEL_METRICS},
+            "intervals": intervals(PIXEL_METRICS, heatmap.resampled - other.resampled),
         }
-    return found
+    return leads
 
 
 def lowered_by_sanity_checks(table: Sequence[LocalizationRow]) -> dict[str, float]:
-    """Return by how much each sanity check lowers the heatmap's overall pixel AUROC."""
-    own = _overall(table, HEATMAP).metrics["pixel_auroc"]
+    """Return the decrease of the heatmap's overall pixel AUROC in each sanity check."""
+    auroc = _overall(table, HEATMAP).metrics["pixel_auroc"]
     return {
-        method: own - _overall(table, method).metrics["pixel_auroc"]
+        method: auroc - _overall(table, method).metrics["pixel_auroc"]
         for method in (SHUFFLED, SWAPPED)
     }
 
 
 def format_localization(content: Mapping[str, Any]) -> str:
-    """Return ``localization.json`` as the table of the terminal, in percent, with intervals."""
+    """Format the table of ``localization.json`` for the terminal, in percent, with intervals."""
     rows = {
         (row["method"], row["set"], row["side"]): row
         for row in content["table"]

@@ -35,6 +35,7 @@ from ood_heatmap.pipeline.scoring import _fit_data, score_set
 from ood_heatmap.pipeline.tables import (
     _HEADLINES,
     format_decisions,
+    format_metrics,
     format_table,
     metrics_table,
 )
@@ -251,7 +252,11 @@ def test_without_a_threshold_there_is_no_decision(finished_run):
     assert decisions["num_needed"] == 19
     for key in ("threshold", "pixel_threshold", "false_alarm", "pixel_false_alarm", "detection"):
         assert decisions[key] is None
-    assert format_decisions(decisions).endswith("too few for a level of 0.05, which takes 19")
+    *table_lines, decision = format_metrics(content).splitlines()
+    assert "\n".join(table_lines) == format_table(content)
+    assert decision.endswith("too few for a level of 0.05, which needs 19")
+    with_labels = format_metrics({**content, "id_accuracy": 0.5, "id_labelled": 8})
+    assert with_labels.startswith("accuracy 50.00% on 8 labelled images of the ID test set\nmethod")
     (warning,) = [text for text in content["warnings"] if text.startswith("no threshold")]
     manifest = json.loads((finished_run / "evaluation" / "manifest.json").read_text())
     assert warning in manifest["results"]["warnings"]
