@@ -4,13 +4,16 @@ import ctypes
 import ctypes.util
 import functools
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ood_heatmap.distributed import process_group
-from ood_heatmap.errors import UsageError
+from ood_heatmap.errors import OodHeatmapError, UsageError
 
 # what allocators other than PyTorch's own for GPUs report: the driver, cuBLAS and cuDNN, cuDNN that
 # finds no algorithm for the workspace left, and the CPU's
@@ -83,6 +86,65 @@ def stage_device(name: str = "auto") -> Iterator[torch.device]:
     device = choose_device(name)
     with process_group(device):
         yield device
+
+
+@contextmanager
+def kernel_selection(*, deterministic: bool) -> Iterator[None]:
+    """Select the algorithms of GPU kernels for the block; nothing changes on a CPU.
+
+    By default cuDNN measures which algorithm is the fastest for the one shape that all batches of a
+    stage have. What it chooses, and with it the rounding, may differ from run to run.
+
+    Args:
+        deterministic: Use only algorithms that compute the same bits every time on one device.
+
+    Raises:
+        OodHeatmapError: PyTorch has no deterministic algorithm for an operation.
+    """
+    debug_mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_deterministic_debug_mode("error")
+        # for debugging: it would write all memory twice
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise OodHeatmapError(
+            f"--deterministic is not possible here: {operation} has no deterministic "
+            "implementation in PyTorch. Leave it out, or use --device cpu."
+        ) from error
+    finally:
+        torch.set_deterministic_debug_mode(debug_mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def describe_environment(device: torch.device, *, deterministic: bool) -> dict[str, Any]:
+    """Return what the rounding of a result depends on, for a manifest: JSON."""
+    return {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "deterministic": deterministic,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor and the instructions that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8", "replace").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @functools.cache

@@ -176,6 +176,15 @@ _BatchSize: TypeAlias = Annotated[
     int,
     Option("Images per forward pass of the classifier.", "Speed", min=1, affects_result=False),
 ]
+_Deterministic: TypeAlias = Annotated[
+    bool,
+    Option(
+        "Use deterministic algorithms only: the same bits every time on one kind of GPU, but "
+        "slower. On a CPU results are deterministic without it.",
+        "Speed",
+        affects_result=False,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +356,7 @@ class IndexConfig(EmbedConfig):
     ] = False
     shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
     allow_suspicious: _AllowSuspicious = False
+    deterministic: _Deterministic = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +394,7 @@ class TargetsConfig(EmbedConfig):
     ] = 0
     shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
     allow_suspicious: _AllowSuspicious = False
+    deterministic: _Deterministic = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,6 +488,7 @@ class TrainConfig(Settings):
             affects_result=False,
         ),
     ] = "auto"
+    deterministic: _Deterministic = False
     overwrite: _Overwrite = False
 
 
@@ -522,6 +534,7 @@ class EvaluateConfig(EmbedConfig):
         int, Option("Maximum number of images of each set in the report.", "Output", min=1)
     ] = 40
     allow_suspicious: _AllowSuspicious = False
+    deterministic: _Deterministic = False
     neighbours: Annotated[
         int | None,
         Option(

@@ -17,6 +17,7 @@ from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, hash_json
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.duplicates import AuditedSet, find_overlaps
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
@@ -101,14 +102,15 @@ def evaluate(
             name, or the runs are not comparable.
     """
     _check_names(ood_sets, config)
-    with run_lock(run):
+    with run_lock(run), kernel_selection(deterministic=config.deterministic):
         index = open_index(run)
         targets = open_targets(run, index)
         classes = index.results.classes
         decoders = _check_runs([run, *more_runs])
         subsets = _choose_images(id_images, ood_sets, calibration_images, classes, config)
         detectors = open_detectors([run, *more_runs], index, device)
-        stage = Stage(run, "evaluation", _inputs(decoders, subsets, config))
+        environment = describe_environment(device, deterministic=config.deterministic)
+        stage = Stage(run, "evaluation", _inputs(decoders, subsets, config), environment)
         # decided by rank 0: all ranks must score the same sets
         complete, scored = broadcast(
             _resume_or_start(stage, subsets, config) if is_main() else (None, {})

@@ -17,6 +17,7 @@ from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by
 from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, open_rows
 from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
@@ -76,8 +77,9 @@ def build_index(
         "images": images.describe(),
         "options": result_options(config),
     }
-    stage = Stage(run, "index", inputs)
-    with run_lock(run):
+    environment = describe_environment(classifier.device, deterministic=config.deterministic)
+    stage = Stage(run, "index", inputs, environment)
+    with run_lock(run), kernel_selection(deterministic=config.deterministic):
         schedule = schedule_shards(
             stage,
             images,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ood_heatmap import figures
 from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, hash_json
+from ood_heatmap.devices import describe_environment
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet, Transform, iter_batches
 from ood_heatmap.localization import localization_metrics, resampled_metrics
@@ -89,7 +90,8 @@ def localize(
             "images": {name: images.describe() for name, images in sets.items()},
             "options": result_options(config),
         }
-        stage = Stage(run, "localization", inputs)
+        environment = describe_environment(device, deterministic=False)
+        stage = Stage(run, "localization", inputs, environment)
         transform = index.classifier_config.transform
         samples = {name: _read_sample(images, transform, config) for name, images in sets.items()}
         content = hash_json({name: sample.content for name, sample in samples.items()})

@@ -77,11 +77,13 @@ class Stage:
         run: The run directory.
         name: Name of the stage and its directory.
         inputs: Everything the result depends on and that is known at the start; JSON.
+        environment: What its rounding depends on, see ``devices.describe_environment``.
     """
 
     run: Path
     name: str
     inputs: Mapping[str, Any]
+    environment: Mapping[str, Any] = field(default_factory=dict)
     _records: dict[str, list[FileRecord]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -131,9 +133,35 @@ class Stage:
                 self._remove_unfinished()
                 return manifest
             self._reopen(manifest)
-        elif not (self.directory / UNFINISHED).is_file():
-            write_json(self.directory / UNFINISHED, {"format": FORMAT, "inputs": self.inputs})
+        self._write_unfinished(self._environments())
         return None
+
+    def _environments(self) -> list[Mapping[str, Any]]:
+        """Return the environments in which the unfinished stage was computed so far."""
+        path = self.directory / UNFINISHED
+        if not path.is_file():
+            return []
+        found = read_json(path, command=format_command(self.run, self.name)).get("environments", [])
+        return [item for item in found if isinstance(item, Mapping)]
+
+    def _write_unfinished(self, before: Sequence[Mapping[str, Any]]) -> None:
+        """Record inputs and environments of the unfinished stage; warn if those differ.
+
+        Args:
+            before: Environments in which it was computed so far.
+        """
+        is_new = bool(self.environment) and self.environment not in before
+        if before and is_new:
+            changes = differing_fields(before[-1], self.environment)
+            log.warning(
+                "%s was started with another %s: what is computed now may be rounded differently",
+                self.directory,
+                ", ".join(f"{name} ({old}, now {new})" for name, old, new in changes),
+            )
+        if is_new or not (self.directory / UNFINISHED).is_file():
+            environments = [*before, self.environment] if is_new else before
+            content = {"format": FORMAT, "inputs": self.inputs, "environments": environments}
+            write_json(self.directory / UNFINISHED, content)
 
     def _manifest_before(self) -> Manifest | None:
         """Return the manifest of a complete stage with these inputs, or None.
@@ -192,7 +220,7 @@ class Stage:
         journal = self.directory / _JOURNAL.format(rank())
         with replacing(journal) as scratch:
             scratch.write_text("".join(lines), "utf-8")
-        write_json(self.directory / UNFINISHED, {"format": FORMAT, "inputs": self.inputs})
+        self._write_unfinished(manifest.speed.get("environments", []))
         (self.directory / MANIFEST).unlink()
         sync(self.directory)
         self._records = None
@@ -255,18 +283,20 @@ class Stage:
             results: Results of the stage.
             names: Names of the stage's files, all written through ``writing`` or ``record``.
             content: sha256 of the images that were read, or "".
-            speed: Throughput of this run, also logged to ``log.jsonl``.
+            speed: Throughput of this run, also logged to ``log.jsonl``. With the environments in
+                which the stage was computed it is in the manifest.
         """
         # read the journals again: other ranks have written since
         self._records = None
         files = {name: self._find_record(name) for name in names}
+        about = {**(speed or {}), "environments": self._environments()}
         # normalize to what is read back from JSON
-        values, speed = (json.loads(json.dumps(item)) for item in (results.to_json(), speed or {}))
-        manifest = Manifest(self.name, self.inputs, content, values, files, speed)
+        values, about = (json.loads(json.dumps(item)) for item in (results.to_json(), about))
+        manifest = Manifest(self.name, self.inputs, content, values, files, about)
         write_manifest(self.directory, manifest)
         self._remove_unfinished()
         if speed:
-            log_event(self.run, COMMANDS[self.name], **speed)
+            log_event(self.run, COMMANDS[self.name], **about)
         return manifest
 
     def _find_record(self, name: str) -> FileRecord:

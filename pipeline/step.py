@@ -145,7 +145,8 @@ def make_step(
         if not single_gpu:
             raise UsageError("--step graph is for one process on a GPU: use --step auto.")
         return "graph", _capture_or_usage_error(eager, optimizer, example)
-    if config.step == "auto" and single_gpu:
+    # a choice by timing is not the same every time
+    if config.step == "auto" and single_gpu and not config.deterministic:
         kind, step = _faster_of_eager_and_graph(eager, optimizer, example)
         # the step that was not chosen still has gradients and cached blocks
         optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ from ood_heatmap.cache.neighbours import (
     squared_distances,
 )
 from ood_heatmap.cache.shards import Column, bytes_per_row, open_rows
+from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import barrier, broadcast, is_main, main_process_first
 from ood_heatmap.duplicates import find_overlaps
 from ood_heatmap.errors import OodHeatmapError
@@ -77,14 +78,15 @@ def build_targets(
     """
     check_faiss()
     rows = choose_rows(images, config)
-    with run_lock(run):
+    with run_lock(run), kernel_selection(deterministic=config.deterministic):
         index = open_index(run)
         inputs = {
             "index": index.manifest.fingerprint,
             "images": images.describe(),
             "options": result_options(config),
         }
-        stage = Stage(run, "targets", inputs)
+        environment = describe_environment(device, deterministic=config.deterministic)
+        stage = Stage(run, "targets", inputs, environment)
         paste_plan = make_paste_plan(index, rows, config.patched, config.seed)
         schedule = schedule_shards(
             stage,

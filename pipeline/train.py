@@ -21,7 +21,7 @@ from ood_heatmap.cache.files import save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
-from ood_heatmap.devices import is_out_of_memory
+from ood_heatmap.devices import describe_environment, is_out_of_memory, kernel_selection
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 from ood_heatmap.heatmap import pixel_score
@@ -77,13 +77,14 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
     if device.type == "cuda":
         # graphs and events are made on the current device
         torch.cuda.set_device(device)
-    with run_lock(run):
+    with run_lock(run), kernel_selection(deterministic=config.deterministic):
         index = open_index(run)
         targets = open_targets(run, index)
         data = TrainingSet(index.columns, targets.columns, config.feature_maps)
         check_maps(data, config)
         inputs = {"targets": targets.manifest.fingerprint, "options": result_options(config)}
-        stage = Stage(run, "decoder", inputs)
+        environment = describe_environment(device, deterministic=config.deterministic)
+        stage = Stage(run, "decoder", inputs, environment)
         complete = stage.resume_or_start(overwrite=config.overwrite)
         if complete is not None:
             log.info("%s is already complete", stage.directory)
@@ -185,8 +186,6 @@ def _train(
             f"Use fewer, or a larger --batch-size."
         )
     torch.manual_seed(config.seed)
-    # every batch has the same shape
-    torch.backends.cudnn.benchmark = True
     decoder = _new_decoder(index, config).to(device)
     # what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time, widths
     # 256-128-64-32, batch 100)

@@ -129,24 +129,33 @@ def classifier(data: Path, spec: str) -> Classifier:
 
 
 @pytest.fixture(scope="session")
-def finished_run(data: Path, spec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_run(data: Path, spec: str) -> Callable[..., Path]:
+    """Return what makes all four stages in a directory, with the settings given for each."""
+
+    def make(run: Path, **settings: Any) -> Path:
+        classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
+        device, ood = torch.device("cpu"), open_images(str(data / "ood"))
+        shared: dict[str, Any] = {"batch_size": 16, **settings}
+        build_index(run, open_images(str(data / "id")), classifier, IndexConfig(**shared))
+        build_targets(run, ood, device, TargetsConfig(**shared, patched=0.0))
+        train: dict[str, Any] = {"epochs": 2, "batch_size": 32, "width": 32, "feature_maps": 0}
+        train_decoder(run, device, TrainConfig(**train, **settings))
+        evaluate(
+            run,
+            open_images(str(data / "test")),
+            {"far": open_images(str(data / "far")), "near": ood},
+            device,
+            EvaluateConfig(**shared, near=("near",), neighbours=5, examples=3),
+        )
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run with all four stages. Copy it before changing it: see ``run``."""
-    run = tmp_path_factory.mktemp("runs") / "run"
-    classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
-    device = torch.device("cpu")
-    build_index(run, open_images(str(data / "id")), classifier, IndexConfig(batch_size=16))
-    build_targets(
-        run, open_images(str(data / "ood")), device, TargetsConfig(batch_size=16, patched=0.0)
-    )
-    train_decoder(run, device, TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=0))
-    evaluate(
-        run,
-        open_images(str(data / "test")),
-        {"far": open_images(str(data / "far")), "near": open_images(str(data / "ood"))},
-        device,
-        EvaluateConfig(near=("near",), batch_size=16, neighbours=5, examples=3),
-    )
-    return run
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture

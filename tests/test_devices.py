@@ -1,9 +1,15 @@
-"""Devices: which errors say that the memory is used up."""
+"""Devices: memory that is used up, deterministic kernels, and what a manifest says of them."""
+
+import json
+import os
 
 import pytest
 import torch
 
-from ood_heatmap.devices import is_out_of_memory
+from ood_heatmap.classifier import load_classifier
+from ood_heatmap.devices import describe_environment, is_out_of_memory, kernel_selection
+from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.pipeline.run import read_manifest
 
 
 @pytest.mark.parametrize(
@@ -43,3 +49,80 @@ def test_the_cpus_own_allocator_says_it_in_these_words():
     with pytest.raises(RuntimeError) as info:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(info.value)
+
+
+def modes() -> tuple[bool, bool, bool]:
+    """Return whether PyTorch is deterministic, may choose by timing, and fills new memory."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+@pytest.fixture
+def deterministic_before():
+    """Turn PyTorch's deterministic mode on, as a caller may have, until the test's end."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_kernels_are_chosen_by_timing_or_deterministic_and_then_all_is_as_before():
+    before = modes()
+    with kernel_selection(deterministic=False):
+        assert modes() == (False, True, before[2])
+    assert modes() == before
+    with kernel_selection(deterministic=True):
+        assert modes() == (True, False, False)
+        # PyTorch's documentation, "Reproducibility": cuBLAS needs it
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    assert modes() == before
+
+
+def test_what_the_caller_has_made_deterministic_stays_so(deterministic_before):
+    with kernel_selection(deterministic=False):
+        assert modes()[:2] == (True, False)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_pytorch_cannot_do_deterministically_is_one_line():
+    place, value = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    torch.zeros(3).put_(place, value)
+    with (
+        pytest.raises(OodHeatmapError, match=r"put_ has no deterministic implementation.*Leave it"),
+        kernel_selection(deterministic=True),
+    ):
+        torch.zeros(3).put_(place, value)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_environment_names_processor_and_version():
+    found = describe_environment(torch.device("cpu"), deterministic=True)
+    assert found["torch"] == torch.__version__
+    assert found["deterministic"] is True
+    assert torch.backends.cpu.get_cpu_capability() in found["device"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_all_four_stages_compute_deterministically_when_asked_to_and_a_cpu_does_anyway(
+    data, spec, make_run, finished_run, tmp_path, tree, monkeypatch
+):
+    forward, seen = torch.nn.Linear.forward, list[bool]()
+
+    def watched(self, inputs):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return forward(self, inputs)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
+    # the classifier is loaded before the stages begin
+    before = len(seen)
+    seen.clear()
+    run = make_run(tmp_path / "run", deterministic=True)
+    assert seen.count(False) == before
+    assert seen.count(True) > 50
+    assert tree(run) == tree(finished_run)
+    for stage in ("index", "targets", "decoder", "evaluation"):
+        (environment,) = read_manifest(run, stage).speed["environments"]
+        assert environment == describe_environment(torch.device("cpu"), deterministic=True)

@@ -89,6 +89,45 @@ def test_overwrite_is_a_way_out_of_whatever_is_there(tmp_path, damage, name):
     start(tmp_path, overwrite=True)
 
 
+HERE = {"device": "one processor", "torch": "2.14.1", "deterministic": False}
+THERE = {**HERE, "device": "another"}
+
+
+def test_a_stage_resumed_on_another_device_says_so_and_names_both(tmp_path, caplog):
+    for _ in range(2):  # stopped and resumed where it was started: nothing to say
+        Stage(tmp_path, "index", INPUTS, HERE).resume_or_start(overwrite=False)
+    assert not caplog.text
+    for _ in range(2):
+        stage = Stage(tmp_path, "index", INPUTS, THERE)
+        stage.resume_or_start(overwrite=False)
+    assert caplog.text.count("started with another device (one processor, now another)") == 1
+    write(stage, "data.bin", b"content")
+    assert stage.commit(Results(), ["data.bin"]).speed["environments"] == [HERE, THERE]
+
+
+def test_a_damaged_stage_that_is_rebuilt_on_another_device_says_so(tmp_path, caplog):
+    stage = Stage(tmp_path, "index", INPUTS, HERE)
+    stage.resume_or_start(overwrite=False)
+    write(stage, "data.bin", b"content")
+    stage.commit(Results(), ["data.bin"])
+    (tmp_path / "index" / "data.bin").write_bytes(b"damaged")
+    stage = Stage(tmp_path, "index", INPUTS, THERE)
+    assert stage.resume_or_start(overwrite=True) is None
+    assert "started with another device (one processor, now another)" in caplog.text
+
+
+def test_a_stage_that_an_older_version_started_has_no_environment_and_goes_on(tmp_path, caplog):
+    Stage(tmp_path, "index", INPUTS).resume_or_start(overwrite=False)
+    path = tmp_path / "index" / "unfinished.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: content[name] for name in ("format", "inputs")}))
+    stage = Stage(tmp_path, "index", INPUTS, HERE)
+    assert stage.resume_or_start(overwrite=False) is None
+    assert not caplog.text
+    write(stage, "data.bin", b"content")
+    assert stage.commit(Results(), ["data.bin"]).speed["environments"] == [HERE]
+
+
 def test_a_kill_while_the_old_stage_is_removed_leaves_nothing_of_it(tmp_path, monkeypatch):
     make(tmp_path)
 

@@ -3,6 +3,8 @@
 import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +234,12 @@ def test_a_step_that_halves_would_not_help_is_an_error(memory, stack):
     config = replace(CONFIG, stack=stack)
     with pytest.raises(torch.OutOfMemoryError):
         _make_eager_step(Small(decoder, memory), optimizer, config)(example())
+
+
+def test_a_deterministic_step_is_not_chosen_by_timing():
+    on_gpu: Any = SimpleNamespace(features=SimpleNamespace(device=torch.device("cuda", 0)))
+    decoder, optimizer = plain_stack()
+    assert make_step(decoder, optimizer, replace(CONFIG, deterministic=True), on_gpu)[0] == "eager"
 
 
 @pytest.mark.parametrize("size", [4, 6])
