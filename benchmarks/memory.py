@@ -20,7 +20,8 @@ from ood_heatmap.devices import choose_device, keep_freed_memory
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.targets import build_targets
-from ood_heatmap.sources import from_array, open_images
+from ood_heatmap.source_array import from_array
+from ood_heatmap.sources import open_images
 
 BAR = 1.10
 

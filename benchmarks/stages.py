@@ -20,7 +20,8 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import Index, open_index
 from ood_heatmap.pipeline.targets import build_targets
-from ood_heatmap.sources import from_array, open_images
+from ood_heatmap.source_array import from_array
+from ood_heatmap.sources import open_images
 
 BATCH = IndexConfig.batch_size
 BAR_ARRAYS, BAR_FILES, BAR_SEARCH = 0.85, 0.95, 0.05

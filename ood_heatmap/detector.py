@@ -260,7 +260,7 @@ def _to_picture(image: ImageLike) -> Image.Image:
     """Convert one image to a PIL image of any mode."""
     if isinstance(image, str | os.PathLike):
         # imported lazily: only needed for paths
-        from ood_heatmap.sources import read_file
+        from ood_heatmap.source_folder import read_file
 
         return read_file(Path(image))[0]
     if isinstance(image, Image.Image):

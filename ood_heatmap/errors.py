@@ -31,6 +31,8 @@ def printable(text: str) -> str:
     Names of files and classes may contain anything. Line breaks, control characters and bytes that
     are not UTF-8 are escaped as in a Python string: ``a\nb``, ``\udcff``.
     """
+    if text.isprintable():
+        return text
     return "".join(
         character.encode("unicode_escape").decode("ascii")
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")

@@ -31,7 +31,7 @@ from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.sources import find_images, from_paths
+from ood_heatmap.source_folder import find_images, from_paths
 
 log = logging.getLogger(__name__)
 

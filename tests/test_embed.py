@@ -10,7 +10,7 @@ from ood_heatmap.images import Batch
 from ood_heatmap.pipeline.embed import embed, iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter, _find_bottleneck, _format_summary, _merge_ranks
-from ood_heatmap.sources import from_array
+from ood_heatmap.source_array import from_array
 
 
 def pixels(count: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from ood_heatmap.pipeline import forward as module
 from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier, _make_copies, _pinned_thread_pool
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.sources import from_array
+from ood_heatmap.source_array import from_array
 
 
 def pixels(count: int) -> np.ndarray:

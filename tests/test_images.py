@@ -18,7 +18,8 @@ from ood_heatmap.images import (
     relabel,
     sort_classes,
 )
-from ood_heatmap.sources import from_array, open_images
+from ood_heatmap.source_array import from_array
+from ood_heatmap.sources import open_images
 
 
 def picture(width: int = 8, height: int = 8, seed: int = 0) -> Image.Image:

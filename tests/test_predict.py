@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ood_heatmap import HeatmapDetector, figures, sources
+from ood_heatmap import HeatmapDetector, figures, source_folder
 from ood_heatmap.cache.files import locked
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Output
@@ -143,16 +143,16 @@ def test_memory_holds_a_few_batches_however_many_images_there_are(
     read: list[int] = []
     written: list[int] = []
 
-    def read_file(path):
+    def read_bytes(path):
         read.append(path)
         assert len(read) - len(written) <= 2 * 2 + 3  # two threads and what waits on both sides
-        return sources.read_file(path)
+        return Path(path).read_bytes()
 
     def add_legend(*arguments):
         written.append(1)
         return figures.add_legend(*arguments)
 
-    monkeypatch.setattr(sources._FileReader, "read", lambda self, row: read_file(self.paths[row]))
+    monkeypatch.setattr(source_folder, "_read_bytes", read_bytes)
     monkeypatch.setattr(predict_module, "add_legend", add_legend)
     predict(detector, paths * 4, tmp_path, PredictConfig(batch_size=1, workers=2))
     assert len(read) == len(written) == 100

@@ -11,7 +11,8 @@ from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.run import Index, open_index, open_targets
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
-from ood_heatmap.sources import from_array, open_images
+from ood_heatmap.source_array import from_array
+from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 
