@@ -22,7 +22,7 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets
 from ood_heatmap.sanity import Finding
-from ood_heatmap.sources import open_images
+from ood_heatmap.sources import reopen_images
 
 _Float32 = NDArray[np.float32]
 _UInt64 = NDArray[np.uint64]
@@ -134,7 +134,7 @@ def _names_of_source(source: str, listing: str) -> Sequence[str] | None:
     """Return the names of a set, if it is still where it was and the same."""
     for order in get_args(ClassOrder):
         try:
-            images = open_images(source, class_order=order)
+            images = reopen_images(source, class_order=order)
         except OodHeatmapError:
             return None
         if images.listing == listing:

@@ -137,7 +137,10 @@ def _workers(text: str) -> Option:
 
 
 def _source(images: str, flag: str) -> Option:
-    text = f"{images}: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT."
+    text = (
+        f"{images}, which may be repeated: a folder, a .txt or .csv list of files, an .npy or .npz "
+        "file, or a torchvision NAME/SPLIT."
+    )
     return Option(text, "Data", flag=flag, metavar="SOURCE")
 
 
@@ -203,7 +206,7 @@ class DataOptions(Settings):
 class IndexData(DataOptions):
     """Images of ``index``."""
 
-    id_source: Annotated[str, _source("ID training images", "--id")]
+    id_sources: Annotated[tuple[str, ...], _source("ID training images", "--id")]
     class_order: Annotated[
         Literal["name", "natural", "case-insensitive"],
         Option(
@@ -219,14 +222,14 @@ class IndexData(DataOptions):
 class TargetsData(DataOptions):
     """Images of ``targets``."""
 
-    ood_source: Annotated[str, _source("OOD training images", "--ood")]
+    ood_sources: Annotated[tuple[str, ...], _source("OOD training images", "--ood")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestData(DataOptions):
     """Images of ``localize``."""
 
-    id_source: Annotated[str, _source("ID test images", "--id")]
+    id_sources: Annotated[tuple[str, ...], _source("ID test images", "--id")]
     ood_sources: _OodTestSets
 
 
