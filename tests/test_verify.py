@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
+from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.cache.stamps import STAMPS
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.pipeline import verify as module
@@ -130,7 +131,7 @@ def test_no_more_rows_are_compared_at_once_than_a_chunk(run, data, monkeypatch):
     build_targets(run, open_images(str(data / "ood")), torch.device("cpu"), config)
     shutil.rmtree(run / "decoder")
     compared = []
-    compute = module.squared_distances
+    compute = squared_distances
 
     def count(queries, rows):
         compared.append(len(rows))
