@@ -291,9 +291,11 @@ class Rows:
 
     Args:
         arrays: One array per shard, in order; equal dtype and row shape.
+        paths: The file of each array; empty for arrays in memory.
     """
 
     arrays: Sequence[_Array]
+    paths: Sequence[Path] = ()
     starts: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -316,6 +318,13 @@ class Rows:
     def num_bytes(self) -> int:
         """Bytes over all shards."""
         return sum(array.nbytes for array in self.arrays)
+
+    def offset(self, shard: int) -> int:
+        """Return the byte offset of the dataset in the file of a shard."""
+        array = self.arrays[shard]
+        # a view of the whole mapped file; an empty dataset has no bytes anywhere
+        mapped = array.base if isinstance(array.base, np.ndarray) else array
+        return int(array.ctypes.data - mapped.ctypes.data)
 
     def take(self, rows: _Array, out: _Array | None = None) -> _Array:
         """Return the given rows in the given order, as ``numpy.take``.
@@ -402,7 +411,7 @@ def open_rows(
         found = {name: (array.shape[1:], array.dtype) for name, array in shard.items()}
         if found != expected:
             raise DamagedCacheError(f"{path} does not have the same datasets as {paths[0].name}.")
-    rows = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+    rows = {name: Rows([shard[name] for shard in shards], paths) for name in shards[0]}
     for name, column in (columns or {}).items():
         if name not in rows or not column.matches(rows[name]):
             raise DamagedCacheError(
