@@ -469,10 +469,10 @@ class TrainConfig(Settings):
         ),
     ] = _FEATURE_MAPS
     feed: Annotated[
-        Literal["auto", "resident", "pinned", "streaming"],
+        Literal["auto", "resident", "memory", "streaming", "pinned"],
         Option(
-            "Where the training set is kept: in device memory (resident), in host memory (pinned), "
-            "or on disk, memory-mapped (streaming).",
+            "Where the training set is kept: in device memory (resident), in host memory (memory, "
+            "formerly pinned), or on disk (streaming).",
             "Speed",
             affects_result=False,
         ),
