@@ -265,7 +265,7 @@ def test_a_classifier_that_answers_otherwise_is_refused_whatever_its_hashes_say(
         return normal(*arguments, **options) * 1.05
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", other_library)
-    with pytest.raises(StaleCacheError, match="returns other features than when the run was"):
+    with pytest.raises(StaleCacheError, match="returns different features than when the run was"):
         index.classifier(device)
 
 
