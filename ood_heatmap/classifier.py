@@ -255,7 +255,7 @@ class Classifier(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """Return what the outputs depend on: hashes of weights and code, and the settings."""
         code = parse_user_code(self.config.spec)
-        is_file = code is not None and code.place.endswith(".py")
+        is_file = code is not None and code.module.endswith(".py")
         return {
             "weights": hash_weights(self.network),
             **self.config.to_json(),
@@ -373,10 +373,10 @@ def load_classifier(
         UsageError: The spec or an option is wrong.
         OodHeatmapError: The weights do not fit, or the network fails a check of ``Classifier``.
     """
-    place, _, name = spec.rpartition(":")
-    if place.endswith(".py"):
+    module, _, function = spec.rpartition(":")
+    if module.endswith(".py"):
         # absolute, so that it does not depend on the working directory
-        spec = f"{Path(place).resolve()}:{name}"
+        spec = f"{Path(module).resolve()}:{function}"
     network, transform, own_mean, own_std = build(spec, num_classes, pretrained=weights is None)
     if size is not None:
         transform = replace(transform, size=size, resize=0) if transform else Transform(size)
