@@ -337,7 +337,7 @@ class ReadConfig(Settings):
     """Settings of every command that runs image sets through the classifier."""
 
     batch_size: _BatchSize = 256
-    workers: Annotated[int, _workers("Threads that decode images.")] = 2
+    workers: Annotated[int, _workers("Threads that decode images; from 3 on, processes.")] = 2
     skip_unreadable: Annotated[
         bool, Option("Skip images that cannot be read, and list them.", "Data")
     ] = False
