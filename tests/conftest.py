@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
+from simulated_cuda import CUDA, simulated_cuda
 
-from ood_heatmap.cache.stamps import STAMPS
 from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
@@ -31,6 +32,7 @@ from ood_heatmap.sources import open_images
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+CPU = torch.device("cpu")
 SIZE, NUM_CLASSES = 16, 4
 NETWORK = """
 import torch
@@ -77,14 +79,13 @@ def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Return what reads all that must not differ when a stage is made again, by path.
 
-    Every file but the log and the stamps, which hold times, and of manifests all but ``speed`` and
-    the checksum over it.
+    Every file but the log, and of manifests all but ``speed`` and the checksum over it.
     """
 
     def read(folder: Path) -> dict[str, bytes]:
         found = {}
         for path in sorted(folder.rglob("*")):
-            if path.is_dir() or path.name in ("log.jsonl", STAMPS):
+            if path.is_dir() or path.name == "log.jsonl":
                 continue
             content = path.read_bytes()
             if path.name == "manifest.json":
@@ -134,9 +135,9 @@ def classifier(data: Path, spec: str) -> Classifier:
 def make_run(data: Path, spec: str) -> Callable[..., Path]:
     """Return what makes all four stages in a directory, with the settings given for each."""
 
-    def make(run: Path, **settings: Any) -> Path:
+    def make(run: Path, device: torch.device = CPU, **settings: Any) -> Path:
         classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
-        device, ood = torch.device("cpu"), open_images(str(data / "ood"))
+        classifier, ood = classifier.to(device), open_images(str(data / "ood"))
         shared: dict[str, Any] = {"batch_size": 16, **settings}
         build_index(run, open_images(str(data / "id")), classifier, IndexConfig(**shared))
         build_targets(run, ood, device, TargetsConfig(**shared, patched=0.0))
@@ -164,3 +165,26 @@ def finished_run(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPat
 def run(finished_run: Path, tmp_path: Path) -> Path:
     """Return a copy of the finished run."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+_GPU = pytest.param(
+    "GPU",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    ],
+)
+
+
+@pytest.fixture(params=["simulated GPU", _GPU])
+def gpu(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Return a GPU: the simulated one and, where there is one, a real one."""
+    with simulated_cuda() if request.param == "simulated GPU" else nullcontext():
+        yield CUDA
+
+
+@pytest.fixture(params=["CPU", "simulated GPU", _GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Return the CPU or a GPU, see ``gpu``."""
+    with simulated_cuda() if request.param == "simulated GPU" else nullcontext():
+        yield CPU if request.param == "CPU" else CUDA
