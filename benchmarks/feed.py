@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.pipeline import feed as pipeline_feed
-from ood_heatmap.pipeline.feed import TrainingSet, _epoch_order, _read_rows, _Slot
+from ood_heatmap.pipeline.feed import TrainingSet, _allocate_ring, _BatchReader, _iter_groups
 
 BATCH = 200
 BARS = {"shard order": 0.95, "global shuffle": 0.80}
@@ -64,10 +64,14 @@ def streaming(
     training_set: TrainingSet, ram: Mapping[str, NDArray[Any]], device: torch.device
 ) -> tuple[Gather, Gather]:
     """Return the streaming feed's gather of all columns, and the same from RAM."""
-    buffers, outs = (_Slot(training_set, device, BATCH).arrays for _ in range(2))
+    buffers, outs, *_ = (
+        {name: item.numpy() for name, item in slot.items()}
+        for slot in _allocate_ring(training_set, device, BATCH)
+    )
+    reader = _BatchReader(training_set)
 
     def ours(batch: Int64) -> None:
-        _read_rows(training_set, batch + training_set.num_id, buffers)
+        reader.read(batch + training_set.num_id, buffers)
 
     def reference(batch: Int64) -> None:
         for name, out in outs.items():
@@ -82,7 +86,7 @@ def orders(kind: str, num_rows: int) -> Iterator[list[Int64]]:
     group = 1 if kind == "shard order" else pipeline_feed._GROUP
     for epoch in count():
         with patch.object(pipeline_feed, "_GROUP", group):
-            order = _epoch_order(num_rows, 0, epoch)
+            order = np.concatenate(list(_iter_groups(num_rows, 0, epoch)))
         # ascending in a batch, as the training takes them
         starts = range(0, num_rows - BATCH + 1, BATCH)
         yield [np.sort(order[start : start + BATCH]) for start in starts]

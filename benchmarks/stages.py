@@ -14,7 +14,8 @@ from harness import Row, Setting, interleaved, quotients
 
 from ood_heatmap.cache.neighbours import Bank, Nearest
 from ood_heatmap.classifier import Classifier
-from ood_heatmap.images import ImageSet, iter_batches
+from ood_heatmap.decoding import iter_batches
+from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import build_index

@@ -34,9 +34,9 @@ PAPER = TrainConfig(
     stack="dcgan", target="signed", feature_maps=0, noise=0, region_weight=0, schedule="constant"
 )
 CONFIGS = {"the paper's decoder": PAPER, "the default decoder": TrainConfig()}
-BARS: dict[Literal["resident", "pinned", "streaming"], float] = {
+BARS: dict[Literal["resident", "memory", "streaming"], float] = {
     "resident": 0.98,
-    "pinned": 0.95,
+    "memory": 0.95,
     "streaming": 0.95,
 }
 BAR_CPU, BAR_GPU = 10, 30

@@ -10,10 +10,11 @@ import importlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +31,19 @@ log = logging.getLogger(__name__)
 _Float32: TypeAlias = NDArray[np.float32]
 _Float64: TypeAlias = NDArray[np.float64]
 _Int64: TypeAlias = NDArray[np.int64]
+_Result = TypeVar("_Result")
 _NUM_CANDIDATES = 8
 # unit roundoff of float32; FAISS does not use TF32 unless asked to
 _UNIT_ROUNDOFF = 2.0**-24
 _CHUNK_BYTES = 64 << 20
-# limit for centred rows cached beside the memory-mapped index: a quarter of the RAM
-_CACHE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+# FAISS multiplies blocks of this many rows on a CPU: cut elsewhere, the products round differently
+_BLAS_ROWS = 1024
+# scratch of FAISS on a GPU; what a search needs beyond it is allocated and freed each time
+_GPU_SCRATCH_BYTES = 256 << 20
+# rows whose distances to 512 queries, FAISS's tile, fit twice into the scratch
+_MAX_BLOCK_ROWS = 32 * _BLAS_ROWS
+# limit of FAISS on a GPU
+_MAX_GPU_NEIGHBOURS = 2048
 
 
 def check_faiss() -> None:
@@ -148,7 +156,8 @@ class Bank:
         features: ``(N, D)`` float32, sorted by (prediction, row).
         prediction: ``(N,)`` predicted class of each row, ascending.
         row: ``(N,)`` data set row of each, ascending within a class.
-        device: Device to search on; the bank is copied to a GPU once.
+        device: Device to search on. The bank is copied to a GPU once; on a CPU a class is opened
+            at its first query.
     """
 
     def __init__(
@@ -160,7 +169,7 @@ class Bank:
         device: torch.device | None = None,
     ) -> None:
         self.features, self.row = features, row
-        self.device = device or torch.device("cpu")
+        self.classes: NDArray[np.integer[Any]]
         self.classes, starts = np.unique(prediction, return_index=True)
         self.slices = dict(
             zip(
@@ -170,47 +179,40 @@ class Bank:
             )
         )
         # positions searched within each class: of identical rows only the lowest
-        self.unique = {
-            label: np.flatnonzero(_mark_first_occurrences(features[in_class]))
-            for label, in_class in self.slices.items()
-        }
-        self.means = {
-            label: features[in_class].mean(axis=0, dtype=np.float64)
-            for label, in_class in self.slices.items()
-        }
-        bad = [label for label, mean in self.means.items() if not np.isfinite(mean).all()]
-        if bad:
-            raise DamagedCacheError(
-                f"the index contains NaN or infinite features (class {bad[0]}). "
-                "Run `ood-heatmap index` again with --overwrite."
-            )
-        # centred rows by class, and the largest norm among them
-        self.on_gpu: dict[int, torch.Tensor] = {}
-        self.host_cache: dict[int, _Float32] = {}
+        self.unique: dict[int, _Int64] = {}
+        self.means: dict[int, _Float64] = {}
+        # largest norm among the centred rows of each class
         self.longest: dict[int, float] = {}
-        if self.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
-            # lets FAISS take tensors and run on torch's current stream
-            importlib.import_module("faiss.contrib.torch_utils")
-            self.resources = faiss.StandardGpuResources()
-            try:
-                for label in self.slices:
-                    centred = torch.from_numpy(self._centred(label))
-                    self.on_gpu[label] = centred.to(self.device)
-            except torch.OutOfMemoryError:
-                self._leave_gpu()
+        self.blocks = _Blocks(self.slices, self._centred, device or torch.device("cpu"))
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def _leave_gpu(self) -> None:
-        """Fall back to searching on the CPU; results are the same."""
-        log.warning("%s is out of memory for the search: falling back to the CPU", self.device)
-        self.on_gpu = {}
-        self.device = torch.device("cpu")
-        torch.cuda.empty_cache()
+    @property
+    def device(self) -> torch.device:
+        """Device that is searched on: the CPU if a GPU ran out of memory."""
+        return self.blocks.device
+
+    def _open_class(self, label: int) -> None:
+        """Find the distinct rows and the mean of a class.
+
+        Raises:
+            DamagedCacheError: A feature is not finite.
+        """
+        features = self.features[self.slices[label]]
+        mean = features.mean(axis=0, dtype=np.float64)
+        if not np.isfinite(mean).all():
+            raise DamagedCacheError(
+                f"the index contains NaN or infinite features (class {label}). "
+                "Run `ood-heatmap index` again with --overwrite."
+            )
+        self.unique[label] = np.flatnonzero(_mark_first_occurrences(features))
+        self.means[label] = mean
 
     def _centred(self, label: int) -> _Float32:
         """Return the searched rows of a class minus their mean, float32."""
+        if label not in self.means:
+            self._open_class(label)
         rows, unique = self.features[self.slices[label]], self.unique[label]
         centred = np.empty((len(unique), rows.shape[1]), np.float32)
         start = 0
@@ -220,19 +222,6 @@ class Bank:
         squared = np.einsum("nd,nd->n", centred, centred)
         self.longest[label] = float(np.sqrt(squared.max()))
         return centred
-
-    def _cached_centred(self, label: int) -> _Float32:
-        """Return ``_centred`` from a cache of limited size.
-
-        Recomputing it for every shard would cost more than the search when a shard has few queries.
-        """
-        if label not in self.host_cache:
-            centred = self._centred(label)
-            cached_bytes = sum(item.nbytes for item in self.host_cache.values())
-            if cached_bytes + centred.nbytes > _CACHE_BYTES:
-                return centred
-            self.host_cache[label] = centred
-        return self.host_cache[label]
 
     def nearest(self, queries: _Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
         """Find the nearest row in the query's predicted class, or in all classes if it is empty.
@@ -245,11 +234,7 @@ class Bank:
         squared = np.full(len(queries), np.inf)
         same_class = np.isin(prediction, self.classes)
         proven = scanned = 0
-        queries_by_class = {
-            label: selected
-            for label in self.slices
-            if len(selected := np.flatnonzero((prediction == label) | ~same_class))
-        }
+        queries_by_class = self._group_by_class(prediction, np.flatnonzero(~same_class))
         # enqueue the searches of all classes on a GPU before waiting for the first result
         searches = {
             label: self._search(label, queries[selected])
@@ -268,6 +253,19 @@ class Bank:
             proven, scanned = proven + num_proven, scanned + num_scanned
         assert (row >= 0).all(), "every query has a result"
         return Nearest(row, np.sqrt(squared), same_class, proven, scanned)
+
+    def _group_by_class(
+        self, prediction: NDArray[np.integer[Any]], without_class: _Int64
+    ) -> dict[int, _Int64]:
+        """Return the queries to search for in each class: its own, and those without a class."""
+        order = np.argsort(prediction, kind="stable")
+        starts = np.searchsorted(prediction[order], self.classes, side="left")
+        ends = np.searchsorted(prediction[order], self.classes, side="right")
+        groups = {
+            label: np.concatenate([order[start:end], without_class])
+            for label, start, end in zip(self.slices, starts, ends, strict=True)
+        }
+        return {label: selected for label, selected in groups.items() if len(selected)}
 
     def nearest_of_all(self, queries: _Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
         """Find the nearest row over all classes; ``same_class`` as in ``nearest``."""
@@ -339,41 +337,13 @@ class Bank:
         any order of summation; three such sums, their difference and the rounding of the centred
         values give ``(D + 8) u (|q| + |b|)^2``.
         """
+        if label not in self.means:
+            self._open_class(label)
         centred_queries = (queries - self.means[label]).astype(np.float32)
-        if self.on_gpu:
-            squared, positions = self._search_on_gpu(label, centred_queries)
-        else:
-            squared, positions = self._search_on_host(label, centred_queries)
+        ((squared, positions),) = self.blocks.search([label], centred_queries, _NUM_CANDIDATES)
         norms = np.linalg.norm(centred_queries.astype(np.float64), axis=1) + self.longest[label]
         bound = 1.001 * (queries.shape[1] + 8) * _UNIT_ROUNDOFF * norms**2
         return _Search(squared, positions, bound)
-
-    def _search_on_gpu(self, label: int, centred_queries: _Float32) -> tuple[Any, Any]:
-        """Return squared distances and positions as tensors, computed asynchronously."""
-        bank = self.on_gpu[label]
-        pinned = torch.from_numpy(centred_queries).pin_memory()
-        try:
-            # FAISS uses the current device and its current stream
-            with torch.cuda.device(self.device):
-                found: tuple[Any, Any] = faiss.knn_gpu(
-                    self.resources,
-                    pinned.to(self.device, non_blocking=True),
-                    bank,
-                    min(_NUM_CANDIDATES, len(bank)),
-                )
-                return found
-        # FAISS has no exception class of its own for running out of memory
-        except RuntimeError as error:
-            if "memory" not in str(error) and "alloc" not in str(error):
-                raise
-            self._leave_gpu()
-        return self._search_on_host(label, centred_queries)
-
-    def _search_on_host(self, label: int, centred_queries: _Float32) -> tuple[Any, Any]:
-        """Return squared distances and positions as NumPy arrays."""
-        bank = self._cached_centred(label)
-        found: tuple[Any, Any] = faiss.knn(centred_queries, bank, min(_NUM_CANDIDATES, len(bank)))
-        return found
 
     def _scan(self, label: int, query: _Float32) -> int:
         """Return the position of the nearest row of a class in float64; ties go to the lowest."""
@@ -397,6 +367,185 @@ class _Search:
     squared: Any
     positions: Any
     bound: _Float64
+
+
+class FlatBank:
+    """All rows of a data set, searched as a whole by FAISS's float32 distances.
+
+    Only a block is in memory beside the memory-mapped rows: on a GPU all blocks are uploaded once,
+    on the CPU some are cached.
+
+    Args:
+        rows: ``(N, D)`` float32.
+        prepare: Applied to the rows of each block: centres them or makes their length 1, as FAISS
+            loses precision far from the origin.
+        device: Device to search on.
+    """
+
+    def __init__(
+        self, rows: Rows, prepare: Callable[[_Float32], _Float32], device: torch.device
+    ) -> None:
+        self.rows, self.prepare = rows, prepare
+        fitting = _CHUNK_BYTES // (4 * rows.shape[1]) // _BLAS_ROWS * _BLAS_ROWS
+        self.step = min(max(fitting, _BLAS_ROWS), _MAX_BLOCK_ROWS)
+        self.starts = range(0, len(rows), self.step)
+        self.blocks = _Blocks(self.starts, self._make_block, device)
+
+    def _make_block(self, start: int) -> _Float32:
+        """Return the prepared rows of one block."""
+        stop = min(start + self.step, len(self.rows))
+        return self.prepare(self.rows.take(np.arange(start, stop)))
+
+    def search(self, queries: _Float32, k: int) -> tuple[_Float32, _Int64]:
+        """Search the k nearest rows.
+
+        Args:
+            queries: ``(B, D)`` float32, prepared as the rows are.
+            k: Number of neighbours; at most N are returned.
+
+        Returns:
+            Euclidean distance, ascending, and position among the rows, ``(B, k)`` each.
+        """
+        nearest = faiss.ResultHeap(len(queries), min(k, len(self.rows)))
+        found = self.blocks.search(self.starts, queries, k)
+        for start, (squared, positions) in zip(self.starts, found, strict=True):
+            nearest.add_result(_to_numpy(squared), _to_numpy(positions) + start)
+        nearest.finalize()
+        return np.sqrt(np.maximum(nearest.D, 0)), nearest.I
+
+
+class _Blocks:
+    """Blocks of rows, searched on a GPU as long as its memory suffices, otherwise on the CPU.
+
+    Args:
+        keys: Of all blocks.
+        make: Returns the rows of a block, ``(N, D)`` float32. Called once for each on a GPU, and
+            again for those beyond the cache on the CPU.
+        device: Device to search on.
+    """
+
+    def __init__(
+        self, keys: Iterable[int], make: Callable[[int], _Float32], device: torch.device
+    ) -> None:
+        self.make, self.device = make, device
+        self.resources: Any = None
+        self.on_gpu: dict[int, torch.Tensor] = {}
+        self.host_cache: dict[int, _Float32] = {}
+        if device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
+            self._enter_gpu(keys)
+
+    def _enter_gpu(self, keys: Iterable[int]) -> None:
+        """Take the memory of FAISS and upload all blocks."""
+        # lets FAISS take tensors and run on torch's current stream
+        importlib.import_module("faiss.contrib.torch_utils")
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        try:
+            self.resources = _retry_once(partial(_open_gpu, self.device.index))
+            for key in keys:
+                rows = torch.from_numpy(self.make(key))
+                self.on_gpu[key] = _retry_once(partial(rows.to, self.device))
+        except torch.OutOfMemoryError:
+            self._leave_gpu()
+
+    def _leave_gpu(self) -> None:
+        """Fall back to searching on the CPU."""
+        log.warning("%s is out of memory for the search: falling back to the CPU", self.device)
+        self.on_gpu, self.resources = {}, None
+        self.device = torch.device("cpu")
+        torch.cuda.empty_cache()
+
+    def search(self, keys: Sequence[int], queries: _Float32, k: int) -> list[tuple[Any, Any]]:
+        """Search the k nearest rows within each of several blocks.
+
+        Returns:
+            For each block the squared distances, ascending, and the positions in it, ``(B, min(k,
+            N))`` each: arrays, or tensors that a GPU computes asynchronously.
+        """
+        if self.on_gpu and k <= _MAX_GPU_NEIGHBOURS:
+            try:
+                return _retry_once(partial(self._search_on_gpu, keys, queries, k))
+            except torch.OutOfMemoryError:
+                self._leave_gpu()
+        return [
+            faiss.knn(queries, rows, min(k, len(rows))) for rows in map(self._load_on_host, keys)
+        ]
+
+    def _search_on_gpu(
+        self, keys: Sequence[int], queries: _Float32, k: int
+    ) -> list[tuple[Any, Any]]:
+        """Enqueue the search of each block."""
+        pinned = torch.from_numpy(queries).pin_memory()
+        # FAISS uses the current stream of the current device
+        with torch.cuda.device(self.device):
+            uploaded = pinned.to(self.device, non_blocking=True)
+            return [
+                faiss.knn_gpu(
+                    *(self.resources, uploaded, self.on_gpu[key], min(k, len(self.on_gpu[key]))),
+                    device=self.device.index,
+                )
+                for key in keys
+            ]
+
+    def _load_on_host(self, key: int) -> _Float32:
+        """Return the rows of a block from a cache of limited size.
+
+        Making them for every call would cost more than the search when there are few queries.
+        """
+        if key not in self.host_cache:
+            rows = self.make(key)
+            cached_bytes = sum(item.nbytes for item in self.host_cache.values())
+            if cached_bytes + rows.nbytes > _max_cached_bytes():
+                return rows
+            self.host_cache[key] = rows
+        return self.host_cache[key]
+
+
+def _max_cached_bytes() -> int:
+    """Return how much one rank may cache: a quarter of the RAM for all ranks of this machine."""
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // num_ranks
+
+
+def _open_gpu(index: int) -> Any:
+    """Return the resources of FAISS on a GPU, with all of their memory allocated.
+
+    FAISS itself allocates at the first search, when PyTorch may hold what is left.
+    """
+    # cuBLAS without memory aborts the process: no exception
+    torch.cuda.empty_cache()
+    # new for each attempt: FAISS takes those whose allocation failed for initialized
+    resources = faiss.StandardGpuResources()
+    # for rows on the host, and all are on the GPU
+    resources.setPinnedMemory(0)
+    resources.setTempMemory(_GPU_SCRATCH_BYTES)
+    # allocates
+    resources.getDefaultStream(index)
+    return resources
+
+
+def _retry_once(call: Callable[[], _Result]) -> _Result:
+    """Call; if a GPU is out of memory, free the blocks that PyTorch caches and call once more.
+
+    Raises:
+        torch.OutOfMemoryError: It is out of memory even then.
+    """
+    for _ in range(2):
+        try:
+            return call()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error)
+        # outside of the except block the error no longer holds tensors
+        torch.cuda.empty_cache()
+    raise torch.OutOfMemoryError(reason)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether PyTorch, FAISS or the driver found no memory; FAISS has no class for it."""
+    words = ("out of memory", "alloc fail", "cudaHostAlloc")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _to_numpy(item: Any) -> NDArray[Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import read_error, replacing, reserve, system_error
-from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 FORMAT = 1
 _Array = NDArray[Any]
@@ -127,20 +127,60 @@ def _reserve_dataset(
     return offset
 
 
-def map_shard(path: Path) -> dict[str, _Array]:
+@dataclass(frozen=True)
+class Header:
+    """Attributes of a shard, and where its datasets are.
+
+    Args:
+        attributes: Attributes of the file that are text or integers.
+        datasets: Byte offset, shape and dtype of each dataset; the offset is None without rows, or
+            if the dataset is not contiguous.
+    """
+
+    attributes: Mapping[str, str | int]
+    datasets: Mapping[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as JSON."""
+        datasets = {
+            name: [offset, list(shape), dtype.str]
+            for name, (offset, shape, dtype) in self.datasets.items()
+        }
+        return {"attributes": dict(self.attributes), "datasets": datasets}
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Header":
+        """Parse the JSON of a header."""
+        datasets = {
+            name: (offset, tuple(shape), np.dtype(dtype))
+            for name, (offset, shape, dtype) in content["datasets"].items()
+        }
+        return Header(content["attributes"], datasets)
+
+
+def map_shard(path: Path, header: Header | None = None) -> dict[str, _Array]:
     """Return the datasets of one shard as read-only views of one memory map.
+
+    Args:
+        path: The shard.
+        header: Its header if it is known; read through HDF5 if None.
 
     Raises:
         OodHeatmapError: The file cannot be opened.
         DamagedCacheError: It is missing, truncated, not HDF5, of another format or not contiguous.
     """
-    layout = _read_layout(path)
+    datasets = (header or read_header(path)).datasets
     mapped = _map_file(path)
-    return {name: _view(path, mapped, name, *extent) for name, extent in layout.items()}
+    return {name: _view(path, mapped, name, *extent) for name, extent in datasets.items()}
 
 
-def _read_layout(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]]:
-    """Return the byte offset, shape and dtype of each dataset of a shard."""
+def read_header(path: Path) -> Header:
+    """Read the header of a shard.
+
+    Raises:
+        OodHeatmapError: The file cannot be opened.
+        DamagedCacheError: It is missing, truncated, not HDF5 or of another format.
+    """
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("format") != FORMAT:
@@ -150,16 +190,28 @@ def _read_layout(path: Path) -> dict[str, tuple[int | None, tuple[int, ...], np.
                 )
             # by name: items() gives None where the system refuses to read, and hides why
             datasets = {name: file[name] for name in file}
-            return {
-                name: (item.id.get_offset(), item.shape, item.dtype)
-                for name, item in datasets.items()
-            }
+            return Header(
+                _plain_attributes(file),
+                {
+                    name: (item.id.get_offset(), item.shape, item.dtype)
+                    for name, item in datasets.items()
+                },
+            )
     except _UNREADABLE as error:
         _raise_if_refused(path, error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedCacheError(
             f"{path} cannot be read as a shard ({reason}). Delete it and run the stage again."
         ) from error
+
+
+def _plain_attributes(file: h5py.File) -> dict[str, str | int]:
+    """Return the attributes of a file that are text or integers."""
+    values = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in file.attrs.items()
+    }
+    return {name: value for name, value in values.items() if isinstance(value, str | int)}
 
 
 def _raise_if_refused(path: Path, error: Exception) -> None:
@@ -186,7 +238,13 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
         num_bytes = os.fstat(file.fileno()).st_size
         address = libc.mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == ctypes.c_void_p(-1).value:
-        raise read_error(path, OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
+        code = ctypes.get_errno()
+        if code == errno.ENOMEM:
+            raise OodHeatmapError(
+                f"{path} cannot be mapped: the process has as many memory maps as the system "
+                "allows. Raise vm.max_map_count (or ulimit -v), or make larger shards (--shard-mb)."
+            )
+        raise read_error(path, OSError(code, os.strerror(code)))
     buffer = (ctypes.c_uint8 * num_bytes).from_address(address)
     # every view references the buffer, so the file is unmapped with the last view
     weakref.finalize(buffer, libc.munmap, address, num_bytes).atexit = False
@@ -215,17 +273,15 @@ def _view(
     return mapped[offset : offset + num_bytes].view(dtype).reshape(shape)
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: Path) -> Mapping[str, str | int]:
     """Return the attributes of a shard; empty if the file is not a shard.
 
     Raises:
         OodHeatmapError: The system refused to read the file.
     """
     try:
-        with h5py.File(path, "r") as file:
-            return dict(file.attrs)
-    except _UNREADABLE as error:
-        _raise_if_refused(path, error)
+        return read_header(path).attributes
+    except DamagedCacheError:
         return {}
 
 
@@ -235,9 +291,11 @@ class Rows:
 
     Args:
         arrays: One array per shard, in order; equal dtype and row shape.
+        paths: The file of each array; empty for arrays in memory.
     """
 
     arrays: Sequence[_Array]
+    paths: Sequence[Path] = ()
     starts: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -260,6 +318,13 @@ class Rows:
     def num_bytes(self) -> int:
         """Bytes over all shards."""
         return sum(array.nbytes for array in self.arrays)
+
+    def offset(self, shard: int) -> int:
+        """Return the byte offset of the dataset in the file of a shard."""
+        array = self.arrays[shard]
+        # a view of the whole mapped file; an empty dataset has no bytes anywhere
+        mapped = array.base if isinstance(array.base, np.ndarray) else array
+        return int(array.ctypes.data - mapped.ctypes.data)
 
     def take(self, rows: _Array, out: _Array | None = None) -> _Array:
         """Return the given rows in the given order, as ``numpy.take``.
@@ -314,34 +379,39 @@ def take_ascending(columns: Sequence[Rows], rows: _Array, outs: Sequence[_Array]
     starts = columns[0].starts
     if not 0 <= rows[0] <= rows[-1] < starts[-1]:
         raise IndexError(f"rows {rows[0]}..{rows[-1]} of an array of {starts[-1]}")
-    bounds = np.searchsorted(rows, starts).tolist()
-    for shard, (first, last) in enumerate(pairwise(bounds)):
-        if first < last:
-            shard_rows = rows[first:last] - starts[shard]
-            for column, out in zip(columns, outs, strict=True):
-                column.arrays[shard].take(shard_rows, axis=0, out=out[first:last], mode="clip")
+    shard_of = np.searchsorted(starts, rows, side="right") - 1
+    # only the shards that are touched: there can be many more than rows
+    bounds = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(rows)]
+    for first, last in pairwise(bounds):
+        shard = shard_of[first]
+        shard_rows = rows[first:last] - starts[shard]
+        for column, out in zip(columns, outs, strict=True):
+            column.arrays[shard].take(shard_rows, axis=0, out=out[first:last], mode="clip")
 
 
 def open_rows(
-    paths: Sequence[Path], columns: Mapping[str, Column] | None = None
+    paths: Sequence[Path],
+    columns: Mapping[str, Column] | None = None,
+    headers: Mapping[str, Header] | None = None,
 ) -> dict[str, Rows]:
     """Open shards and return each dataset as one array over all of them.
 
     Args:
         paths: Paths of the shards, in order; at least one.
         columns: Expected dtype and shape of each dataset; unchecked if None.
+        headers: Known headers by filename; others are read through HDF5.
 
     Raises:
         DamagedCacheError: A shard is damaged, or its datasets differ from those of the first shard
             or do not match the columns.
     """
-    shards = [map_shard(path) for path in paths]
+    shards = [map_shard(path, (headers or {}).get(path.name)) for path in paths]
+    expected = {name: (array.shape[1:], array.dtype) for name, array in shards[0].items()}
     for path, shard in zip(paths, shards, strict=True):
         found = {name: (array.shape[1:], array.dtype) for name, array in shard.items()}
-        expected = {name: (array.shape[1:], array.dtype) for name, array in shards[0].items()}
         if found != expected:
             raise DamagedCacheError(f"{path} does not have the same datasets as {paths[0].name}.")
-    rows = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+    rows = {name: Rows([shard[name] for shard in shards], paths) for name in shards[0]}
     for name, column in (columns or {}).items():
         if name not in rows or not column.matches(rows[name]):
             raise DamagedCacheError(

@@ -1,8 +1,8 @@
-"""Other scores of the same classifier, the yardstick of every table.
+"""Baselines: other OOD scores of the same classifier; larger is more OOD.
 
-Larger is more OOD, everywhere. Most are post-hoc: they see nothing but the classifier and ID
-images. The last two are controls: they see the auxiliary OOD images, as the decoder does.
-``METHODS`` is the one list of them: what is in it is computed, stored and shown.
+Most are post-hoc: they need only the classifier and ID images. The last two are controls: they are
+trained on the auxiliary OOD images, as the decoder is. ``METHODS`` is the only list of them: every
+method in it is computed, stored and shown.
 """
 
 import warnings
@@ -23,7 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 _Float32: TypeAlias = NDArray[np.float32]
-_FeatureScore: TypeAlias = Callable[[_Float32], _Float32]  # (B, D) to (B,)
+# (B, D) to (B,)
+_FeatureScore: TypeAlias = Callable[[_Float32], _Float32]
 
 _REACT_PERCENTILE = 0.9
 _ASH_PERCENTILE = 0.65
@@ -33,12 +34,12 @@ _MAX_NEIGHBOURS = 50
 
 @dataclass(frozen=True)
 class FitData:
-    """What the methods are fitted on.
+    """Training data of the methods.
 
     Args:
-        features: ``(N, D)`` of ID training images.
+        features: ``(N, D)`` features of ID training images.
         labels: ``(N,)`` their classes.
-        ood_features: ``(M, D)`` of auxiliary OOD images.
+        ood_features: ``(M, D)`` features of auxiliary OOD images.
         head: The classifier's last linear layer, on the CPU.
         seed: Random seed.
     """
@@ -52,13 +53,13 @@ class FitData:
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What the methods score.
+    """Inputs of the methods for a batch of images.
 
     Args:
         features: ``(B, D)``.
         logits: ``(B, L)``.
-        knn_distance: ``(B,)`` distance of the unit-length features to the k-th nearest ID training
-            image's.
+        knn_distance: ``(B,)`` distance between the unit-length features and those of the k-th
+            nearest ID training image.
     """
 
     features: _Float32
@@ -66,7 +67,8 @@ class ScoreInputs:
     knn_distance: _Float32
 
 
-Score: TypeAlias = Callable[[ScoreInputs], _Float32]  # (B,) of B images
+# B images to (B,)
+Score: TypeAlias = Callable[[ScoreInputs], _Float32]
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Method:
     """A detection method.
 
     Args:
-        name: In ``metrics.json`` and in the files of scores.
-        label: In the report.
-        fit: From ID and auxiliary OOD images to the score.
+        name: Name in ``metrics.json`` and in the score files.
+        label: Label in tables and figures.
+        fit: Fits the method and returns its score.
         sees_ood: Whether it is fitted on auxiliary OOD images.
     """
 
@@ -87,16 +89,16 @@ class Method:
 
 
 def choose_neighbours(class_sizes: Sequence[int]) -> int:
-    """Return k of the kNN score, from the ID training set alone.
+    """Choose k of the kNN score from the class sizes of the ID training set.
 
     A quarter of the size of a small class (the first decile of the sizes), at most 50 as in
-    OpenOOD. The k-th neighbour must be of the same class: where k is as large as a class, it is as
-    far away for the ID images of that class as for OOD images. On CIFAR-10 against CIFAR-100 with
-    20 images of each class, AUROC is 85.6 for k = 5, 62.9 for k = 20 and 19.9 for k = 50; with
-    5,000 of each class, 88.0 for k = 50.
+    OpenOOD. The k-th neighbour must be of the same class: if k is as large as a class, it is as far
+    away for ID images of that class as for OOD images. On CIFAR-10 against CIFAR-100 with 20 images
+    per class, AUROC is 85.6 for k = 5, 62.9 for k = 20 and 19.9 for k = 50; with 5,000 per class,
+    88.0 for k = 50.
 
     Args:
-        class_sizes: ID images predicted as each class.
+        class_sizes: Number of ID images predicted as each class.
     """
     sizes = [size for size in class_sizes if size]
     return int(np.clip(np.quantile(sizes, 0.1) // 4, 1, _MAX_NEIGHBOURS))
@@ -113,7 +115,7 @@ def maximum_softmax(logits: _Float32) -> _Float32:
     Source: Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR
         2017.
     """
-    # the sum of the others: `1 - p` would round to one and the same 0 for every confident image
+    # sum of the others: `1 - p` would round to exactly 0 for every confident image
     ascending = np.sort(logits.astype(np.float64), axis=1)
     others = logsumexp(ascending[:, :-1], axis=1) - logsumexp(ascending, axis=1)
     return _float32(np.exp(others))
@@ -137,13 +139,14 @@ def energy(logits: _Float32) -> _Float32:
 
 
 def mahalanobis(features: _Float32, labels: NDArray[np.integer[Any]]) -> _FeatureScore:
-    """Return the score: the squared Mahalanobis distance to the nearest class mean.
+    """Fit the squared Mahalanobis distance to the nearest class mean.
 
-    One covariance for all classes. Directions in which no ID image varies are left out. In float64,
-    and in one product for all classes, where pytorch-ood has float32 and one for each class.
+    The covariance is shared by all classes; directions without variance are dropped. Computed in
+    float64 and in one product for all classes, whereas pytorch-ood uses float32 and a product per
+    class.
 
     Args:
-        features: ``(N, D)`` of ID images.
+        features: ``(N, D)`` features of ID images.
         labels: ``(N,)`` their classes.
 
     Source: Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and
@@ -169,15 +172,15 @@ def mahalanobis(features: _Float32, labels: NDArray[np.integer[Any]]) -> _Featur
 
 
 def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:
-    """Return the score: the virtual logit less the energy of the logits.
+    """Fit ViM: the virtual logit plus the free energy of the logits.
 
     Args:
-        features: ``(N, D)`` of ID images.
+        features: ``(N, D)`` features of ID images.
         head: The classifier's last linear layer, on the CPU.
 
-    Source: Wang et al., ViM: Out-of-Distribution with Virtual-logit Matching, CVPR 2022; the size
-        of the principal space by the rule of its authors' code, half of the features where they
-        have none.
+    Source: Wang et al., ViM: Out-of-Distribution with Virtual-logit Matching, CVPR 2022; the
+        dimension of the principal space follows the authors' code, and is D / 2 where that has no
+        rule.
     """
     width = features.shape[1]
     size = 1000 if width >= 2048 else 512 if width > 512 else width // 2
@@ -187,9 +190,7 @@ def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:
 
 
 def react(features: _Float32, head: nn.Linear) -> _FeatureScore:
-    """Return the score: the energy of the logits of clipped features.
-
-    They are clipped at a percentile of all values of ID features.
+    """Fit ReAct: the energy of the logits of features clipped at a percentile of ID features.
 
     Source: Sun et al., ReAct: Out-of-distribution Detection With Rectified Activations, NeurIPS
         2021.
@@ -200,7 +201,7 @@ def react(features: _Float32, head: nn.Linear) -> _FeatureScore:
 
 
 def ash(head: nn.Linear) -> _FeatureScore:
-    """Return the score: the energy of the logits of pruned and sharpened features (ASH-S).
+    """Return ASH-S: the energy of the logits of pruned and rescaled features.
 
     Source: Djurisic et al., Extremely Simple Activation Shaping for Out-of-Distribution Detection,
         ICLR 2023.
@@ -209,19 +210,21 @@ def ash(head: nn.Linear) -> _FeatureScore:
     score = _score_arrays(
         lambda features: detector.predict_feature_maps(features[:, :, None, None])
     )
-    nothing = -float(torch.logsumexp(_head_bias(head), 0))  # features of zero: nothing to sharpen
-    largest = np.finfo(np.float32).max  # features below zero can sharpen beyond all bounds
-    return lambda features: np.nan_to_num(score(features), True, nothing, largest, -largest)
+    # all features 0: the scale is 0 / 0
+    energy_of_zero = -float(torch.logsumexp(_head_bias(head), 0))
+    # negative features can make the scale infinite
+    largest = np.finfo(np.float32).max
+    return lambda features: np.nan_to_num(score(features), True, energy_of_zero, largest, -largest)
 
 
 def _head_bias(head: nn.Linear) -> Tensor:
-    """Return the bias ``(L,)`` of a linear layer; zeros where it has none."""
+    """Return the bias ``(L,)`` of a linear layer; zeros if it has none."""
     bias: Tensor | None = head.bias
     return torch.zeros(head.out_features) if bias is None else bias.detach()
 
 
 def _score_arrays(predict: Callable[[Tensor], Tensor]) -> _FeatureScore:
-    """Return a score of tensors as one of arrays."""
+    """Wrap a score of tensors as a score of arrays."""
 
     def score(features: _Float32) -> _Float32:
         with torch.inference_mode():
@@ -231,7 +234,7 @@ def _score_arrays(predict: Callable[[Tensor], Tensor]) -> _FeatureScore:
 
 
 def logistic_regression(id_features: _Float32, ood_features: _Float32) -> _FeatureScore:
-    """Return the score: the log-odds of a linear classifier of ID against auxiliary OOD features.
+    """Fit a linear classifier of ID against auxiliary OOD features; the score is its log-odds.
 
     Args:
         id_features: ``(N, D)``.
@@ -243,12 +246,12 @@ def logistic_regression(id_features: _Float32, ood_features: _Float32) -> _Featu
 
 
 def _small_mlp(id_features: _Float32, ood_features: _Float32, seed: int) -> _FeatureScore:
-    """Return the score: the log-odds of a network with one hidden layer, ID against auxiliary OOD.
+    """Fit an MLP of ID against auxiliary OOD features; the score is its log-odds.
 
     Args:
         id_features: ``(N, D)``.
         ood_features: ``(M, D)``.
-        seed: Of its weights and of the order of images.
+        seed: Random seed of its weights and of the order of images.
     """
     network = MLPClassifier(_MLP_WIDTH, max_iter=_MLP_EPOCHS, random_state=seed)
     scaler = StandardScaler()
@@ -256,7 +259,7 @@ def _small_mlp(id_features: _Float32, ood_features: _Float32, seed: int) -> _Fea
     first, last = zip(network.coefs_, network.intercepts_, strict=True)
 
     def score(features: _Float32) -> _Float32:
-        # by hand: its probabilities round to one and the same 1 for every clear image
+        # from the weights: predict_proba would round to exactly 1 for every clear OOD image
         hidden = np.maximum(scaler.transform(features) @ first[0] + first[1], 0)
         return _float32((hidden @ last[0] + last[1])[:, 0])
 
@@ -264,21 +267,22 @@ def _small_mlp(id_features: _Float32, ood_features: _Float32, seed: int) -> _Fea
 
 
 def _fit_quietly(model: Any, id_features: _Float32, ood_features: _Float32) -> None:
-    """Fit a model of scikit-learn to tell ID, 0, from OOD, 1."""
+    """Fit a scikit-learn model to ID (0) and OOD (1), without convergence warnings."""
     both = np.concatenate([id_features, ood_features])
     is_ood = np.repeat([0, 1], [len(id_features), len(ood_features)])
-    with warnings.catch_warnings():  # so many steps and no more are meant
+    with warnings.catch_warnings():
+        # the limited number of steps is intended
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(both, is_ood)
 
 
 def _of_logits(score: Callable[[_Float32], _Float32]) -> Callable[[FitData], Score]:
-    """Return how to fit a score of logits: there is nothing to fit."""
+    """Wrap a score of logits, which needs no fit, for ``Method.fit``."""
     return lambda data: lambda inputs: score(inputs.logits)
 
 
 def _of_features(fit: Callable[[FitData], _FeatureScore]) -> Callable[[FitData], Score]:
-    """Return how to fit a score of features."""
+    """Wrap the fit of a score of features for ``Method.fit``."""
 
     def fit_score(data: FitData) -> Score:
         score = fit(data)

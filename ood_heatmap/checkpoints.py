@@ -1,4 +1,4 @@
-"""Weights of a network: read from the usual kinds of checkpoint, put in strictly, and hashed."""
+"""Weights of a network: read from the usual kinds of checkpoint, loaded strictly, and hashed."""
 
 import hashlib
 import logging
@@ -15,19 +15,19 @@ from ood_heatmap.errors import OodHeatmapError
 
 log = logging.getLogger(__name__)
 
-_NESTINGS = ("state_dict", "model_state_dict", "model", "net", "network")
-# heads of GoogLeNet and Inception v3 that run in training alone; files come with and without them
+_NESTED_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
+# training-only heads of GoogLeNet and Inception v3; checkpoints come with and without them
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Load the state dict in a safetensors file or a checkpoint; pickled code never runs.
+    """Load the state dict from a safetensors file or a checkpoint; pickled code never runs.
 
-    The usual nestings are unwrapped.
+    A state dict under one of the usual keys of a checkpoint is found.
 
     Raises:
-        OodHeatmapError: The file is missing, damaged, holds pickled code, or no tensors.
+        OodHeatmapError: The file is missing, damaged, contains pickled code, or no tensors.
     """
     if not path.is_file():
         raise OodHeatmapError(f"there is no weights file {path}.")
@@ -37,40 +37,40 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    # a damaged file can provoke any exception in the unpickler
+    # a damaged file can raise any exception in the unpickler
     except Exception as error:
         raise OodHeatmapError(
-            f"{path} does not load as plain weights ({_reason(error)}). Save the state dict as "
+            f"{path} cannot be loaded as plain weights ({_reason(error)}). Save the state dict as "
             "safetensors: safetensors.torch.save_file(model.state_dict(), path)."
         ) from error
     return _unwrap(content, path)
 
 
 def _reason(error: Exception) -> str:
-    """Shorten what a loader says to the class or the fault that is to blame."""
+    """Shorten a loader's message to the pickled class or the fault behind it."""
     text = str(error).strip()
-    blamed = re.search(r"GLOBAL (\S+) was not an allowed", text)
-    if blamed:
-        return f"it holds a pickled {blamed[1]}"
+    pickled = re.search(r"GLOBAL (\S+) was not an allowed", text)
+    if pickled:
+        return f"it contains a pickled {pickled[1]}"
     if not text or "weights_only" in text or isinstance(error, KeyError):
         return "not a PyTorch checkpoint, or damaged"
     return text.splitlines()[0].partition(". ")[0]
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the state dict inside the usual nestings of a checkpoint."""
+    """Return the state dict under one of the usual keys of a checkpoint."""
     if not isinstance(content, Mapping):
-        raise OodHeatmapError(f"{path} holds no state dict, but a {type(content).__name__}.")
+        raise OodHeatmapError(f"{path} contains no state dict, but a {type(content).__name__}.")
     joined = _join_released(content)
     if joined is not None:
         return joined
-    for key in _NESTINGS:
+    for key in _NESTED_KEYS:
         if isinstance(content.get(key), Mapping):
             averaged = [name for name in content if "ema" in str(name).lower().split("_")]
             if averaged:
                 log.warning(
-                    "%s: took %s; there are averaged weights too (%s): to use those, save them as "
-                    "a file of their own",
+                    "%s: loaded %s; it also contains averaged weights (%s): to use those, save "
+                    "them in a separate file",
                     path,
                     key,
                     averaged[0],
@@ -79,17 +79,16 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise OodHeatmapError(
-            f"{path} holds no state dict, but {first_few(list(map(str, content))) or 'nothing'}; "
-            f"looked into {', '.join(_NESTINGS)}."
+            f"{path} contains no state dict, but {first_few(list(map(str, content))) or 'nothing'}"
+            f"; searched under {', '.join(_NESTED_KEYS)}."
         )
     return state
 
 
 def _join_released(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Join the state dicts of features and head that the reference's checkpoints keep apart.
+    """Join the separate state dicts of backbone and head in the reference's checkpoints.
 
-    Args:
-        checkpoint: With ``net_state_dict`` and ``cls_state_dict``, else None is returned.
+    Returns None unless the checkpoint has ``net_state_dict`` and ``cls_state_dict``.
     """
     joined: dict[str, Tensor] = {}
     for key in ("net_state_dict", "cls_state_dict"):
@@ -100,16 +99,16 @@ def _join_released(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return joined
 
 
-def put_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly; a prefix that all its names share may be left out.
+def load_state_dict(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly; a prefix common to all its keys is removed if necessary.
 
     Args:
-        network: Takes the weights.
+        network: The network to load it into.
         state: Weights by name.
-        path: Where they come from, for messages.
+        path: File that they come from, for messages.
 
     Raises:
-        OodHeatmapError: Names missing and unexpected keys, or keys of another shape.
+        OodHeatmapError: Keys are missing, unexpected, or of another shape; the message names them.
     """
     own = network.state_dict()
     state = _to_own_names(state, own)
@@ -128,12 +127,12 @@ def put_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         if name in state and state[name].shape != value.shape
     ]
     if not (missing or unexpected or reshaped):
-        # updated in place: the network's own dict carries the versions of its modules
+        # updated in place: the network's own dict carries the version numbers of its modules
         own.update(state)
         network.load_state_dict(own)
         return
     try:
-        # modules may know their names of earlier versions, as torchvision's transformers do
+        # modules may convert keys of earlier versions, as torchvision's transformers do
         network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
@@ -144,15 +143,15 @@ def put_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
 
 
 def _to_own_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under the network's own names, as far as it is known how.
+    """Rename the keys of a state dict to those of the network, if a known convention applies.
 
-    DataParallel puts ``module.`` before all names, Lightning the name of an attribute, such as
-    ``model.``, and ``torch.compile`` puts ``_orig_mod.`` anywhere. torchvision's files of DenseNet
-    have names with more dots than its networks.
+    DataParallel prepends ``module.``, Lightning the name of an attribute such as ``model.``, and
+    ``torch.compile`` inserts ``_orig_mod.`` anywhere. Keys in torchvision's DenseNet files have
+    more dots than those of its networks.
 
     Args:
         state: Weights by name.
-        own: The network's, whose names are wanted.
+        own: State dict of the network.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     candidates = [
@@ -165,11 +164,11 @@ def _to_own_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dic
     return max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))
 
 
-def hash_of_weights(network: nn.Module) -> str:
+def hash_weights(network: nn.Module) -> str:
     """Return the sha256 over names, shapes, dtypes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
-        # a count of training steps, without effect in eval mode
+        # counts training steps, no effect in eval mode
         if name.endswith("num_batches_tracked"):
             continue
         digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\n".encode())
@@ -179,6 +178,6 @@ def hash_of_weights(network: nn.Module) -> str:
 
 
 def first_few(names: Sequence[str], count: int = 4) -> str:
-    """Return the first few names and how many more there are."""
+    """Return the first few names and the number of the others."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

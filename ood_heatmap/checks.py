@@ -1,4 +1,4 @@
-"""What a classifier must do to be used, and do again when it is restored."""
+"""Checks of a classifier's outputs: when it is loaded, restored, and run on images."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,43 +13,43 @@ from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 
 
 def rounding_bound(autocast: bool) -> float:
-    """Return the relative distance that rounding explains in one process.
+    """Return the largest relative distance that rounding can cause within one process.
 
-    Another batch size may choose other kernels: measured are 4e-7 for float32 and 0 for bfloat16,
-    where a single other rounding shows as 4e-3. Dropout and the like show as 0.1 to 1.
+    Another batch size may select other kernels: 4e-7 was measured for float32 and 0 for bfloat16,
+    where a single rounding difference is 4e-3. Dropout and the like cause 0.1 to 1.
     """
     return 5e-2 if autocast else 1e-3
 
 
 def device_bound(autocast: bool) -> float:
-    """Return the relative distance that rounding explains between devices.
+    """Return the largest relative distance that rounding can cause between devices.
 
-    A GPU multiplies float32 with the 10-bit mantissa of TF32, which moves the features of trained
-    CIFAR ResNets by up to 0.0014 and of EfficientNet-Lite0 by up to 0.0056; two ways of bfloat16
-    differ by up to 0.013 and 0.021. Another network differs by more: Inception v3 without its
-    own normalization by 0.8.
+    TF32 on a GPU multiplies with a 10-bit mantissa, which changes the features of trained CIFAR
+    ResNets by up to 0.0014 and of EfficientNet-Lite0 by up to 0.0056; two implementations of
+    bfloat16 differ by up to 0.013 and 0.021. A wrong network differs by more: Inception v3 without
+    its own normalization by 0.8.
     """
     return 1.5e-1 if autocast else 3e-2
 
 
 def _relative_distance(values: Tensor, expected: Tensor) -> float:
-    """Return the largest ``||values - expected|| / ||expected||`` of all rows ``(B, ...)``."""
+    """Return the maximum of ``||values - expected|| / ||expected||`` over rows ``(B, ...)``."""
     values, expected = values.double().flatten(1), expected.double().flatten(1)
     distance = (values - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
     return float(distance.max())
 
 
 def check_logits(spec: str, logits: Tensor) -> None:
-    """Refuse logits ``(B, L)`` that cannot be those of a classifier."""
+    """Refuse logits ``(B, L)`` that a classifier cannot return."""
     if logits.shape[1] == 1:
         raise OodHeatmapError(
-            f"{spec} returns one logit for each image, which a softmax makes 1. Give its last "
-            "layer two outputs, with weight and bias 0 for the first class."
+            f"{spec} returns one logit per image, whose softmax is always 1. Give its last layer "
+            "two outputs, with weight and bias 0 for the first class."
         )
     if not logits.isfinite().all():
         label = int((~logits.isfinite()).any(dim=0).nonzero()[0])
         raise OodHeatmapError(
-            f"{spec} returns NaN or infinite logits, for class {label} first. Check its weights, "
+            f"{spec} returns NaN or infinite logits, first for class {label}. Check its weights, "
             "--mean and --std."
         )
 
@@ -57,7 +57,7 @@ def check_logits(spec: str, logits: Tensor) -> None:
 def check_finite_outputs(
     spec: str, logits: Tensor, features: Tensor, maps: Sequence[Tensor]
 ) -> None:
-    """Refuse NaN and infinity."""
+    """Refuse outputs that are NaN or infinite."""
     check_logits(spec, logits)
     if not all(values.isfinite().all() for values in (features, *maps)):
         raise OodHeatmapError(
@@ -66,40 +66,40 @@ def check_finite_outputs(
 
 
 def check_head(head: str, logits: Tensor, expected: Tensor, bound: float) -> None:
-    """Refuse a network whose logits are not those of its head.
+    """Refuse a network whose logits are not the output of its head.
 
     Args:
-        head: What is called, for the message.
-        logits: What the head returns for the features, ``(B, L)``.
-        expected: What the network returns.
-        bound: The relative distance that rounding explains.
+        head: Description of the head, for the message.
+        logits: Output of the head for the features, ``(B, L)``.
+        expected: Output of the network.
+        bound: Largest relative distance that rounding can cause.
     """
     if not _relative_distance(logits, expected) <= bound:
         raise OodHeatmapError(
             f"{head} is not what the network returns: something follows, such as a log_softmax, or "
-            "the mean of several heads or views. Name with --classifier a function whose network "
-            "ends in one linear layer."
+            "the mean of several heads or views. Pass --classifier a function whose network ends "
+            "in one linear layer."
         )
 
 
-def check_repeatable(spec: str, features: Tensor, alone: Tensor, bound: float) -> None:
-    """Refuse features that are random, or that depend on the rest of the batch.
+def check_deterministic(spec: str, features: Tensor, alone: Tensor, bound: float) -> None:
+    """Refuse features that are random or depend on the rest of the batch.
 
     Args:
-        spec: Of the classifier.
-        features: ``(3, D)`` of two images and the first again.
-        alone: ``(1, D)`` of the second image in a batch of its own.
-        bound: The relative distance that rounding explains.
+        spec: The classifier's spec, for the message.
+        features: ``(3, D)`` features of two images, and of the first again.
+        alone: ``(1, D)`` features of the second image as a batch of one.
+        bound: Largest relative distance that rounding can cause.
     """
     if not _relative_distance(features[2:], features[:1]) <= bound:
         raise OodHeatmapError(
-            f"{spec} returns other features for the same image twice: something in it is random in "
+            f"{spec} returns different features for the same image: something in it is random in "
             "eval mode, such as F.dropout without training=self.training."
         )
     if not _relative_distance(alone, features[1:2]) <= bound:
         raise OodHeatmapError(
-            f"{spec} returns other features for an image alone than in a batch: they depend on the "
-            "other images, as with batch norm that uses the statistics of the batch."
+            f"{spec} returns different features for an image alone and in a batch: they depend on "
+            "the other images, as with batch norm that uses batch statistics."
         )
 
 
@@ -110,17 +110,17 @@ def check_same_outputs(
     bound: float,
     versions: Mapping[str, str],
 ) -> None:
-    """Refuse a restored classifier that returns something else than when the run was indexed.
+    """Refuse a restored classifier whose outputs differ from those in the index.
 
     Args:
-        spec: Of the classifier.
-        outputs: What it returns now, ``(n, ...)`` each, by name.
-        expected: What it returned, in the same order; there may be fewer or more.
-        bound: The relative distance that rounding explains.
-        versions: ``library_versions()`` of then.
+        spec: The classifier's spec, for the message.
+        outputs: Current outputs by name, ``(n, ...)`` each.
+        expected: Outputs in the index, in the same order; there may be fewer or more.
+        bound: Largest relative distance that rounding can cause.
+        versions: ``library_versions()`` when the run was indexed.
 
     Raises:
-        StaleCacheError: Something differs.
+        StaleCacheError: An output differs.
     """
     for (name, values), before in zip(outputs.items(), expected, strict=False):
         if values.shape != before.shape:
@@ -129,7 +129,7 @@ def check_same_outputs(
             distance = _relative_distance(values.cpu(), torch.from_numpy(before))
             if distance <= bound:
                 continue
-            difference = f"a relative difference of {distance:.2g}, rounding gives up to {bound:g}"
+            difference = f"relative difference {distance:.2g}, rounding causes up to {bound:g}"
         now = library_versions()
         upgrades = [
             f"{library} {version} then, {now.get(library, 'none')} now"
@@ -137,7 +137,7 @@ def check_same_outputs(
             if version != now.get(library)
         ]
         raise StaleCacheError(
-            f"{spec} returns other {name} than when the run was indexed: "
+            f"{spec} returns different {name} than when the run was indexed: "
             f"{'; '.join([difference, *upgrades])}. Restore what changed, or run `ood-heatmap "
             "index` again with --overwrite."
         )
@@ -158,12 +158,12 @@ def check_finite(
     names: Sequence[str],
     kind: str = "features",
 ) -> None:
-    """Refuse NaN and infinity, and name the image.
+    """Refuse outputs that are NaN or infinite, and name the image.
 
     Args:
-        values: ``(B, D)`` what the classifier returned.
-        rows: ``(B,)`` rows of the set.
-        names: Of all images of the set.
+        values: ``(B, D)`` outputs of the classifier.
+        rows: ``(B,)`` rows in the image set.
+        names: Names of all images of the set.
         kind: What the values are, for the message.
 
     Raises:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ood_heatmap.checkpoints import first_few, hash_of_weights, load_weights, put_weights
+from ood_heatmap.checkpoints import first_few, hash_weights, load_state_dict, load_weights
 from ood_heatmap.checks import (
+    check_deterministic,
     check_finite_outputs,
     check_head,
     check_logits,
-    check_repeatable,
     check_same_outputs,
     device_bound,
     rounding_bound,
@@ -31,9 +31,9 @@ from ood_heatmap.probing import (
     FeatureMap,
     find_head,
     find_maps,
-    last_layers,
+    forward_hooks,
+    head_candidates,
     random_pixels,
-    watching,
 )
 from ood_heatmap.user_code import describe_error
 
@@ -42,13 +42,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Output:
-    """What the classifier returns for a batch.
+    """Outputs of the classifier for a batch.
 
     Args:
         features: ``(B, D)`` float32, the input of the last linear layer.
         logits: ``(B, L)`` float32.
-        maps: Spatial feature maps ``(B, C, h, w)`` float32, the deepest first; as many as were
-            asked for.
+        maps: Spatial feature maps ``(B, C, h, w)`` float32, deepest first.
     """
 
     features: Tensor
@@ -58,21 +57,21 @@ class Output:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """All that is needed to build a classifier again, apart from its weights.
+    """Everything needed to rebuild a classifier, except its weights.
 
     Args:
         spec: ``cifar-resnet18``, ``torchvision/NAME``, ``timm/NAME``, ``file.py:function``,
             ``package.module:function``.
-        num_classes: Classes of the network; its own default when None.
-        transform: Brings images to the network's input size.
-        mean: Of each channel, in [0, 1]; subtracted from pixels in [0, 1].
-        std: Of each channel, in (0, 1]; the difference is divided by it.
-        head: Name of the last linear layer; found when "".
+        num_classes: Number of classes; the network's default if None.
+        transform: Resizes images to the network's input size.
+        mean: Mean of each channel, in [0, 1]; subtracted from pixels in [0, 1].
+        std: Standard deviation of each channel, in (0, 1]; the difference is divided by it.
+        head: Name of the last linear layer; detected if "".
         num_maps: Number of spatial feature maps to return.
         autocast: Run the network under bfloat16 autocast, which changes the features.
 
     Raises:
-        UsageError: ``mean`` or ``std`` are not three numbers of that range.
+        UsageError: ``mean`` or ``std`` are not three numbers in their range.
     """
 
     spec: str
@@ -89,7 +88,7 @@ class ClassifierConfig:
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, values)):
             problem = "must be three finite numbers each"
         elif max(values) > 1 or min(values) < 0:
-            problem = "are of pixels in [0, 1]: divide values of the 0 to 255 convention by 255"
+            problem = "are for pixels in [0, 1]: divide values for pixels from 0 to 255 by 255"
         elif min(self.std) == 0:
             problem = "must have std above 0"
         else:
@@ -97,15 +96,15 @@ class ClassifierConfig:
         raise UsageError(f"--mean and --std {problem}; got {self.mean} and {self.std}.")
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the configuration as JSON-serializable values."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "ClassifierConfig":
-        """Return what ``to_json`` made.
+        """Parse the output of ``to_json``.
 
         Raises:
-            DamagedCacheError: A field is missing, unknown, or of another type.
+            DamagedCacheError: A field is missing, unknown, or of the wrong type.
         """
         try:
             transform = Transform(**content["transform"])
@@ -123,7 +122,7 @@ class ClassifierConfig:
 
 
 def _check_types(settings: Any) -> None:
-    """Raise TypeError when a field of a dataclass does not have the type it is declared with."""
+    """Raise TypeError if a field of a dataclass does not have its declared type."""
     for name, hint in get_type_hints(type(settings)).items():
         value, origin = getattr(settings, name), get_origin(hint)
         kind = tuple if origin is tuple else hint
@@ -135,17 +134,17 @@ def _check_types(settings: Any) -> None:
 class Classifier(nn.Module):
     """A network with its normalization, and hooks that read its features and feature maps.
 
-    What it returns can be relied on: random pixels have shown that the head's output is the
-    logits, that nothing is random or depends on the rest of a batch, and that all is finite.
+    It is checked with random pixels: the head's output must be the logits, and outputs must be
+    finite, deterministic and independent of the rest of the batch.
 
     Args:
-        network: Normalized float images ``(B, 3, H, W)`` to logits ``(B, L)``.
-        config: The head's name is found when it gives none.
-        maps: The feature maps to return; ``config.num_maps`` of them are found when None.
+        network: Maps normalized float images ``(B, 3, H, W)`` to logits ``(B, L)``.
+        config: Configuration; the head is detected if it names none.
+        maps: The feature maps to return; if None, ``config.num_maps`` are detected.
 
     Raises:
         UsageError: The head is not a linear layer.
-        OodHeatmapError: The network fails, or one of the above does not hold.
+        OodHeatmapError: The network fails, or fails one of these checks.
     """
 
     mean: Tensor
@@ -166,10 +165,10 @@ class Classifier(nn.Module):
         size = config.transform.size
         pixels = random_pixels(2, size)
         check_logits(config.spec, self._choose_memory_format(pixels))
-        if config.head and config.head not in last_layers(network):
+        if config.head and config.head not in head_candidates(network):
             raise UsageError(
                 f"--head {config.head} is not a linear layer; the last ones are "
-                f"{first_few(list(last_layers(network))[::-1])}."
+                f"{first_few(list(head_candidates(network))[::-1])}."
             )
         self.head = config.head or find_head(network, self._run, pixels)
         if maps is None:
@@ -182,12 +181,12 @@ class Classifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device it computes on."""
+        """The device of the network."""
         return self.mean.device
 
     @property
     def map_names(self) -> tuple[str, ...]:
-        """The modules whose outputs are the feature maps, with their layout if not (B, C, h, w)."""
+        """Modules whose outputs are the feature maps, with their layout if not (B, C, h, w)."""
         return tuple(map(str, self.maps))
 
     @torch.inference_mode()
@@ -198,20 +197,20 @@ class Classifier(nn.Module):
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
-        def see(name: str, arguments: tuple[Any, ...], output: Tensor) -> None:
-            # copies: later layers may work in place
+        def record(name: str, arguments: tuple[Any, ...], output: Tensor) -> None:
+            # copies: later layers may modify them in place
             if name == self.head:
                 inputs[name] = arguments[0].flatten(1).clone()
             else:
                 outputs[name] = output.clone()
 
-        with watching(wanted, see):
+        with forward_hooks(wanted, record):
             logits = self._logits(images)
         maps = tuple(item.to_grid(outputs[item.name]).float() for item in self.maps)
         return Output(inputs[self.head].float(), logits.float(), maps)
 
     def last_layer(self) -> nn.Linear:
-        """Return the head as a linear layer; a copy where it is a 1x1 convolution."""
+        """Return the head as a linear layer; a copy if it is a 1x1 convolution."""
         layer = self.network.get_submodule(self.head)
         if isinstance(layer, nn.Linear):
             return layer
@@ -230,19 +229,19 @@ class Classifier(nn.Module):
         maps: Sequence[NDArray[np.float16]] = (),
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        """Compare what this restored classifier returns with what the index holds.
+        """Compare the outputs of this restored classifier with those in the index.
 
-        Weights, settings and the user's own sources are compared by their hashes. This finds what
-        no hash holds: another version of a library, data that the user's code reads, the processor.
+        Weights, settings and the user's own sources are compared by hash. This check finds what no
+        hash covers: the versions of libraries, data that the user's code reads, the hardware.
 
         Args:
-            images: ``(n, 3, H, W)`` uint8 of the index, a few.
-            features: ``(n, D)`` float32 of these images.
-            maps: ``(n, C, h, w)`` float16 of each feature map of these images.
+            images: ``(n, 3, H, W)`` uint8, a few images of the index.
+            features: ``(n, D)`` float32 features of these images.
+            maps: ``(n, C, h, w)`` float16 for each feature map.
             versions: ``library_versions()`` when the index was made, to name what changed.
 
         Raises:
-            StaleCacheError: The features or maps differ by more than rounding on other hardware.
+            StaleCacheError: The outputs differ by more than rounding on other hardware.
         """
         output: Output = self(torch.from_numpy(images).to(self.device))
         check_same_outputs(
@@ -254,11 +253,11 @@ class Classifier(nn.Module):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what the results depend on: weights and code by their hash, and the settings."""
+        """Return what the outputs depend on: hashes of weights and code, and the settings."""
         code = parse_user_code(self.config.spec)
-        is_file = code is not None and code.place.endswith(".py")
+        is_file = code is not None and code.module.endswith(".py")
         return {
-            "weights": hash_of_weights(self.network),
+            "weights": hash_weights(self.network),
             **self.config.to_json(),
             "spec": self.config.spec.rpartition("/")[2] if is_file else self.config.spec,
             "source": code.hash if code else "",
@@ -268,23 +267,23 @@ class Classifier(nn.Module):
         }
 
     def _logits(self, images: Tensor) -> Any:
-        """Return what the network returns for uint8 images."""
+        """Return the output of the network for uint8 images."""
         pixels = images.to(torch.float32, memory_format=self._memory_format)
         with self._precision():
             return self.network((pixels / 255 - self.mean) / self.std)
 
     def _precision(self) -> AbstractContextManager[None]:
-        """Return the context in which the network computes."""
+        """Return the autocast context of the network."""
         if not self.config.autocast:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     @torch.inference_mode()
     def _run(self, pixels: Tensor) -> Tensor:
-        """Return the logits of random pixels.
+        """Return the logits of uint8 images.
 
         Raises:
-            OodHeatmapError: The network cannot take them, or returns something else.
+            OodHeatmapError: The network fails, or does not return logits.
         """
         with self._explaining():
             logits = self._logits(pixels)
@@ -293,13 +292,13 @@ class Classifier(nn.Module):
             returned = f"shape {tuple(logits.shape)}" if is_tensor else type(logits).__name__
             raise OodHeatmapError(
                 f"the network returns {returned} for {tuple(pixels.shape)}; logits must be (B, L). "
-                "Wrap it in a network that returns them alone."
+                "Wrap it in a network that returns only those."
             )
         return logits
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Turn whatever a network raises into one line."""
+        """Turn any exception of the network into a one-line error."""
         try:
             yield
         except OodHeatmapError:
@@ -311,27 +310,27 @@ class Classifier(nn.Module):
             ) from error
 
     def _to_float32(self) -> None:
-        """Convert weights of another precision, which images are not given in."""
-        weights = [item.dtype for item in self.network.parameters() if item.is_floating_point()]
-        if any(dtype != torch.float32 for dtype in weights):
-            log.info("weights of %s are converted to float32", self.config.spec)
+        """Convert weights of another precision to float32, the dtype of the images."""
+        dtypes = [item.dtype for item in self.network.parameters() if item.is_floating_point()]
+        if any(dtype != torch.float32 for dtype in dtypes):
+            log.info("converting the weights of %s to float32", self.config.spec)
             self.network.float()
 
     def _choose_memory_format(self, pixels: Tensor) -> Tensor:
-        """Choose the memory format of weights and images; return the logits of pixels."""
+        """Choose the memory format of weights and images; return the logits of ``pixels``."""
         # up to twice as fast, also on CPUs
         self._memory_format = torch.channels_last
         self.network.to(memory_format=self._memory_format)
         try:
             return self._run(pixels)
         except OodHeatmapError:
-            # a network that flattens its maps with view takes contiguous ones alone
+            # a network that flattens its maps with view needs contiguous tensors
             self._memory_format = torch.contiguous_format
             self.network.to(memory_format=self._memory_format)
             return self._run(pixels)
 
     def _check_outputs(self, pixels: Tensor) -> Output:
-        """Check on two images that what is returned can be relied on, and return it."""
+        """Check the outputs for two images, and return them."""
         spec, bound = self.config.spec, rounding_bound(self.config.autocast)
         output: Output = self(torch.cat([pixels, pixels[:1]]))
         alone: Output = self(pixels[1:])
@@ -339,7 +338,7 @@ class Classifier(nn.Module):
         with torch.inference_mode(), self._precision():
             logits = self.last_layer()(output.features)
         check_head(f"{self.head}(features) of {spec}", logits, output.logits, bound)
-        check_repeatable(spec, output.features, alone.features, bound)
+        check_deterministic(spec, output.features, alone.features, bound)
         return output
 
 
@@ -355,29 +354,29 @@ def load_classifier(
     num_maps: int = 0,
     autocast: bool = False,
 ) -> Classifier:
-    """Load the classifier that a user names, on the CPU.
+    """Load a classifier by its spec, on the CPU.
 
-    Code that the spec names is run, and trusted from now on: see ``user_code``.
+    Code that the spec names is run, and trusted from now on, see ``user_code``.
 
     Args:
         spec: See ``ClassifierConfig``.
-        weights: Its weights; those that the network comes with when None.
-        num_classes: Number of classes; the network's default when None.
-        mean: Of each channel, of pixels in [0, 1]; the network's own when None.
-        std: Likewise.
-        size: Pixels of its input; the network's own when None.
-        head: Name of the last linear layer; found when "".
+        weights: File with its weights; the library's pretrained weights if None.
+        num_classes: Number of classes; the network's default if None.
+        mean: Mean of each channel, for pixels in [0, 1]; the network's own if None.
+        std: Standard deviation of each channel; the network's own if None.
+        size: Height and width of its input in pixels; the network's own if None.
+        head: Name of the last linear layer; detected if "".
         num_maps: Number of spatial feature maps to return.
         autocast: Run the network under bfloat16 autocast.
 
     Raises:
         UsageError: The spec or an option is wrong.
-        OodHeatmapError: The weights do not fit, or the network cannot be used, see ``Classifier``.
+        OodHeatmapError: The weights do not fit, or the network fails a check of ``Classifier``.
     """
-    place, _, name = spec.rpartition(":")
-    if place.endswith(".py"):
-        # means the same from any directory
-        spec = f"{Path(place).resolve()}:{name}"
+    module, _, function = spec.rpartition(":")
+    if module.endswith(".py"):
+        # absolute, so that it does not depend on the working directory
+        spec = f"{Path(module).resolve()}:{function}"
     network, transform, own_mean, own_std = build(spec, num_classes, pretrained=weights is None)
     if size is not None:
         transform = replace(transform, size=size, resize=0) if transform else Transform(size)
@@ -399,17 +398,17 @@ def restore_classifier(
     fingerprint: Mapping[str, Any] | None = None,
     num_maps: int | None = None,
 ) -> Classifier:
-    """Load the classifier that a run was made with, from its own copy of the weights.
+    """Load the classifier of a run from the run's copy of its weights.
 
     Args:
-        config: Of the classifier.
-        weights: The run's copy.
-        fingerprint: Of the classifier that the run was made with; not compared when None.
-        num_maps: Number of spatial feature maps to return; as many as the run's when None.
+        config: Configuration in the run.
+        weights: The run's copy of the weights.
+        fingerprint: Fingerprint in the run; not compared if None.
+        num_maps: Number of spatial feature maps to return; that of the run if None.
 
     Raises:
-        StaleCacheError: It is another classifier by now; names what differs. The user's code has
-            not run when its source differs.
+        StaleCacheError: The classifier has changed; the message names what differs. User code
+            whose source has changed is not run.
         OodHeatmapError: The user's code is not trusted, see ``user_code``.
     """
     code = parse_user_code(config.spec)
@@ -424,7 +423,7 @@ def restore_classifier(
         network,
         replace(config, num_maps=num_maps),
         weights,
-        # those of the run, unless it has fewer
+        # detected again if the run has fewer
         maps if len(maps) == num_maps else None,
     )
     if fingerprint is not None:
@@ -438,14 +437,14 @@ def _make_classifier(
     weights: Path | None,
     maps: Sequence[FeatureMap] | None = None,
 ) -> Classifier:
-    """Put weights into a network and wrap it."""
+    """Load weights into a network and wrap it."""
     tensors = [*network.parameters(), *network.buffers()]
     if any(is_lazy(item) for item in tensors):
-        # lazy layers get their shapes from a first image; what it brings up is said by Classifier
+        # lazy layers get their shapes from a first image; if that fails, Classifier reports it
         with torch.no_grad(), suppress(Exception):
             network.eval()(random_pixels(1, config.transform.size) / 255)
     if weights is not None:
-        put_weights(network, load_weights(weights), weights)
+        load_state_dict(network, load_weights(weights), weights)
     classifier = Classifier(network, config, maps)
     if config.num_classes is not None and classifier.num_classes != config.num_classes:
         raise UsageError(
@@ -456,11 +455,11 @@ def _make_classifier(
 
 
 def _check_same(spec: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise StaleCacheError when fingerprints differ, but for the number of feature maps."""
+    """Raise StaleCacheError if fingerprints differ, apart from the feature maps."""
     for name in sorted((before.keys() | now.keys()) - {"num_maps", "maps"}):
         if before.get(name) != now.get(name):
             raise StaleCacheError(
-                f"the run was made with another classifier than {spec} is now: {name} was "
-                f"{before.get(name)!s:.80}, is {now.get(name)!s:.80}. Run `ood-heatmap index` "
+                f"{spec} is no longer the classifier that the run was made with: {name} was "
+                f"{before.get(name)!s:.80}, now {now.get(name)!s:.80}. Run `ood-heatmap index` "
                 "again with --overwrite."
             )

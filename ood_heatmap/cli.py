@@ -116,12 +116,17 @@ def index(
     from ood_heatmap.checkpoints import first_few
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.index import build_index
-    from ood_heatmap.pipeline.inputs import open_classifier, open_source
+    from ood_heatmap.pipeline.inputs import open_classifier, open_sources
     from ood_heatmap.pipeline.results import IndexResults
 
     with stage_device(device) as torch_device:
         network = open_classifier(classifier, torch_device)
-        images = open_source(data.id_source, data, class_order=data.class_order)
+        images = open_sources(
+            data.id_sources,
+            data,
+            class_order=data.class_order,
+            need_labels=not config.ignore_labels,
+        )
         click.echo(
             f"classifier {classifier.spec}: {network.num_classes} classes, {network.num_features} "
             f"features (input of {network.head}), {network.config.transform.size} px, mean "
@@ -156,12 +161,12 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
         ood-heatmap targets runs/c10 --ood data/places365 --limit 10000
     """
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.pipeline.inputs import open_source
+    from ood_heatmap.pipeline.inputs import open_sources
     from ood_heatmap.pipeline.results import TargetsResults
     from ood_heatmap.pipeline.targets import build_targets
 
     with stage_device(device) as torch_device:
-        images = open_source(data.ood_source, data)
+        images = open_sources(data.ood_sources, data, need_labels=False)
         results = TargetsResults.from_manifest(build_targets(run, images, torch_device, config))
     click.echo(
         f"{results.num_images} OOD images paired ({results.pairing}), {results.backend}; "
@@ -213,14 +218,14 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
     """
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
-    from ood_heatmap.pipeline.inputs import near_names, open_ood_sets, open_source
+    from ood_heatmap.pipeline.inputs import near_names, open_ood_sets, open_source, open_sources
     from ood_heatmap.pipeline.results import EvaluationResults
     from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_metrics
 
     config = replace(config, near=near_names(config.near, data.ood_sources))
     with stage_device(device) as torch_device:
-        id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
+        id_images, ood_sets = open_sources(data.id_sources, data), open_ood_sets(data)
         held_out = None if data.calibration is None else open_source(data.calibration, data)
         manifest = evaluate_run(
             run,
@@ -328,13 +333,13 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
         ood-heatmap localize runs/c10 --id cifar10/test --ood svhn/test
     """
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.pipeline.inputs import open_ood_sets, open_source
+    from ood_heatmap.pipeline.inputs import open_ood_sets, open_sources
     from ood_heatmap.pipeline.localize import localize as localize_run
     from ood_heatmap.pipeline.results import LocalizationResults
     from ood_heatmap.pipeline.run import read_result
     from ood_heatmap.pipeline.tables import format_localization
 
-    id_images, ood_sets = open_source(data.id_source, data), open_ood_sets(data)
+    id_images, ood_sets = open_sources(data.id_sources, data), open_ood_sets(data)
     with stage_device(device) as torch_device:
         manifest = localize_run(run, id_images, ood_sets, torch_device, config)
     results = LocalizationResults.from_manifest(manifest)
@@ -400,11 +405,16 @@ def plan_index(
         ood-heatmap plan index runs/c10 --id cifar10/train --classifier cifar-resnet18
     """
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.pipeline.inputs import open_classifier, open_source
+    from ood_heatmap.pipeline.inputs import open_classifier, open_sources
     from ood_heatmap.pipeline.plan import plan_index as make_plan
 
     data = replace(data, download=False)
-    images = open_source(data.id_source, data, class_order=data.class_order)
+    images = open_sources(
+        data.id_sources,
+        data,
+        class_order=data.class_order,
+        need_labels=not config.ignore_labels,
+    )
     with stage_device(device) as torch_device:
         network = open_classifier(classifier, torch_device)
         _echo_plan(make_plan(images, network, config), run, torch_device)
@@ -423,10 +433,10 @@ def plan_targets(run: Path, data: TargetsData, config: TargetsConfig, device: st
         ood-heatmap plan targets runs/c10 --ood data/places365 --limit 10000
     """
     from ood_heatmap.devices import stage_device
-    from ood_heatmap.pipeline.inputs import open_source
+    from ood_heatmap.pipeline.inputs import open_sources
     from ood_heatmap.pipeline.plan import plan_targets as make_plan
 
-    images = open_source(data.ood_source, replace(data, download=False))
+    images = open_sources(data.ood_sources, replace(data, download=False), need_labels=False)
     with stage_device(device) as torch_device:
         _echo_plan(make_plan(run, images, torch_device, config), run, torch_device)
 

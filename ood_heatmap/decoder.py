@@ -21,7 +21,7 @@ from ood_heatmap.errors import DamagedCacheError
 
 _Target: TypeAlias = Literal["signed", "magnitude"]
 _Stack: TypeAlias = Literal["plain", "dcgan"]
-# what becomes 0 and what becomes 1: one number for all channels, or one for each
+# the values mapped to 0 and to 1, for all channels or for each
 _Range: TypeAlias = tuple[float | NDArray[np.float32], float | NDArray[np.float32]]
 
 # neurons of the plain decoder's hidden layer, and channels of its spatial branches
@@ -38,8 +38,8 @@ class DecoderConfig:
         num_classes: Classes L of the classifier.
         size: Height and width of the heatmap.
         target: ``signed`` (tanh, [-1, 1]) or ``magnitude`` (sigmoid, [0, 1]).
-        width: Channels of the first map; derived from D when 0.
-        map_shapes: ``(C, h, w)`` of each feature map that the decoder takes.
+        width: Channels of the first map; derived from D if 0.
+        map_shapes: ``(C, h, w)`` of each feature map that the decoder uses.
         num_channels: Channels of the heatmap.
         stack: ``dcgan`` for ``DcganDecoder``, ``plain`` for ``PlainDecoder``.
     """
@@ -69,7 +69,7 @@ class DecoderConfig:
 
     @property
     def num_inputs(self) -> int:
-        """Scaled inputs of an image beside the one-hot class: features and, if used, map stds."""
+        """Number of scaled inputs, without the one-hot class: features and, if used, map stds."""
         map_std = self.map_shapes[0][0] if self.map_shapes and self.stack == "plain" else 0
         return self.num_features + map_std
 
@@ -110,11 +110,11 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """What both decoders share: scaled inputs, resized feature maps, the range of the output.
+    """Base class of both decoders: scaling of inputs and feature maps, range of the output.
 
     Args:
         config: The architecture.
-        feature_range: Range of the inputs; in the paper minimum and maximum over all ID training
+        feature_range: Range of the inputs; in the paper, minimum and maximum over all ID training
             features.
         map_ranges: Range of the channels of each feature map.
     """
@@ -131,8 +131,8 @@ class Decoder(nn.Module):
         self.config = config
         self.register_buffer("feature_range", _to_range(feature_range, config.num_inputs))
         for number, shape in enumerate(config.map_shapes):
-            given = map_ranges[number] if map_ranges else _UNIT_RANGE
-            self.register_buffer(f"map_range_{number}", _to_range(given, shape[0]))
+            map_range = map_ranges[number] if map_ranges else _UNIT_RANGE
+            self.register_buffer(f"map_range_{number}", _to_range(map_range, shape[0]))
         # numbers of the feature maps that join at each step
         self._joining = [
             [number for number, joins_at in enumerate(config.joins) if joins_at == step]
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
 class DcganDecoder(Decoder):
     """The paper's decoder: transposed convolutions with batch norm.
 
-    A feature map goes through a 1x1 convolution and is concatenated to the decoder's map.
+    Each feature map goes through a 1x1 convolution and is concatenated to the decoder's map.
 
     Source: Hornauer and Belagiannis, Heatmap-based Out-of-Distribution Detection, WACV 2023; the
         architecture is that of Radford et al., DCGAN, ICLR 2016.
@@ -193,7 +193,7 @@ class DcganDecoder(Decoder):
         num_inputs = config.num_inputs + config.num_classes
         self.first = nn.Linear(num_inputs, widths[0] * config.first_size**2, bias=False)
         self.first_norm = nn.Sequential(_BatchNorm(widths[0]), nn.ReLU())
-        # each feature map that joins adds as many channels as were there
+        # each feature map that joins adds as many channels as the decoder's map has
         joined = [
             width * (1 + len(joining)) for width, joining in zip(widths, self._joining, strict=True)
         ]
@@ -211,7 +211,7 @@ class DcganDecoder(Decoder):
         maps: Sequence[Tensor] = (),
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Return heatmaps: see ``PlainDecoder.forward``."""
+        """Return heatmaps, see ``PlainDecoder.forward``."""
         x = self.first(self._scale_inputs(features, prediction, noise))
         size = self.config.first_size
         x = self.first_norm(x.unflatten(1, (-1, size, size)))
@@ -227,9 +227,9 @@ class DcganDecoder(Decoder):
 class PlainDecoder(Decoder):
     """Transposed convolutions without batch norm, trained with noise on the inputs.
 
-    With batch norm, noise would change the statistics, which at inference come without it. The
-    standard deviations of the deepest feature map are inputs beside the features. Feature maps say
-    where an image is OOD and not how much: see ``_SpatialBranch``.
+    With batch norm, the noise would change the statistics, and inference has no noise. Inputs are
+    the features and the standard deviations of the deepest feature map. Feature maps affect where a
+    heatmap is high, not how high it is on average, see ``_SpatialBranch``.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class PlainDecoder(Decoder):
         )
         self.last = nn.Conv2d(widths[-1], config.num_channels, 1)
         self.apply(_init_he)
-        # start near the target of ID images, 0 everywhere
+        # start near the target of ID images, which is 0 everywhere
         for last in (self.last, *(branch.last for branch in branches)):
             nn.init.normal_(last.weight, 0.0, 0.02)
         assert self.last.bias is not None
@@ -298,7 +298,7 @@ def make_decoder(
     feature_range: _Range = _UNIT_RANGE,
     map_ranges: Sequence[_Range] = (),
 ) -> Decoder:
-    """Return an untrained decoder; for the arguments see ``Decoder``."""
+    """Make an untrained decoder; see ``Decoder`` for the arguments."""
     if config.stack == "dcgan":
         return DcganDecoder(config, feature_range, map_ranges)
     return PlainDecoder(config, feature_range, map_ranges)
@@ -306,7 +306,7 @@ def make_decoder(
 
 def decoder_metadata(config: DecoderConfig, index_fingerprint: str) -> dict[str, str]:
     """Return the metadata of a decoder's safetensors file."""
-    # one entry: safetensors writes several in a different order every time
+    # one entry: the order of several would vary between files
     content = {"decoder": asdict(config), "index": index_fingerprint}
     return {"ood_heatmap": json.dumps(content)}
 
@@ -316,7 +316,7 @@ def load_decoder(content: bytes, path: Path) -> Decoder:
 
     Args:
         content: A safetensors file with ``decoder_metadata``.
-        path: Its path, named in errors.
+        path: Its path, for messages.
 
     Raises:
         DamagedCacheError: The file is not a decoder.
@@ -336,8 +336,8 @@ def load_decoder(content: bytes, path: Path) -> Decoder:
 class _SpatialBranch(nn.Module):
     """Adds a zero-mean correction, so feature maps decide where and the features how much.
 
-    Takes a feature map beside the decoder's own map of the same size. The spatial mean is removed:
-    the features predict the strength of a heatmap better than a feature map does.
+    Inputs are a feature map and the decoder's map of the same size. The spatial mean is removed:
+    features predict the strength of a heatmap better than a feature map does.
 
     Args:
         num_channels: Channels of the feature map.
@@ -372,10 +372,10 @@ class _SpatialBranch(nn.Module):
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """Batch norm with the mean and variance over the batches of all ranks.
+    """Batch norm with mean and variance over the batches of all ranks.
 
-    Several ranks then train as one would with the same total batch size. ``nn.SyncBatchNorm`` does
-    this on GPUs only.
+    Training is then equivalent to one rank with the same total batch size. ``nn.SyncBatchNorm``
+    supports only GPUs.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ SCALE = 1 / 255
 
 
 def difference(nearest: NDArray[np.uint8], images: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """Return the change that would turn OOD images into their nearest ID images.
+    """Return the differences ``nearest - images`` between nearest ID images and OOD images.
 
     Args:
         nearest: ``(B, C, H, W)`` uint8, the nearest ID image of each row.
@@ -27,21 +27,21 @@ def difference(nearest: NDArray[np.uint8], images: NDArray[np.uint8]) -> NDArray
     """
     if nearest.shape != images.shape or not nearest.dtype == images.dtype == np.uint8:
         raise ValueError(
-            f"both must be uint8 of one shape, got {nearest.dtype} {nearest.shape} and "
+            f"both must be uint8 of the same shape, got {nearest.dtype} {nearest.shape} and "
             f"{images.dtype} {images.shape}"
         )
     return np.subtract(nearest, images, dtype=np.int16)
 
 
 def target_heatmap(stored: Tensor, *, signed: bool) -> Tensor:
-    """Return what the decoder should return.
+    """Return the target of the decoder.
 
     Args:
         stored: ``(B, C, H, W)`` int16 differences in steps of 1/255; 0 for ID images.
-        signed: The difference itself; otherwise its absolute value.
+        signed: Return the difference itself instead of its absolute value.
 
     Returns:
-        ``(B, C, H, W)`` float32 in [-1, 1], or [0, 1] when not signed.
+        ``(B, C, H, W)`` float32 in [-1, 1], or in [0, 1] if not signed.
     """
     target = stored.to(torch.float32) * SCALE
     return target if signed else target.abs()
@@ -53,30 +53,30 @@ def weighted_squared_error(heatmap: Tensor, target: Tensor, weight: Tensor | Non
     Args:
         heatmap: ``(B, C, H, W)`` from the decoder, in any floating-point dtype.
         target: Same shape, float32.
-        weight: ``(B,)`` weight of each image; 1 when None.
+        weight: ``(B,)`` weight of each image; 1 if None.
 
     Raises:
         ValueError: The shapes differ.
     """
     if heatmap.shape != target.shape:
         raise ValueError(f"heatmap {tuple(heatmap.shape)} and target {tuple(target.shape)} differ")
-    # of a bfloat16 heatmap the difference is float32, by type promotion
+    # bfloat16 heatmaps: the difference is float32, by type promotion
     each = ((1 + 5 * target.abs()) * (heatmap - target).square()).sum(dim=(1, 2, 3))
     return each.mean() if weight is None else (weight * each).mean()
 
 
 def region_weight(stored: Tensor, power: float) -> Tensor:
-    """Return the weight of each image in the loss: the smaller its OOD region, the larger.
+    """Return the weight of each image in the loss, larger for a smaller OOD region.
 
-    A patch has few pixels, and would hardly count beside an image that is OOD all over.
+    Without it, a small patch would contribute little compared with an image that is OOD everywhere.
 
     Args:
         stored: ``(B, C, H, W)`` int16 differences; 0 outside the region.
-        power: 0 weights images alike, 1 weights regions alike whatever their size.
+        power: 0 weights all images equally, 1 all regions, regardless of their size.
 
     Returns:
-        ``(B,)`` float32: (pixels of the image / pixels of the region) to this power; 1 for ID
-        images, which have no region.
+        ``(B,)`` float32: (pixels of the image / pixels of the region) ** power; 1 for ID images,
+        which have no region.
     """
     share = (stored != 0).any(dim=1).float().mean(dim=(1, 2))
     return torch.where(share > 0, share, 1.0).pow(-power)

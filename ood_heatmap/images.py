@@ -5,14 +5,10 @@ the difference of two images is exact. EXIF orientation is applied first, in eve
 every format; torchvision's ``ImageFolder`` ignores it.
 """
 
-import hashlib
 import math
 import re
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
@@ -202,7 +198,7 @@ def _to_rgb(image: Decoded) -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image.transpose(1, 2, 0))
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "RGB":
@@ -229,7 +225,7 @@ def _to_rgb(image: Decoded) -> Image.Image:
     return image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or damaged.
 
     Pillow rotates TIFF files on loading, and reports them as upright afterwards.
@@ -407,105 +403,6 @@ def class_orders(classes: Sequence[str]) -> dict[ClassOrder, tuple[str, ...]]:
     return {order: names for order, names in orders.items() if names != tuple(classes)}
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """An unreadable image that was skipped.
-
-    Args:
-        row: Row of the set.
-        name: Name in the set.
-        reason: Short reason.
-    """
-
-    row: int
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of decoded images.
-
-    Args:
-        rows: ``(B,)`` rows of the set, ascending, without unreadable images.
-        pixels: ``(B, 3, H, W)`` uint8.
-        digests: Concatenated sha256 of each image's bytes.
-        modes: Number of images converted to RGB, by original mode.
-        notes: Number of images with another peculiarity, by description.
-        skipped: Unreadable images.
-        seconds: Wall time of the decoding thread.
-        cpu_seconds: CPU time of the decoding thread.
-    """
-
-    rows: NDArray[np.int64]
-    pixels: NDArray[np.uint8]
-    digests: bytes
-    modes: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    skipped: tuple[Unreadable, ...] = ()
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-
-def decode(
-    images: ImageSet,
-    rows: NDArray[np.int64],
-    transform: Transform,
-    *,
-    skip_unreadable: bool = False,
-) -> Batch:
-    """Read and transform a batch of images.
-
-    Raises:
-        UnreadableImageError: An image is unreadable and ``skip_unreadable`` is False.
-    """
-    started, cpu_started = time.perf_counter(), time.thread_time()
-    if images.array is not None and transform.keeps(*images.array.shape[2:]):
-        pixels = np.ascontiguousarray(images.array[rows])
-        batch = Batch(rows, pixels, b"".join(hashlib.sha256(image).digest() for image in pixels))
-    else:
-        batch = _decode_each(images, rows, transform, skip_unreadable)
-    return replace(
-        batch,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.thread_time() - cpu_started,
-    )
-
-
-def _decode_each(
-    images: ImageSet, rows: NDArray[np.int64], transform: Transform, skip_unreadable: bool
-) -> Batch:
-    """Read and transform images one by one."""
-    pixels = np.empty((len(rows), 3, transform.size, transform.size), np.uint8)
-    kept: list[int] = []
-    digests: list[bytes] = []
-    skipped: list[Unreadable] = []
-    modes, notes = Counter[str](), Counter[str]()
-    for row in rows.tolist():
-        name = images.names[row]
-        try:
-            image, digest = images.read(row)
-            pixels[len(kept)] = apply_transform(transform, image, name)
-        except UnreadableImageError as error:
-            if not skip_unreadable:
-                raise
-            skipped.append(Unreadable(row, name, error.reason))
-            continue
-        kept.append(row)
-        digests.append(digest)
-        if isinstance(image, Image.Image):
-            modes.update([image.mode] if image.mode != "RGB" else [])
-            notes.update(_iter_notes(image))
-    return Batch(
-        np.array(kept, np.int64),
-        pixels[: len(kept)],
-        b"".join(digests),
-        modes,
-        notes,
-        tuple(skipped),
-    )
-
-
 def apply_transform(transform: Transform, image: Decoded, name: str) -> NDArray[np.uint8]:
     """Transform an image, and name it in the error on failure.
 
@@ -519,58 +416,3 @@ def apply_transform(transform: Transform, image: Decoded, name: str) -> NDArray[
         raise
     except Exception as error:
         raise unreadable(name, error) from error
-
-
-def _iter_notes(image: Image.Image) -> Iterator[str]:
-    """Yield peculiarities of an image that its owner may not expect."""
-    if _orientation(image) != 1:
-        yield "rotated by EXIF orientation"
-    if image.mode.startswith("I") and np.asarray(image).max() < 4096:
-        yield "nearly black: 16-bit grey values below 4096 of 65535"
-
-
-def iter_batches(
-    images: ImageSet,
-    chunks: Iterable[NDArray[np.int64]],
-    transform: Transform,
-    *,
-    workers: int,
-    skip_unreadable: bool = False,
-) -> Iterator[Batch]:
-    """Decode images in threads, prefetched and in order.
-
-    Threads instead of processes: decoding and resizing release the GIL, and nothing is pickled.
-
-    Args:
-        images: The set.
-        chunks: Rows of each batch, ascending.
-        transform: The transform of all images.
-        workers: Number of threads, also the number of prefetched batches.
-        skip_unreadable: Skip unreadable images instead of raising.
-
-    Raises:
-        UnreadableImageError: An image is unreadable; names the image.
-    """
-    return prefetch(
-        lambda rows: decode(images, rows, transform, skip_unreadable=skip_unreadable),
-        chunks,
-        workers=workers,
-    )
-
-
-def prefetch(
-    function: Callable[[_Item], _Done], items: Iterable[_Item], *, workers: int
-) -> Iterator[_Done]:
-    """Yield ``function(item)`` in order, computed in threads, up to ``workers`` items ahead."""
-    waiting: deque[Future[_Done]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -1,5 +1,6 @@
 """Names and labels of the images of a set, compact enough for ten million of them."""
 
+import hashlib
 import os
 import re
 from array import array
@@ -23,7 +24,8 @@ def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return size in bytes and modification time in ns of a file, -1 if it is missing."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
+        # a name with a null character is no file
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
@@ -99,6 +101,12 @@ class Labelling(NamedTuple):
     labels: NDArray[np.int32]
     classes: tuple[str, ...]
     has_class_names: bool
+
+    def update(self, listing: "hashlib._Hash") -> None:
+        """Add the labels to the hash of a listing."""
+        listing.update(self.labels.astype("<i4").tobytes())
+        for name in self.classes if self.has_class_names else ():
+            listing.update(f"{name}\n".encode(errors="surrogateescape"))
 
 
 class Labels:

@@ -1,7 +1,7 @@
-"""Networks by name: the reference's own, torchvision's, timm's, and those of a user's code.
+"""Networks by name: those of the reference, torchvision, timm, and user code.
 
-The reference's are CIFAR ResNet-18, ResNet-50 for 64 pixels, and WRN-40-2. Names and shapes of
-their parameters are those of its released checkpoints, so that they load.
+The networks of the reference are CIFAR ResNet-18, ResNet-50 for 64 pixels, and WRN-40-2. Names and
+shapes of their parameters match its released checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from ood_heatmap.user_code import UserCode, describe_error
 
 
 class _ResidualBlock(nn.Module):
-    """Convolutions with batch norm beside a shortcut.
+    """Convolutions with batch norm, and a shortcut.
 
     Args:
-        kernels: Size of each convolution; the first of size 3 has the stride.
-        channels: Channels before, between and after them.
+        kernels: Kernel size of each convolution; the first of size 3 has the stride.
+        channels: Channels before, between and after the convolutions.
         stride: 1, or 2 to halve the map.
     """
 
@@ -57,10 +57,10 @@ class _ResNet(nn.Module):
     """A ResNet for small images.
 
     Args:
-        depths: Blocks of each of the four stages.
-        bottleneck: Blocks of three convolutions and four times the channels, as in ResNet-50.
+        depths: Number of blocks in each of the four stages.
+        bottleneck: Use blocks of three convolutions with four times the channels, as in ResNet-50.
         num_classes: L.
-        pooled: Halve the map once more before the first stage, for 64-pixel images.
+        pooled: Add a max pool before the first stage, for 64-pixel images.
 
     Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016.
     """
@@ -95,7 +95,7 @@ class _ResNet(nn.Module):
 
 
 class _WideBlock(nn.Module):
-    """Norm, ReLU and convolution, twice, beside a shortcut; the second convolution strides."""
+    """Norm, ReLU and convolution, twice, and a shortcut; the second convolution has the stride."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _WideResNet(nn.Module):
     """A wide ResNet for 32-pixel images.
 
     Args:
-        depth: 6 n + 4 for n blocks a stage.
+        depth: 6 n + 4 for n blocks per stage.
         widen: Factor on the channels 16, 32 and 64.
         num_classes: L.
 
@@ -164,7 +164,7 @@ def _wrn_40_2(num_classes: int = 10) -> nn.Module:
 
 @dataclass(frozen=True)
 class _BuiltIn:
-    """A network with what belongs to it; the reference normalizes all of them alike."""
+    """A network with its defaults; the reference uses the same normalization for all of them."""
 
     build: Callable[[int], nn.Module]
     num_classes: int
@@ -180,21 +180,21 @@ _BUILT_IN = {
 }
 
 
-# a network with its own transform, mean and std
+# a network with its default transform, mean and std
 _Built: TypeAlias = tuple[nn.Module, Transform | None, tuple[float, ...], tuple[float, ...]]
 
 
 def build(spec: str, num_classes: int | None, *, pretrained: bool) -> _Built:
-    """Build the network of a SPEC, and return it with its own transform, mean and std.
+    """Build the network of a SPEC, and return it with its default transform, mean and std.
 
     Args:
         spec: See ``ClassifierConfig``.
-        num_classes: Classes of the network; its own default when None.
-        pretrained: Load the weights that the library publishes.
+        num_classes: Number of classes; the network's default if None.
+        pretrained: Load the library's pretrained weights.
 
     Raises:
-        UsageError: There is no such network, or it does not take the arguments.
-        OodHeatmapError: Its weights cannot be fetched.
+        UsageError: There is no such network, or it does not accept the arguments.
+        OodHeatmapError: Its weights cannot be downloaded.
     """
     if spec in _BUILT_IN:
         return _build_own(spec, num_classes, pretrained)
@@ -213,15 +213,15 @@ def build(spec: str, num_classes: int | None, *, pretrained: bool) -> _Built:
 
 
 def parse_user_code(spec: str) -> UserCode | None:
-    """Return the user's code that a SPEC names; None for networks of this package and libraries."""
-    place, colon, function = spec.rpartition(":")
+    """Return the user code named by a SPEC; None for networks of this package and of libraries."""
+    module, colon, function = spec.rpartition(":")
     if not colon or spec.startswith(("torchvision/", "timm/")):
         return None
-    return UserCode(place, function)
+    return UserCode(module, function)
 
 
 def _build_own(spec: str, num_classes: int | None, pretrained: bool) -> _Built:
-    """Return a network of the reference."""
+    """Build a network of the reference."""
     if pretrained:
         raise UsageError(f"{spec} comes without weights: add --weights FILE.")
     entry = _BUILT_IN[spec]
@@ -230,7 +230,7 @@ def _build_own(spec: str, num_classes: int | None, pretrained: bool) -> _Built:
 
 
 def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> _Built:
-    """Return ``NAME`` or ``NAME:WEIGHTS`` of torchvision, with its weights' own transform."""
+    """Build ``NAME`` or ``NAME:WEIGHTS`` of torchvision, with the transform of its weights."""
     from torchvision import models
 
     name, _, choice = name.partition(":")
@@ -248,23 +248,24 @@ def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> 
         network = models.get_model(name, weights=weights if pretrained else None, **arguments)
     except (OSError, RuntimeError) as error:
         raise OodHeatmapError(
-            f"the weights {weights} cannot be fetched ({error}). Add --weights FILE."
+            f"the weights {weights} cannot be downloaded ({error}). Add --weights FILE."
         ) from error
     except ValueError as error:
         raise UsageError(
-            f"torchvision/{name}: {error} Add --weights FILE for other classes."
+            f"torchvision/{name}: {error} Add --weights FILE to use other classes."
         ) from error
     if name == "inception_v3":
-        # as torchvision does for GoogLeNet by itself
+        # torchvision itself does the same for GoogLeNet
         network.aux_logits, network.AuxLogits = False, None
     return network, transform, tuple(preset.mean), tuple(preset.std)
 
 
 def _arguments_of_pretrained(name: str, weights: Any) -> dict[str, Any]:
-    """Return the arguments that torchvision sets when it loads weights itself.
+    """Return the arguments that torchvision sets when it loads pretrained weights.
 
-    Without them the same weights make another network: GoogLeNet and Inception v3 normalize their
-    input again, and vision transformers have as many positions as the images of their weights.
+    Without them the same weights give a different network: GoogLeNet and Inception v3 normalize
+    their input again, and the number of positions of a vision transformer depends on the image size
+    of its weights.
     """
     if name in ("googlenet", "inception_v3"):
         return {"transform_input": True, "aux_logits": False, "init_weights": False}
@@ -276,7 +277,7 @@ def _arguments_of_pretrained(name: str, weights: Any) -> dict[str, Any]:
 
 
 def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> _Built:
-    """Return ``NAME`` of timm, with its own transform."""
+    """Build ``NAME`` of timm, with its default transform."""
     try:
         import timm
         import timm.data
@@ -285,11 +286,11 @@ def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> _Built:
     arguments = {} if num_classes is None else {"num_classes": num_classes}
     try:
         network = timm.create_model(name, pretrained=pretrained, **arguments)
-    # unknown names, missing packages and networks, each with an exception of its own
+    # unknown names, missing packages and failed downloads each raise a different exception
     except Exception as error:
-        way_out = "Add --weights FILE." if pretrained else "Check --classifier and --num-classes."
+        remedy = "Add --weights FILE." if pretrained else "Check --classifier and --num-classes."
         raise OodHeatmapError(
-            f"timm/{name} cannot be made ({describe_error(error)}). {way_out}"
+            f"timm/{name} cannot be built ({describe_error(error)}). {remedy}"
         ) from error
     preset = timm.data.config.resolve_data_config({}, model=network)
     transform = Transform.from_timm(preset)
@@ -297,7 +298,7 @@ def _build_timm(name: str, num_classes: int | None, pretrained: bool) -> _Built:
 
 
 def _build_from_code(code: UserCode, num_classes: int | None) -> _Built:
-    """Return what the user's own function makes, which takes pixels in [0, 1] unless told."""
+    """Build the network of user code; its default input is pixels in [0, 1]."""
     network = code.make(num_classes)
     if not isinstance(network, nn.Module):
         raise UsageError(f"{code} returned {type(network).__name__}, not a torch.nn.Module.")

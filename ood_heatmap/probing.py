@@ -1,9 +1,9 @@
-"""What is inside a network, found by watching its modules while random pixels pass through.
+"""Find the head and the feature maps of a network with forward hooks and random pixels.
 
 The head is the layer whose output the network returns. A feature map is an output that follows the
-image: its grid grows with the image, or it changes where the image changes. The number of axes does
-not tell: attention weights, keys of each head, bias tables, the outputs of parametrizations and
-channels-last grids are tensors of four axes too.
+image: its grid grows with the image, or it changes where the image changes. The number of
+dimensions is not enough: attention weights, the keys of each head, bias tables, outputs of
+parametrizations and channels-last grids have four dimensions as well.
 """
 
 import math
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ood_heatmap.errors import OodHeatmapError
 
 _Layout = Literal["channels first", "channels last", "tokens"]
-# uint8 images (B, 3, S, S) to logits; raises OodHeatmapError when the network cannot take them
-Run = Callable[[Tensor], Any]
+# uint8 images (B, 3, S, S) to logits; raises OodHeatmapError if the network fails on them
+Forward = Callable[[Tensor], Any]
 # contrast between the halves of a map, see _contrast: 0.3 to 1 for maps of forty architectures;
-# attention weights and grids in windows, which have the image's rows on some axis, reach 0.13
+# attention weights and windowed grids, where the image's rows lie along some axis, reach 0.13
 _CERTAIN = 0.2
-# enough for an output with the grid of a certain map; keys and misread grids are within 0.01 of 0
+# enough if the grid has the size of a certain map; keys and misread grids are within 0.01 of 0
 _PLAUSIBLE = 0.03
 
 
@@ -36,13 +36,13 @@ def random_pixels(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 @contextmanager
-def watching(
-    modules: Mapping[str, nn.Module], see: Callable[[str, tuple[Any, ...], Any], None]
+def forward_hooks(
+    modules: Mapping[str, nn.Module], record: Callable[[str, tuple[Any, ...], Any], None]
 ) -> Iterator[None]:
-    """Call ``see(name, inputs, output)`` after each run of one of the modules."""
+    """Call ``record(name, inputs, output)`` after each forward pass of one of the modules."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda _, inputs, output: see(name, inputs, output)
+        return lambda _, inputs, output: record(name, inputs, output)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
@@ -52,8 +52,8 @@ def watching(
             handle.remove()
 
 
-def last_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that can be a head: linear ones and 1x1 convolutions, by name."""
+def head_candidates(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that may be the head, by name: linear layers and 1x1 convolutions."""
     return {
         name: module
         for name, module in network.named_modules()
@@ -62,38 +62,38 @@ def last_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find_head(network: nn.Module, run: Run, pixels: Tensor) -> str:
+def find_head(network: nn.Module, forward: Forward, pixels: Tensor) -> str:
     """Find the layer whose output is the logits.
 
     Args:
-        network: Whose layers are watched.
-        run: Passes images through it.
+        network: The network.
+        forward: Runs the network.
         pixels: uint8 images of the network's input size.
 
     Returns:
         The layer's name.
 
     Raises:
-        OodHeatmapError: There is none.
+        OodHeatmapError: There is no such layer.
     """
     outputs: dict[str, Tensor] = {}
 
-    def see(name: str, _: tuple[Any, ...], output: Tensor) -> None:
+    def record(name: str, _: tuple[Any, ...], output: Tensor) -> None:
         # a 1x1 convolution on a pooled map is a linear layer
         if output[0].numel() == output.shape[1]:
-            # a copy: what follows may change it in place
+            # a copy: later layers may modify it in place
             outputs[name] = output.flatten(1).clone()
 
-    layers = last_layers(network)
-    with watching(layers, see):
-        logits = run(pixels)
+    layers = head_candidates(network)
+    with forward_hooks(layers, record):
+        logits = forward(pixels)
     heads = [name for name, output in outputs.items() if torch.equal(output, logits)]
     if not heads:
         last = f"the last are {', '.join(list(layers)[-2:])}" if layers else "it has none"
         raise OodHeatmapError(
             f"no linear layer of the network returns its logits ({last}): something follows, such "
-            "as a log_softmax, pooling, or the mean of several heads or views. Name with "
-            "--classifier a function whose network ends in one linear layer."
+            "as a log_softmax, pooling, or the mean of several heads or views. Pass --classifier a "
+            "function whose network ends in one linear layer."
         )
     return heads[-1]
 
@@ -103,9 +103,9 @@ class FeatureMap:
     """An output of a network that is a spatial feature map.
 
     Args:
-        name: Of the module that returns it.
+        name: Name of the module that returns it.
         layout: ``(B, C, h, w)``; ``(B, h, w, C)``; or ``(B, N, C)``, tokens of a square grid in
-            row-major order, behind those that have no place in the image (class token, registers).
+            row-major order, preceded by those without a position (class token, registers).
     """
 
     name: str
@@ -116,7 +116,7 @@ class FeatureMap:
 
     @staticmethod
     def parse(text: str) -> "FeatureMap":
-        """Return what ``str`` made a text of."""
+        """Parse the output of ``str``."""
         name, _, layout = text.removesuffix(")").partition(" (")
         layouts = {known: known for known in get_args(_Layout)}
         return FeatureMap(name, layouts.get(layout, "channels first"))
@@ -131,23 +131,25 @@ class FeatureMap:
         return output[:, -side * side :].transpose(1, 2).reshape(output.shape[0], -1, side, side)
 
 
-def find_maps(network: nn.Module, run: Run, size: int, count: int) -> tuple[FeatureMap, ...]:
-    """Find the last feature map of each resolution, the deepest first.
+def find_maps(
+    network: nn.Module, forward: Forward, size: int, count: int
+) -> tuple[FeatureMap, ...]:
+    """Find the last feature map of each resolution, deepest first.
 
-    Of all modules whose output has a resolution, the outermost are looked at, and of those the
-    last: the end of a stage, not a layer inside the next one.
+    Among the modules whose output has a given resolution, the last of the outermost ones is chosen:
+    the end of a stage, not a layer inside the next one.
 
     Args:
-        network: Whose modules are watched.
-        run: Passes images through it.
-        size: Pixels of its input.
-        count: How many to return.
+        network: The network.
+        forward: Runs the network.
+        size: Height and width of its input in pixels.
+        count: Number of feature maps to return.
 
     Raises:
         OodHeatmapError: There are fewer.
     """
     by_size: dict[tuple[int, ...], list[FeatureMap]] = {}
-    for feature_map, shape in _all_maps(network, run, size).items():
+    for feature_map, shape in _all_maps(network, forward, size).items():
         by_size.setdefault(tuple(shape[2:]), []).append(feature_map)
     ends = []
     for _, maps in sorted(by_size.items()):
@@ -156,24 +158,24 @@ def find_maps(network: nn.Module, run: Run, size: int, count: int) -> tuple[Feat
     if len(ends) < count:
         raise OodHeatmapError(
             f"the network has spatial feature maps of {len(ends)} sizes, --feature-maps asks for "
-            f"{count}: use --feature-maps {len(ends)}, and the same with train."
+            f"{count}: use --feature-maps {len(ends)}, also for train."
         )
     return tuple(ends[:count])
 
 
-def _all_maps(network: nn.Module, run: Run, size: int) -> dict[FeatureMap, torch.Size]:
+def _all_maps(network: nn.Module, forward: Forward, size: int) -> dict[FeatureMap, torch.Size]:
     """Return all feature maps with their shapes ``(B, C, h, w)``, in the order of computation."""
     modules = {name: module for name, module in network.named_modules() if name}
-    grids = _grids(modules, run, random_pixels(2, size))
+    grids = _grids(modules, forward, random_pixels(2, size))
     larger = 2 * size if size <= 64 else size + 64
-    # a network of a fixed input size stops at some module: those before it have been seen
-    larger_grids = _grids(modules, run, random_pixels(3, larger))
+    # a network with a fixed input size fails at some module: the modules before it are recorded
+    larger_grids = _grids(modules, forward, random_pixels(3, larger))
     maps = {item for item in grids if _grows(grids[item], larger_grids.get(item), larger / size)}
     decided = {item.name for item in maps}
     undecided = {item.name: modules[item.name] for item in grids if item.name not in decided}
-    contrasts = _contrasts(undecided, run, size) if undecided else {}
+    contrasts = _contrasts(undecided, forward, size) if undecided else {}
     maps |= {item for item, contrast in contrasts.items() if contrast > _CERTAIN}
-    # deep in a transformer each position depends on the whole image, and little on its own place
+    # deep in a transformer each token depends on the whole image, and little on its own position
     sides = {grids[item][2:] for item in maps}
     maps |= {
         item
@@ -184,22 +186,22 @@ def _all_maps(network: nn.Module, run: Run, size: int) -> dict[FeatureMap, torch
 
 
 def _grids(
-    modules: Mapping[str, nn.Module], run: Run, pixels: Tensor
+    modules: Mapping[str, nn.Module], forward: Forward, pixels: Tensor
 ) -> dict[FeatureMap, torch.Size]:
-    """Return every reading of a module's output as a map of these images, and its shape."""
+    """Return every reading of a module's output as a feature map, and its shape."""
     grids: dict[FeatureMap, torch.Size] = {}
 
-    def see(name: str, _: tuple[Any, ...], output: Any) -> None:
+    def record(name: str, _: tuple[Any, ...], output: Any) -> None:
         for item, grid in _readings(name, output, len(pixels)):
             grids[item] = grid.shape
 
-    with watching(modules, see), suppress(OodHeatmapError):
-        run(pixels)
+    with forward_hooks(modules, record), suppress(OodHeatmapError):
+        forward(pixels)
     return grids
 
 
 def _readings(name: str, output: Any, batch: int) -> Iterator[tuple[FeatureMap, Tensor]]:
-    """Yield the readings of an output as a map of more than one row and column."""
+    """Yield the readings of an output as a feature map with more than one row and column."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != batch:
         return
     layouts: tuple[_Layout, ...] = ("channels first", "channels last")
@@ -211,7 +213,7 @@ def _readings(name: str, output: Any, batch: int) -> Iterator[tuple[FeatureMap, 
 
 
 def _grows(shape: torch.Size, larger: torch.Size | None, ratio: float) -> bool:
-    """Tell whether a grid follows an input that is larger by a ratio, up to one row and column."""
+    """Return whether a grid scales with the input by ``ratio``, up to one row and column."""
     if larger is None or larger[1] != shape[1]:
         return False
     return all(
@@ -220,10 +222,13 @@ def _grows(shape: torch.Size, larger: torch.Size | None, ratio: float) -> bool:
     )
 
 
-def _contrasts(modules: Mapping[str, nn.Module], run: Run, size: int) -> dict[FeatureMap, float]:
-    """Return the contrast of the best reading of each module's output as a map.
+def _contrasts(
+    modules: Mapping[str, nn.Module], forward: Forward, size: int
+) -> dict[FeatureMap, float]:
+    """Return the contrast of the best reading of each module's output as a feature map.
 
-    A quadrant of the image is replaced at a time; in a map the change lies in the same quadrant.
+    One quadrant of the image at a time is replaced; in a feature map the change is in the same
+    quadrant.
     """
     image, other = random_pixels(2, size)
     pixels = image.repeat(5, 1, 1, 1)
@@ -232,19 +237,19 @@ def _contrasts(modules: Mapping[str, nn.Module], run: Run, size: int) -> dict[Fe
         pixels[number + 1, :, rows, columns] = other[:, rows, columns]
     best: dict[str, tuple[float, FeatureMap]] = {}
 
-    def see(name: str, _: tuple[Any, ...], output: Any) -> None:
+    def record(name: str, _: tuple[Any, ...], output: Any) -> None:
         readings = []
         for item, grid in _readings(name, output, len(pixels)):
             contrast = _contrast(grid)
-            # a class token behind the others would shift the grid by one
+            # a class token after the others would shift the grid by one
             if item.layout == "tokens" and contrast < _contrast(item.to_grid(output.roll(1, 1))):
                 contrast = 0.0
             readings.append((contrast, item))
         if readings:
             best[name] = max(readings, key=itemgetter(0))
 
-    with watching(modules, see):
-        run(pixels)
+    with forward_hooks(modules, record):
+        forward(pixels)
     return {item: contrast for contrast, item in best.values()}
 
 
@@ -252,15 +257,15 @@ def _contrast(grid: Tensor) -> float:
     """Return how much more each half of a grid depends on its own half of the image.
 
     Args:
-        grid: ``(5, C, h, w)`` of an image, and of its copies with another upper left, upper right,
-            lower left and lower right quadrant.
+        grid: ``(5, C, h, w)`` for an image and its copies with the upper left, upper right, lower
+            left and lower right quadrant replaced.
 
     Returns:
         The smaller of the contrasts between upper and lower, and left and right half, in [-1, 1].
     """
     grid = grid.float()
     change = (grid[1:] - grid[:1]).square().sum(dim=1)  # (4, h, w)
-    # of each position's change, the share of each quadrant; 0 where nothing changes
+    # share of each quadrant in the change at each position; 0 where nothing changes
     upper_left, upper_right, lower_left, lower_right = (change / change.sum(dim=0)).nan_to_num()
     contrasts = []
     for dim, first, last in (

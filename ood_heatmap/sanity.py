@@ -1,7 +1,7 @@
-"""Sanity checks: what was measured, and is probably not what was meant.
+"""Sanity checks: measurements that are probably not what the user intended.
 
-Each check is a pure function that returns findings. It does not refuse anything: a stage writes the
-findings into its manifest, and the command ends with them.
+Each check is a pure function that returns findings and refuses nothing: a stage writes the findings
+into its manifest, and the command prints them at its end.
 """
 
 import math
@@ -21,19 +21,21 @@ _Int64 = NDArray[np.int64]
 # Cohen's kappa (0 by chance, 1 if all are right): below the first, accuracy is that of chance;
 # below the second it is low for a classifier on the images it was trained on
 _CHANCE_KAPPA, _LOW_KAPPA = 0.1, 0.6
-_MIN_IMAGES = 10  # of fewer nothing is said
-_MAX_CLASSES = 2000  # an assignment takes cubic time
+# no finding about fewer images
+_MIN_IMAGES = 10
+# an optimal assignment takes cubic time
+_MAX_CLASSES = 2000
 _NUM_SHUFFLES = 10
-_SHOWN = 3
+_NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was measured and is probably not meant.
+    """A measurement that is probably not intended.
 
     Args:
-        text: What it is, with the value, and the way out.
-        suspicious: Whether going on is pointless unless it is meant.
+        text: Description with the value and the remedy.
+        suspicious: Whether continuing is pointless unless it is intended.
     """
 
     text: str
@@ -41,7 +43,7 @@ class Finding:
 
 
 def texts(findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
-    """Return findings as results of a stage: all ``warnings``, and which are ``suspicious``."""
+    """Return findings as fields of ``Results``: all ``warnings``, and the ``suspicious`` ones."""
     return {
         "warnings": tuple(finding.text for finding in findings),
         "suspicious": tuple(finding.text for finding in findings if finding.suspicious),
@@ -51,15 +53,15 @@ def texts(findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
 def _confusion_matrix(
     label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], num_classes: int
 ) -> _Int64:
-    """Return how many images of each class are predicted as each class.
+    """Return the number of images of each class that are predicted as each class.
 
     Args:
-        label: ``(N,)`` classes; images with a label outside [0, num_classes) are left out.
+        label: ``(N,)`` classes; images with a label outside [0, num_classes) are ignored.
         prediction: ``(N,)`` predicted classes.
         num_classes: L.
 
     Returns:
-        ``(L, L)``, the first axis is the label.
+        ``(L, L)`` int64; the first axis is the label.
     """
     known = (label >= 0) & (label < num_classes)
     cell = label[known].astype(np.int64) * num_classes + prediction[known]
@@ -75,15 +77,15 @@ def check_classification(
     causes: str = "",
     unnormalized: bool = False,
 ) -> list[Finding]:
-    """Check what a classifier predicts on ID images.
+    """Check the predictions of a classifier on ID images.
 
     Args:
         label: ``(N,)`` classes, -1 where unknown.
         prediction: ``(N,)`` predicted classes.
-        classes: Class names by label; empty when unknown.
+        classes: Class names by label; empty if unknown.
         num_classes: L.
-        causes: What to check when the accuracy is that of chance, in sentences.
-        unnormalized: Whether mean and std are 0 and 1, which may not be what the network wants.
+        causes: What to check if the accuracy is that of chance, in full sentences.
+        unnormalized: Whether mean and std are 0 and 1, which may be wrong for the network.
     """
     names = list(classes) or [str(number) for number in range(num_classes)]
     findings = _check_one_class(label, prediction, names, causes)
@@ -94,8 +96,8 @@ def check_classification(
         if unnormalized:
             findings.append(
                 Finding(
-                    "mean and std are 0 and 1, and without class labels nobody knows whether that "
-                    "is right: add --mean and --std unless the network takes pixels in [0, 1]."
+                    "mean and std are 0 and 1, which cannot be checked without class labels: add "
+                    "--mean and --std unless the network takes pixels in [0, 1]."
                 )
             )
         return findings
@@ -107,7 +109,7 @@ def check_classification(
     chance = _chance_accuracy(label, prediction, num_classes)
     kappa = (accuracy - chance) / (1 - chance) if chance < 1 else 1.0
     if kappa < _CHANCE_KAPPA:
-        text = f"accuracy is {accuracy:.2%}, and chance alone would give {chance:.2%}. {causes}"
+        text = f"accuracy is {accuracy:.2%}, close to chance ({chance:.2%}). {causes}"
         findings.append(Finding(text.strip(), suspicious=True))
     elif unnormalized and kappa < _LOW_KAPPA:
         findings.append(
@@ -130,10 +132,10 @@ def _check_one_class(
     counts = np.bincount(prediction, minlength=len(names))
     top = int(counts.argmax())
     num_images, count = len(prediction), int(counts[top])
-    expected = label == top  # images that are of this class
     if num_images < _MIN_IMAGES or len(names) < 2 or count < 0.99 * num_images:
         return []
-    if expected.mean() > 0.9:
+    # no finding if the images really are of this class
+    if (label == top).mean() > 0.9:
         return []
     text = f"{count:,} of {num_images:,} images are predicted as class {names[top]!r}. {causes}"
     return [Finding(text.strip(), suspicious=count == num_images)]
@@ -142,7 +144,7 @@ def _check_one_class(
 def _chance_accuracy(
     label: NDArray[np.integer[Any]], prediction: NDArray[np.integer[Any]], num_classes: int
 ) -> float:
-    """Return the accuracy if the predictions were dealt out to the images at random."""
+    """Return the expected accuracy if the predictions were shuffled."""
     shares = [np.bincount(item, minlength=num_classes) / len(item) for item in (label, prediction)]
     return float(shares[0] @ shares[1])
 
@@ -152,8 +154,8 @@ def _check_class_order(
 ) -> list[Finding]:
     """Check that no other order of the classes fits the predictions far better.
 
-    The best assignment of labels to predictions is found over the confusion matrix. It must be
-    clearly better than that of shuffled predictions: with few images of many classes, some
+    The optimal assignment of labels to predictions is computed from the confusion matrix. It must
+    be clearly better than that of shuffled predictions: with few images of many classes, some
     assignment always looks good.
 
     Args:
@@ -162,8 +164,8 @@ def _check_class_order(
         names: Class names by label.
 
     Returns:
-        A finding when an assignment doubles the accuracy, or when most images of some classes are
-        predicted as each other; suspicious when the accuracy would be far better.
+        A finding if an assignment doubles the accuracy, or if most images of some classes are
+        predicted as each other; suspicious if the accuracy would be far better.
     """
     num_classes = len(names)
     if num_classes > _MAX_CLASSES:
@@ -197,9 +199,9 @@ def _check_class_order(
     examples = ", ".join(
         f"{confusion[row, column]} of {sizes[row]} images of {names[row]!r} are predicted as "
         f"{names[column]!r}"
-        for row, column in moved[:_SHOWN]
+        for row, column in moved[:_NUM_SHOWN]
     )
-    more = f", and {len(moved) - _SHOWN} more classes" if len(moved) > _SHOWN else ""
+    more = f", and {len(moved) - _NUM_SHOWN} more classes" if len(moved) > _NUM_SHOWN else ""
     order = _better_order(confusion, names, best)
     return [
         Finding(
@@ -211,18 +213,18 @@ def _check_class_order(
 
 
 def _best_assignment(confusion: _Int64) -> tuple[list[int], list[int], float]:
-    """Return the assignment of labels to predictions with the highest accuracy, and that."""
+    """Return the assignment of labels to predictions with the highest accuracy, and the latter."""
     rows, columns = linear_sum_assignment(confusion, maximize=True)
     return rows.tolist(), columns.tolist(), float(confusion[rows, columns].sum() / confusion.sum())
 
 
 def _better_order(confusion: _Int64, names: Sequence[str], best: float) -> str:
-    """Return which order of the class names explains an assignment, and the way out."""
+    """Return the remedy, with the order of class names that explains the assignment, if any."""
     for order, in_order in class_orders(names).items():
         columns = [in_order.index(name) for name in names]
         accuracy = confusion[range(len(names)), columns].sum() / confusion.sum()
         if accuracy > 0.99 * best:
-            shown = ", ".join(in_order[:_SHOWN])
+            shown = ", ".join(in_order[:_NUM_SHOWN])
             return (
                 f"The {order} order of the classes ({shown}, ...) gives {accuracy:.2%}: index the "
                 f"folders with --class-order {order}."
@@ -234,9 +236,9 @@ def check_class_names(source: str, names: Sequence[str], classes: Sequence[str])
     """Check that the class names of ID images are classes of the run.
 
     Args:
-        source: Where the images are from.
-        names: Their class names.
-        classes: The run's class names; empty when unknown.
+        source: Name of the image set.
+        names: Its class names.
+        classes: Class names of the run; empty if unknown.
     """
     unknown = [name for name in names if name not in classes]
     if not classes or not unknown:
@@ -245,45 +247,45 @@ def check_class_names(source: str, names: Sequence[str], classes: Sequence[str])
     similar = {name: by_casefold.get(name.casefold()) for name in unknown}
     shown = ", ".join(
         repr(name) if similar[name] is None else f"{name!r} (did you mean {similar[name]!r}?)"
-        for name in unknown[:_SHOWN]
+        for name in unknown[:_NUM_SHOWN]
     )
-    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-    known = ", ".join(repr(name) for name in classes[:_SHOWN])
+    more = f" and {len(unknown) - _NUM_SHOWN} more" if len(unknown) > _NUM_SHOWN else ""
+    known = ", ".join(repr(name) for name in classes[:_NUM_SHOWN])
     return [
         Finding(
-            f"{source} has classes that are none of the run's: {shown}{more}. Their images are not "
-            f"in the accuracy. The run has {len(classes)} classes: {known}, ..."
+            f"{source} has classes that the run does not have: {shown}{more}. Their images do not "
+            f"count in the accuracy. The run has {len(classes)} classes: {known}, ..."
         )
     ]
 
 
 def check_ood_names(source: str, names: Sequence[str], classes: Sequence[str]) -> list[Finding]:
-    """Check that no class of OOD images is named as a class of the run.
+    """Check that no class of OOD images has the name of a class of the run.
 
     Args:
-        source: Where the images are from.
-        names: Their class names; numbers are not names.
-        classes: The run's class names; empty when unknown.
+        source: Name of the image set.
+        names: Its class names; numbers are not names.
+        classes: Class names of the run; empty if unknown.
     """
     known = {name.casefold() for name in classes if not name.isdigit()}
     both = [name for name in names if name.casefold() in known]
     if not both:
         return []
-    shown = ", ".join(repr(name) for name in both[:_SHOWN])
-    more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+    shown = ", ".join(repr(name) for name in both[:_NUM_SHOWN])
+    more = f" and {len(both) - _NUM_SHOWN} more" if len(both) > _NUM_SHOWN else ""
     return [
         Finding(
-            f"OOD images of {source} are in classes named as ID classes: {shown}{more}. Leave them "
-            "out if they show the same."
+            f"OOD images of {source} are in classes with names of ID classes: {shown}{more}. "
+            "Remove them if they show the same."
         )
     ]
 
 
 def check_scores(scores: Mapping[str, Mapping[str, NDArray[np.floating[Any]]]]) -> list[Finding]:
-    """Check that each method tells images apart.
+    """Check that the scores of each method distinguish images.
 
     Args:
-        scores: By set and by method, ``(B,)`` each.
+        scores: Scores by set and by method, ``(B,)`` each.
     """
     constant, tied = [], []
     for method in next(iter(scores.values())):
@@ -297,15 +299,16 @@ def check_scores(scores: Mapping[str, Mapping[str, NDArray[np.floating[Any]]]]) 
     if constant:
         findings.append(
             Finding(
-                f"{', '.join(constant)}: every image has the same score, so the metrics of it say "
-                "nothing.",
+                f"{', '.join(constant)}: every image has the same score, so the metrics are "
+                "meaningless.",
                 suspicious="heatmap" in constant,
             )
         )
     if tied:
         findings.append(
             Finding(
-                f"{', '.join(tied)}: so many images share one score that the metrics say little."
+                f"{', '.join(tied)}: so many images have the same score that the metrics are of "
+                "little use."
             )
         )
     return findings
@@ -315,7 +318,7 @@ def check_calibration(num_images: int, level: float) -> list[Finding]:
     """Check that there are enough held-out ID images for a false-alarm level.
 
     Args:
-        num_images: Held-out ID images.
+        num_images: Number of held-out ID images.
         level: Share of ID images that may be called OOD.
     """
     needed = num_needed(level)
@@ -323,7 +326,7 @@ def check_calibration(num_images: int, level: float) -> list[Finding]:
         return []
     return [
         Finding(
-            f"no threshold, and no decision: a false-alarm level of {level:g} takes at least "
+            f"no threshold and no decisions: a false-alarm level of {level:g} needs at least "
             f"{needed:,} held-out ID images, and there are {num_images:,}. Hold out more with "
             "--calibration or --calibration-share, or raise --false-alarm to "
             f"{math.ceil(1000 / (num_images + 1)) / 1000:g}."
@@ -338,16 +341,16 @@ def check_fits(
     neighbours: int,
     class_sizes: Sequence[int],
 ) -> list[Finding]:
-    """Check that no baseline is crippled by the data that it is fitted on.
+    """Check that the training data suit all baselines.
 
-    The bounds are where AUROC falls by more than 3 points on CIFAR-10 with a ResNet-20.
+    The bounds are where AUROC drops by more than 3 points on CIFAR-10 with a ResNet-20.
 
     Args:
-        features: ``(B, D)`` of some ID training images.
-        num_images: ID training images that the baselines are fitted on.
-        num_ood: Auxiliary OOD images.
+        features: ``(B, D)`` features of some ID training images.
+        num_images: Number of ID training images that the baselines are fitted on.
+        num_ood: Number of auxiliary OOD images.
         neighbours: k of the kNN score.
-        class_sizes: ID training images predicted as each class.
+        class_sizes: Number of ID training images predicted as each class.
     """
     num_features = features.shape[1]
     findings = []
@@ -355,16 +358,16 @@ def check_fits(
         findings.append(
             Finding(
                 f"mahalanobis and vim: {num_images:,} ID images are few for a covariance of "
-                f"{num_features:,} features (take {5 * num_features:,}), so they may look worse "
-                "than they are."
+                f"{num_features:,} features (use at least {5 * num_features:,}), so they may look "
+                "worse than they are."
             )
         )
     negative = float((features < 0).mean())
     if negative > 0.01:
         findings.append(
             Finding(
-                f"ash and react: {negative:.0%} of all feature values are below 0, and both are "
-                "made for features after a ReLU, so they may look worse than they are."
+                f"ash and react: {negative:.0%} of all feature values are negative, and both are "
+                "designed for features after a ReLU, so they may look worse than they are."
             )
         )
     small = [size for size in class_sizes if 0 < size <= neighbours]
@@ -380,8 +383,8 @@ def check_fits(
     if num_ood < 50:
         findings.append(
             Finding(
-                f"logistic_regression and mlp are fitted on {num_ood:,} OOD images (at least 50), "
-                "so they may look worse than they are."
+                f"logistic_regression and mlp are fitted on {num_ood:,} OOD images (use at least "
+                "50), so they may look worse than they are."
             )
         )
     return findings
@@ -391,4 +394,4 @@ def check_resamples(num_resamples: int) -> list[Finding]:
     """Check that there are enough resamples for a 95 % interval."""
     if num_resamples >= 100:
         return []
-    return [Finding(f"intervals of {num_resamples} resamples say little: take 1000.")]
+    return [Finding(f"intervals of {num_resamples} resamples are unreliable: use 1000.")]

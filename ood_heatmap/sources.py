@@ -1,11 +1,15 @@
-"""Open the image set that a user names: a folder, a file of arrays, or a torchvision data set."""
+"""Open the image sets that a user names: folders, files of several kinds, torchvision data sets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ClassOrder, ImageSet
 from ood_heatmap.source_array import open_array_file
 from ood_heatmap.source_folder import open_folder
+from ood_heatmap.source_list import TABLES, open_list
 from ood_heatmap.source_torchvision import open_torchvision
+from ood_heatmap.union import SEPARATOR, unite
 
 
 def open_images(
@@ -15,14 +19,14 @@ def open_images(
     download: bool = False,
     class_order: ClassOrder = "name",
 ) -> ImageSet:
-    """Open an image set: a folder, an ``.npy`` or ``.npz`` file, or ``name/split``.
+    """Open an image set: a folder, a file of arrays, a list of files, or ``name/split``.
 
     Args:
-        source: Path of a folder of images or class folders, path of a file of uint8 arrays, or name
-            of a torchvision data set.
+        source: Path of a folder of images or class folders, of a file of uint8 arrays or of a list
+            (``docs/sources.md`` describes each kind), or name of a torchvision data set.
         data_root: Root of torchvision data sets.
         download: Let torchvision download a missing data set.
-        class_order: Order of class folders that defines the labels, see ``sort_classes``.
+        class_order: Order of class names that defines the labels, see ``sort_classes``.
 
     Raises:
         OodHeatmapError: The source does not exist or contains no images.
@@ -32,4 +36,45 @@ def open_images(
         return open_folder(path, class_order=class_order)
     if path.suffix in (".npy", ".npz"):
         return open_array_file(path)
+    if path.suffix in (".txt", *TABLES):
+        return open_list(path, class_order=class_order)
     return open_torchvision(source, data_root, download)
+
+
+def open_union(
+    sources: Sequence[str],
+    *,
+    data_root: Path = Path("data"),
+    download: bool = False,
+    class_order: ClassOrder = "name",
+    need_labels: bool = True,
+) -> ImageSet:
+    """Open several image sets as one, see ``open_images`` and ``unite``.
+
+    Raises:
+        OodHeatmapError: A source does not exist, or the classes cannot be matched.
+        UsageError: A source is named twice.
+    """
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is named twice: name each source once.")
+    sets = [
+        open_images(source, data_root=data_root, download=download, class_order=class_order)
+        for source in sources
+    ]
+    return unite(sets, class_order=class_order, need_labels=need_labels)
+
+
+def reopen_images(source: str, *, class_order: ClassOrder = "name") -> ImageSet:
+    """Open what a manifest names as its source: one, or several.
+
+    Raises:
+        OodHeatmapError: It is no longer there.
+    """
+    try:
+        return open_images(source, class_order=class_order)
+    except OodHeatmapError:
+        sources = source.split(SEPARATOR)
+        if len(sources) == 1:
+            raise
+    return open_union(sources, class_order=class_order, need_labels=False)

@@ -1,9 +1,9 @@
-"""Code that a SPEC names: hashed before it runs, and run only on the word of who uses it.
+"""User code named by a SPEC: hashed before it runs, and run only if the user trusts it.
 
-A run directory names the function that makes its network, so opening somebody else's run could run
-anything. Naming a function yourself, as ``index --classifier`` does, is your word for it: its
-source is remembered outside the run, and the same source at the same path runs for any run. Other
-code runs inside ``trusting_code`` alone.
+A run directory names the function that makes its network, so opening a run from someone else could
+execute arbitrary code. Naming a function yourself, as with ``index --classifier``, makes it
+trusted: its source is recorded outside the run, and the same source at the same path is run for any
+run. Other code is run only inside ``trusting_code``.
 """
 
 import ast
@@ -30,7 +30,7 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 
 log = logging.getLogger(__name__)
 
-# as trustworthy as this module
+# part of this package
 _OWN_CODE = {"ood_heatmap.demo:digits_network"}
 _LIBRARIES = {
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -41,7 +41,7 @@ _trusting: ContextVar[bool] = ContextVar("trusting_code", default=False)
 
 @contextmanager
 def trusting_code(trust: bool = True) -> Iterator[None]:
-    """Let the runs that are opened inside run the code that they name."""
+    """Trust the code named by runs that are opened in this context."""
     token = _trusting.set(trust or _trusting.get())
     try:
         yield
@@ -54,31 +54,31 @@ class UserCode:
     """A function that makes a network, and the sources that it depends on.
 
     Args:
-        place: A Python file, or the name of a module.
-        function: The function's name.
+        module: A Python file, or the name of a module.
+        function: Name of the function.
     """
 
-    place: str
+    module: str
     function: str
 
     def __str__(self) -> str:
-        return f"{self.place}:{self.function}"
+        return f"{self.module}:{self.function}"
 
     @cached_property
     def sources(self) -> dict[str, bytes]:
-        """The source of the module, named "", and of all it imports that is not a library.
+        """Source of the module, under "", and of everything it imports that is not a library.
 
-        Imports are read from the text, inside functions too; nothing is run to find them.
+        Imports are found by parsing, including those inside functions; nothing is executed.
 
         Raises:
             UsageError: There is no such module.
         """
         with self._importing():
-            return _read_sources(self.place)
+            return _read_sources(self.module)
 
     @cached_property
     def hash(self) -> str:
-        """The sha256 of the sources."""
+        """sha256 of the sources."""
         if len(self.sources) == 1:
             return hashlib.sha256(self.sources[""]).hexdigest()
         digest = hashlib.sha256()
@@ -87,23 +87,23 @@ class UserCode:
         return digest.hexdigest()
 
     def make(self, num_classes: int | None) -> Any:
-        """Import the module and return what the function returns.
+        """Import the module and call the function.
 
         Args:
-            num_classes: Passed on where the function takes an argument of this name.
+            num_classes: Passed on if the function has an argument of this name.
 
         Raises:
             UsageError: The code fails, or the function is not defined in this module.
         """
-        neighbours = [name for name in self.sources if name]
+        imported = [name for name in self.sources if name]
         with self._importing():
-            # the module's own neighbours, whatever other code imported under these names
-            hidden = {name: sys.modules.pop(name) for name in neighbours if name in sys.modules}
+            # other code may have imported different modules under these names
+            hidden = {name: sys.modules.pop(name) for name in imported if name in sys.modules}
             try:
                 return self._call(num_classes)
             except UsageError:
                 raise
-            # whatever a user's own code raises; a script without a main guard may exit
+            # user code may raise anything; a script without a main guard may exit
             except (Exception, SystemExit) as error:
                 raise UsageError(f"{self} fails: {describe_error(error)}.") from error
             finally:
@@ -114,12 +114,12 @@ class UserCode:
         module = self._import()
         function = getattr(module, self.function, None)
         if not callable(function):
-            raise UsageError(f"{self.place} has no function {self.function}.")
+            raise UsageError(f"{self.module} has no function {self.function}.")
         home = getattr(function, "__module__", None)
         if home != module.__name__:
             raise UsageError(
-                f"{self} is defined in {home}: name it there, or define a function in {self.place} "
-                "that calls it."
+                f"{self} is defined in {home}: use {home}:{self.function}, or define a function in "
+                f"{self.module} that calls it."
             )
         signature = inspect.signature(function)
         takes_classes = any(
@@ -131,72 +131,73 @@ class UserCode:
             signature.bind(**arguments)
         except TypeError as error:
             raise UsageError(
-                f"{self} cannot be called ({error}): it may need --num-classes, and no more."
+                f"{self} cannot be called ({error}): it may take num_classes (--num-classes) and "
+                "nothing else."
             ) from error
         return function(**arguments)
 
     def _import(self) -> ModuleType:
-        """Import the module; a file is run from the very bytes that were hashed."""
-        if not self.place.endswith(".py"):
-            return importlib.import_module(self.place)
-        module = ModuleType(f"classifier_{Path(self.place).stem}_{self.hash[:8]}")
-        module.__file__ = self.place
-        # dataclasses look up the module of a class by its name
+        """Import the module; a file is executed from the same bytes that were hashed."""
+        if not self.module.endswith(".py"):
+            return importlib.import_module(self.module)
+        module = ModuleType(f"classifier_{Path(self.module).stem}_{self.hash[:8]}")
+        module.__file__ = self.module
+        # dataclasses look up the module of a class in sys.modules
         sys.modules[module.__name__] = module
-        exec(compile(self.sources[""], self.place, "exec"), vars(module))
+        exec(compile(self.sources[""], self.module, "exec"), vars(module))
         return module
 
     @contextmanager
     def _importing(self) -> Iterator[None]:
-        """Put the folder of a file first on the path, as for a script that is run."""
-        folder = str(Path(self.place).parent)
+        """Put the folder of a file first on ``sys.path``, as Python does for a script."""
+        folder = str(Path(self.module).parent)
         importlib.invalidate_caches()
-        if self.place.endswith(".py"):
+        if self.module.endswith(".py"):
             sys.path.insert(0, folder)
         try:
             yield
         finally:
-            if self.place.endswith(".py") and folder in sys.path:
+            if self.module.endswith(".py") and folder in sys.path:
                 sys.path.remove(folder)
 
     def remember(self) -> None:
-        """Remember outside any run that the user trusts this function of this source."""
+        """Record outside any run that the user trusts this function with this source."""
         marker = self._marker()
         try:
             marker.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             marker.write_text(f"{self}\n", "utf-8", errors="surrogateescape")
         except OSError as error:
             log.warning(
-                "cannot remember that you trust %s (%s): later commands need --trust-code",
+                "cannot record that you trust %s (%s): later commands need --trust-code",
                 self,
                 error,
             )
 
     def require_trust(self) -> None:
-        """Refuse code that the user has not named himself.
+        """Refuse code that the user has not trusted.
 
         Raises:
-            OodHeatmapError: It names the file, the function and the way out.
+            OodHeatmapError: The code is not trusted; the message names the file and function.
         """
         if _trusting.get() or str(self) in _OWN_CODE or self._is_remembered():
             return
         raise OodHeatmapError(
             f"the run's classifier is code that you have not run here before: function "
-            f"{self.function} of {self.place}. Read it, then add --trust-code (in Python "
+            f"{self.function} of {self.module}. Read it, then add --trust-code (in Python "
             "trust_code=True) to run it."
         )
 
     def _is_remembered(self) -> bool:
-        """Tell whether this function of this source was trusted before."""
+        """Return whether this function with this source was trusted before."""
         try:
             return self._marker().is_file()
         except OSError:
             return False
 
     def _marker(self) -> Path:
-        """Return the file whose existence means trust: one a function, so that nothing races.
+        """Return the file whose existence means trust; one per function, to avoid races.
 
-        Its name holds the place too: the same text elsewhere may read other files.
+        Its name depends on the path as well: the same source elsewhere may read other files.
         """
         state = os.environ.get("XDG_STATE_HOME", "")
         try:
@@ -208,7 +209,7 @@ class UserCode:
 
 
 def describe_error(error: BaseException, length: int = 200) -> str:
-    """Return an error's type, its first line, and the line of the user's code that raised it."""
+    """Return an error's type, its first line, and the line of user code that raised it."""
     text = (str(error).strip().splitlines() or [""])[0][:length].rstrip(".")
     reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
@@ -216,16 +217,16 @@ def describe_error(error: BaseException, length: int = 200) -> str:
     return f"{reason}, {lines[-1].filename} line {lines[-1].lineno}" if lines else reason
 
 
-def _read_sources(place: str) -> dict[str, bytes]:
-    """Return the sources of a module and of what it imports, see ``UserCode.sources``."""
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise UsageError(f"there is no file {place}.")
-        name, origin = "", place
+def _read_sources(module: str) -> dict[str, bytes]:
+    """Return the sources of a module and of its imports, see ``UserCode.sources``."""
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise UsageError(f"there is no file {module}.")
+        name, origin = "", module
     else:
-        found = _find(place)
+        found = _find(module)
         if found is None:
-            raise UsageError(f"there is no module {place}: its folder must be on PYTHONPATH.")
+            raise UsageError(f"there is no module {module}: its folder must be on PYTHONPATH.")
         name, origin = found.name, found.origin or ""
     # a built-in module has no source
     sources = {"": Path(origin).read_bytes() if Path(origin).is_file() else b""}
@@ -245,16 +246,16 @@ def _read_sources(place: str) -> dict[str, bytes]:
 
 
 def _package(name: str, origin: str) -> str:
-    """Return the package that relative imports of a module start from."""
+    """Return the package that relative imports of a module refer to."""
     return name if Path(origin).name == "__init__.py" else name.rpartition(".")[0]
 
 
 def _imported_names(source: bytes, package: str) -> Iterator[str]:
-    """Yield the full names of what a source may import, packages before their modules."""
+    """Yield the full names of everything a source may import, packages before their modules."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        # the import itself will say so
+        # the import itself will fail with a message
         return
     for node in ast.walk(tree):
         names: list[str] = []
@@ -269,13 +270,13 @@ def _imported_names(source: bytes, package: str) -> Iterator[str]:
 
 
 def _with_packages(name: str) -> Iterator[str]:
-    """Yield the packages that a module lies in, and the module."""
+    """Yield the packages that contain a module, and the module."""
     parts = name.split(".")
     yield from (".".join(parts[: depth + 1]) for depth in range(len(parts)))
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """Find a module as ``import`` would, without running the packages that it lies in."""
+    """Find a module as ``import`` would, without executing the packages that contain it."""
     found, path = None, None
     for full_name in _with_packages(name):
         specs = (finder.find_spec(full_name, path) for finder in sys.meta_path)
@@ -287,7 +288,7 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _is_library(origin: str) -> bool:
-    """Tell whether a file belongs to Python, an installed package, or this package."""
+    """Return whether a file belongs to Python, an installed package, or this package."""
     path = Path(origin)
     return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or any(
         path.is_relative_to(folder) for folder in _LIBRARIES

@@ -1,4 +1,4 @@
-"""The image sets of a run, and further ones, as far as images that they have in common go."""
+"""Find images that the image sets of a run have in common with each other and with further sets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,18 +22,20 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets
 from ood_heatmap.sanity import Finding
-from ood_heatmap.sources import open_images
+from ood_heatmap.sources import reopen_images
 
 _Float32 = NDArray[np.float32]
 _UInt64 = NDArray[np.uint64]
 
-_CHUNK = 64  # images in memory at once, in each of two threads
+# images in memory at once, in each of two threads
+_CHUNK = 64
 _EMBED_CHUNK = 1024
-_SAMPLE = 1000  # ID training images that are compared with the others
+# ID training images that are compared with all others
+_NUM_SAMPLES = 1000
 
 
 def audit_index(index: Index) -> AuditedSet:
-    """Return the ID training set; all of its images are read once, as for its checksums."""
+    """Prepare the ID training set; all of its images are read once."""
     row, source = index.columns["row"].read(), index.results.source
     return AuditedSet(
         f"the ID training set ({source})",
@@ -47,13 +49,14 @@ def audit_index(index: Index) -> AuditedSet:
 
 
 def _difference_within(index: Index) -> _Float32:
-    """Return the difference of a sample of ID training images to their nearest other ones."""
+    """Return the differences between a sample of ID training images and the nearest other image."""
     num_images = len(index.columns["row"])
-    sample = np.arange(0, num_images, -(-num_images // _SAMPLE))
+    sample = np.arange(0, num_images, -(-num_images // _NUM_SAMPLES))
     queries = unit_length(index.columns["features"].take(sample))
     nearest, closest = np.zeros(len(sample), np.int64), np.full(len(sample), np.inf, np.float32)
     start = 0
-    for features in index.columns["features"]:  # shard by shard, to bound the memory
+    # shard by shard, to bound the memory
+    for features in index.columns["features"]:
         distance, positions = k_nearest(queries, unit_length(features), 2)
         positions += start
         distance[positions == sample[:, None]] = np.inf
@@ -75,39 +78,39 @@ def _difference_within(index: Index) -> _Float32:
 def audit_targets(
     columns: Mapping[str, Rows], index: Index, source: str, name_of_row: Callable[[int], str]
 ) -> AuditedSet:
-    """Return the OOD training set, its images recovered from their targets.
+    """Prepare the OOD training set; its images are recovered from their targets.
 
     Args:
-        columns: Of stage 2.
-        index: Of the run.
-        source: The OOD training set, as it was named.
-        name_of_row: Row of the OOD training set to the name of the image.
+        columns: Columns of stage 2.
+        index: Index of the run.
+        source: The OOD training set, as named by the user.
+        name_of_row: Maps a row of the OOD training set to the name of the image.
     """
     paired = np.flatnonzero(columns["patched"].read() == 0)
     row = columns["row"].read()[paired]
     positions = index.positions(columns["nearest"].read()[paired])
 
     def compare(start: int) -> tuple[_UInt64, _Float32]:
-        here = slice(start, start + _CHUNK)
-        id_images = index.columns["images"].take(positions[here])
-        images = (id_images - columns["heatmap"].take(paired[here])).astype(np.uint8)
+        chunk = slice(start, start + _CHUNK)
+        id_images = index.columns["images"].take(positions[chunk])
+        images = (id_images - columns["heatmap"].take(paired[chunk])).astype(np.uint8)
         return hash_pixels(images), relative_difference(images, id_images)
 
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(compare, range(0, len(paired), _CHUNK)))
+        chunks = list(pool.map(compare, range(0, len(paired), _CHUNK)))
     return AuditedSet(
         f"the OOD training set ({source})",
         kind="OOD",
         fitted=True,
         name_of=lambda position: name_of_row(int(row[position])),
-        pixel_hash=np.concatenate([part for part, _ in parts]),
+        pixel_hash=np.concatenate([pixel_hash for pixel_hash, _ in chunks]),
         nearest=positions,
-        difference=np.concatenate([part for _, part in parts]),
+        difference=np.concatenate([difference for _, difference in chunks]),
     )
 
 
 def audit_open_targets(targets: Targets, index: Index) -> AuditedSet:
-    """Return the OOD training set of finished targets."""
+    """Prepare the OOD training set of finished targets."""
     source = targets.results.source
     return audit_targets(
         targets.columns, index, source, lambda row: _name_of_row(targets.manifest, source, row)
@@ -117,24 +120,24 @@ def audit_open_targets(targets: Targets, index: Index) -> AuditedSet:
 def _hash_all(images: Rows) -> _UInt64:
     """Return the hash of every image of a column."""
     chunks = [
-        part[start : start + _CHUNK] for part in images for start in range(0, len(part), _CHUNK)
+        shard[start : start + _CHUNK] for shard in images for start in range(0, len(shard), _CHUNK)
     ]
     with ThreadPoolExecutor(2) as pool:
         return np.concatenate(list(pool.map(hash_pixels, chunks)))
 
 
 def _name_of_row(manifest: Manifest, source: str, row: int) -> str:
-    """Return the name of an image that a stage was made from, or its row if nobody can tell."""
+    """Return the name of an image that a stage was made from, or its row if the name is unknown."""
     names = _names_of_source(source, manifest.inputs["images"]["listing"])
     return f"row {row}" if names is None else names[row]
 
 
 @lru_cache(maxsize=4)
 def _names_of_source(source: str, listing: str) -> Sequence[str] | None:
-    """Return the names of a set, if it is still where it was and the same."""
+    """Return the names of a set, or None if it was moved or has changed."""
     for order in get_args(ClassOrder):
         try:
-            images = open_images(source, class_order=order)
+            images = reopen_images(source, class_order=order)
         except OodHeatmapError:
             return None
         if images.listing == listing:
@@ -152,14 +155,14 @@ def audit(
     """Find overlaps between the training sets of a run and further sets; write nothing.
 
     Args:
-        run: A run directory with a finished index, and targets where they are finished.
+        run: A run directory with a finished index; targets are included if they are finished.
         id_sets: ID test and calibration sets by title.
         ood_sets: OOD test sets by title.
-        device: Where to compute.
-        config: Settings.
+        device: Device to embed on.
+        config: Settings of the command.
 
     Raises:
-        OodHeatmapError: A damaged cache, an unreadable image and so on.
+        OodHeatmapError: The cache is damaged, or an image is unreadable.
     """
     index = open_index(run)
     sets = [audit_index(index)]
@@ -183,7 +186,7 @@ def _audit_images(
     id_features: _Float32,
     config: AuditConfig,
 ) -> AuditedSet:
-    """Return a set that is no part of the run."""
+    """Prepare a set that is not part of the run."""
     rows = np.arange(len(images))
     meter = Meter(len(rows), "audit")
     row, pixel_hash, nearest, difference = [], [], [], []

@@ -137,7 +137,10 @@ def _workers(text: str) -> Option:
 
 
 def _source(images: str, flag: str) -> Option:
-    text = f"{images}: a folder, an .npy or .npz file, or a torchvision NAME/SPLIT."
+    text = (
+        f"{images}, which may be repeated: a folder, a .txt or .csv list of files, an .npy or .npz "
+        "file, or a torchvision NAME/SPLIT."
+    )
     return Option(text, "Data", flag=flag, metavar="SOURCE")
 
 
@@ -203,7 +206,7 @@ class DataOptions(Settings):
 class IndexData(DataOptions):
     """Images of ``index``."""
 
-    id_source: Annotated[str, _source("ID training images", "--id")]
+    id_sources: Annotated[tuple[str, ...], _source("ID training images", "--id")]
     class_order: Annotated[
         Literal["name", "natural", "case-insensitive"],
         Option(
@@ -219,14 +222,14 @@ class IndexData(DataOptions):
 class TargetsData(DataOptions):
     """Images of ``targets``."""
 
-    ood_source: Annotated[str, _source("OOD training images", "--ood")]
+    ood_sources: Annotated[tuple[str, ...], _source("OOD training images", "--ood")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestData(DataOptions):
     """Images of ``localize``."""
 
-    id_source: Annotated[str, _source("ID test images", "--id")]
+    id_sources: Annotated[tuple[str, ...], _source("ID test images", "--id")]
     ood_sources: _OodTestSets
 
 
@@ -334,7 +337,7 @@ class ReadConfig(Settings):
     """Settings of every command that runs image sets through the classifier."""
 
     batch_size: _BatchSize = 256
-    workers: Annotated[int, _workers("Threads that decode images.")] = 2
+    workers: Annotated[int, _workers("Threads that decode images; from 3 on, processes.")] = 2
     skip_unreadable: Annotated[
         bool, Option("Skip images that cannot be read, and list them.", "Data")
     ] = False
@@ -466,10 +469,10 @@ class TrainConfig(Settings):
         ),
     ] = _FEATURE_MAPS
     feed: Annotated[
-        Literal["auto", "resident", "pinned", "streaming"],
+        Literal["auto", "resident", "memory", "streaming", "pinned"],
         Option(
-            "Where the training set is kept: in device memory (resident), in host memory (pinned), "
-            "or on disk, memory-mapped (streaming).",
+            "Where the training set is kept: in device memory (resident), in host memory (memory, "
+            "formerly pinned), or on disk (streaming).",
             "Speed",
             affects_result=False,
         ),

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ood_heatmap.checks import check_finite
 from ood_heatmap.classifier import Classifier, Output
+from ood_heatmap.decoding import Batch, iter_batches
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import Batch, ImageSet, Transform, iter_batches
+from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.forward import BatchedClassifier, PendingOutputs
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_column

@@ -1,4 +1,4 @@
-"""Data feeds for training: row order, and resident, pinned and streaming feeds.
+"""Data feeds for training: row order, and resident, memory and streaming feeds.
 
 No image is decoded and no classifier runs here. ID rows come first and OOD rows after them; the
 target of an ID row is 0 everywhere and is not stored.
@@ -8,8 +8,10 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal, Protocol, TypeAlias
@@ -19,20 +21,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ood_heatmap.cache.shards import Rows, take_ascending
+from ood_heatmap.cache.reader import RowReader
+from ood_heatmap.cache.shards import Rows
 from ood_heatmap.distributed import broadcast, rank, world_size
 
 log = logging.getLogger(__name__)
 _Int64 = NDArray[np.int64]
-_FeedKind: TypeAlias = Literal["resident", "pinned", "streaming"]
-_FeedChoice: TypeAlias = Literal["auto", _FeedKind]
+_FeedKind: TypeAlias = Literal["resident", "memory", "streaming"]
+# pinned is the former name of memory
+_FeedChoice: TypeAlias = Literal["auto", _FeedKind, "pinned"]
 
 # contiguous rows of the training set, and chunks that are shuffled together
 _CHUNK, _GROUP = 4096, 64
 # slots of the ring buffer: batches that are prefetched
 _NUM_SLOTS = 4
+# bytes of a batch that one reader thread reads; more threads than this do not make a disk faster
+_BYTES_PER_READ, _MAX_READERS = 4 << 20, 8
 # batches whose row numbers are copied to the device at once
 _BATCHES_PER_COPY = 64
+
+
+# by controller in /proc/self/cgroup, "" is version 2: directory, files of the limit and the usage,
+# prefix of the fields of memory.stat
+_CGROUP_FILES = {
+    "": ("", "memory.max", "memory.current", ""),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,25 +133,24 @@ class TrainingSet:
         return shared + self.ood_columns["heatmap"].num_bytes
 
 
-def _epoch_order(num_rows: int, seed: int, epoch: int) -> _Int64:
-    """Return the order of rows in an epoch, a function of its arguments alone.
+def _iter_groups(num_rows: int, seed: int, epoch: int) -> Iterator[_Int64]:
+    """Yield the order of rows in an epoch, a function of its arguments alone, group by group.
 
     Chunks of contiguous rows are assigned to groups at random and each group is shuffled, so that
     a streaming feed reads from few regions of the disk. Up to one group (262,144 rows) this is a
     full shuffle.
 
-    Returns:
-        ``(num_rows,)`` int64, a permutation.
+    Yields:
+        ``(N,)`` int64; concatenated they are a permutation of all rows.
     """
     generator = np.random.default_rng([seed, epoch])
     if num_rows <= _CHUNK * _GROUP:
-        return generator.permutation(num_rows)
+        yield generator.permutation(num_rows)
+        return
     chunks = generator.permutation(-(-num_rows // _CHUNK))
-    groups = []
     for start in range(0, len(chunks), _GROUP):
         rows = (chunks[start : start + _GROUP, None] * _CHUNK + np.arange(_CHUNK)).ravel()
-        groups.append(generator.permutation(rows[rows < num_rows]))
-    return np.concatenate(groups)
+        yield generator.permutation(rows[rows < num_rows])
 
 
 def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> Iterator[_Int64]:
@@ -153,9 +166,12 @@ def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> 
         epochs: Numbers of the epochs.
     """
     for epoch in epochs:
-        order = _epoch_order(num_rows, seed, epoch)
-        for start in range(0, num_rows - size + 1, size):
-            yield np.sort(order[start : start + size])[rank() :: world_size()]
+        order = np.empty(0, np.int64)
+        for group in _iter_groups(num_rows, seed, epoch):
+            order = np.concatenate([order, group])
+            while len(order) >= size:
+                yield np.sort(order[:size])[rank() :: world_size()]
+                order = order[size:]
 
 
 def available_memory(device: torch.device) -> int:
@@ -165,16 +181,47 @@ def available_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return min([int(fields["MemAvailable"].split()[0]) * 1024, *_iter_cgroup_memory(Path("/"))])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _iter_cgroup_memory(root: Path) -> Iterator[int]:
+    """Yield the free bytes of each cgroup of this process that limits its memory.
+
+    A container or batch job often has less memory than its machine. As in ``MemAvailable``, the
+    page cache counts as free.
+
+    Args:
+        root: Of the file system.
+    """
+    # a file system that is not what Linux documents has no limits that are known
+    with suppress(OSError, ValueError, KeyError):
+        for entry in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = entry.split(":", 2)
+            if controllers not in _CGROUP_FILES:
+                continue
+            mount, limit, usage, prefix = _CGROUP_FILES[controllers]
+            folder = root / "sys/fs/cgroup" / mount
+            for part in ("", *Path(group).parts[1:]):
+                folder /= part
+                # inside a container the outer names do not exist, and its own group is the mount
+                if not (folder / limit).is_file() or (folder / limit).read_text().strip() == "max":
+                    continue
+                lines = (folder / "memory.stat").read_text().splitlines()
+                stat = dict(item.split() for item in lines)
+                used = int((folder / usage).read_text())
+                cached = sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                yield int((folder / limit).read_text()) - used + cached
 
 
 def choose_feed(data: TrainingSet, device: torch.device, choice: _FeedChoice) -> _FeedKind:
     """Return the feed of a choice; for ``auto`` the first that fits in half of the free memory.
 
-    ``resident`` (device memory), ``pinned`` (host memory, for a GPU), or ``streaming``, which
+    ``resident`` (device memory), ``memory`` (host memory, for a GPU), or ``streaming``, which
     always fits.
     """
+    if choice == "pinned":
+        return "memory"
     if choice != "auto":
         return choice
     on_host = data.num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -182,7 +229,7 @@ def choose_feed(data: TrainingSet, device: torch.device, choice: _FeedChoice) ->
     if on_device < available_memory(device) // 2:
         return "resident"
     if device.type == "cuda" and on_host < available_memory(torch.device("cpu")) // 2:
-        return "pinned"
+        return "memory"
     return "streaming"
 
 
@@ -201,15 +248,15 @@ def open_feed(
     Args:
         data: The training set.
         device: Of this rank.
-        choice: ``auto``, ``resident``, ``pinned`` or ``streaming``.
+        choice: ``auto``, ``resident``, ``memory`` or ``streaming``.
         size: Images of the largest batch.
     """
     kind: _FeedKind = broadcast(choose_feed(data, device, choice))
     try:
         if kind == "resident":
             return kind, _ResidentFeed(data, device)
-        if kind == "pinned":
-            return kind, _StreamingFeed(_load_into_memory(data, device), device, size)
+        if kind == "memory":
+            return kind, _StreamingFeed(_load_into_memory(data), device, size)
     except (torch.OutOfMemoryError, MemoryError):
         log.warning("no memory for the %s feed on %s: falling back to streaming", kind, device)
     return "streaming", _StreamingFeed(data, device, size)
@@ -268,11 +315,14 @@ class _ResidentFeed:
         return TrainingBatch(features, prediction, target, tuple(maps))
 
 
-def _load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
-    """Return a copy of the training set in RAM, page-locked if the device is a GPU."""
+def _load_into_memory(data: TrainingSet) -> TrainingSet:
+    """Return a copy of the training set in RAM.
+
+    Its memory is not page-locked: batches leave it through the ring buffer, which is.
+    """
 
     def load(rows: Rows) -> Rows:
-        out = _empty(rows, len(rows), torch.device("cpu"), pinned=device.type == "cuda").numpy()
+        out = np.empty(rows.shape, rows.dtype)
         for start, part in zip(rows.starts, rows, strict=False):
             out[start : start + len(part)] = part
         return Rows([out])
@@ -285,33 +335,39 @@ def _load_into_memory(data: TrainingSet, device: torch.device) -> TrainingSet:
     )
 
 
-def _read_rows(data: TrainingSet, rows: _Int64, out: Mapping[str, NDArray[Any]]) -> None:
-    """Read ascending rows into the first rows of buffers, one per column.
+class _BatchReader:
+    """Reads batches of a training set into host memory; safe to share between threads."""
 
-    Raises:
-        ValueError: The rows do not ascend.
-        IndexError: A row is out of range.
-    """
-    if (rows[1:] < rows[:-1]).any():
-        raise ValueError("the rows of a batch must ascend")
-    num_id, count = int(np.searchsorted(rows, data.num_id)), len(rows)
-    id_rows, ood_rows = rows[:num_id], rows[num_id:] - data.num_id
-    for columns, part, first, last in (
-        (data.id_columns, id_rows, 0, num_id),
-        (data.ood_columns, ood_rows, num_id, count),
-    ):
-        names = [name for name in out if name in columns]
-        take_ascending(
-            [columns[name] for name in names], part, [out[name][first:last] for name in names]
+    def __init__(self, data: TrainingSet) -> None:
+        self.num_id = data.num_id
+        self.id_rows = RowReader({name: data.id_columns[name] for name in data.names})
+        self.ood_rows = RowReader(
+            {name: data.ood_columns[name] for name in (*data.names, "heatmap")}
         )
-    out["heatmap"][:num_id] = 0
+
+    def read(self, rows: _Int64, out: Mapping[str, NDArray[Any]]) -> None:
+        """Read ascending rows into the first rows of buffers, one per column.
+
+        Raises:
+            ValueError: The rows do not ascend.
+            IndexError: A row is out of range.
+            OodHeatmapError: A shard cannot be read.
+        """
+        if (rows[1:] < rows[:-1]).any():
+            raise ValueError("the rows of a batch must ascend")
+        num_id, count = int(np.searchsorted(rows, self.num_id)), len(rows)
+        self.id_rows.read(rows[:num_id], {name: item[:num_id] for name, item in out.items()})
+        self.ood_rows.read(
+            rows[num_id:] - self.num_id, {name: item[num_id:count] for name, item in out.items()}
+        )
+        out["heatmap"][:num_id] = 0
 
 
 def read_batch(data: TrainingSet, rows: _Int64, device: torch.device) -> TrainingBatch:
     """Return one batch on the device, without a feed."""
     host = torch.device("cpu")
     buffers = {name: _empty(item, len(rows), host) for name, item in data.columns.items()}
-    _read_rows(data, rows, {name: item.numpy() for name, item in buffers.items()})
+    _BatchReader(data).read(rows, {name: item.numpy() for name, item in buffers.items()})
     return _to_batch({name: item.to(device) for name, item in buffers.items()}, len(rows))
 
 
@@ -327,26 +383,38 @@ class _Slot:
     overwrites the device copy.
     """
 
-    def __init__(self, data: TrainingSet, device: torch.device, size: int) -> None:
-        cpu, self.on_gpu = torch.device("cpu"), device.type == "cuda"
-        self.host = {
-            name: _empty(item, size, cpu, pinned=self.on_gpu) for name, item in data.columns.items()
-        }
-        self.arrays = {name: item.numpy() for name, item in self.host.items()}
-        self.device, self.count = self.host, 0
+    def __init__(self, host: dict[str, Tensor], device: torch.device) -> None:
+        self.host, self.on_gpu = host, device.type == "cuda"
+        self.arrays = {name: item.numpy() for name, item in host.items()}
+        self.row_bytes = sum(item[0].nbytes for item in host.values())
+        self.device, self.count = host, 0
+        self.reads: list[Future[None]] = []
         if self.on_gpu:
             self.device = {name: item.to(device) for name, item in self.host.items()}
             self.copied, self.used = _untimed_event(), _untimed_event()
 
-    def fill(self, data: TrainingSet, rows: _Int64) -> None:
-        """Read a batch; the reader thread waits here, never the step."""
+    def start_reading(
+        self, reader: _BatchReader, rows: _Int64, executor: ThreadPoolExecutor
+    ) -> None:
+        """Start to read a batch, in parts; the scheduling thread waits here, never the step."""
         if self.on_gpu:
             self.copied.synchronize()
-        _read_rows(data, rows, self.arrays)
         self.count = len(rows)
+        num_parts = min(len(rows), len(rows) * self.row_bytes // _BYTES_PER_READ) or 1
+        edges = np.linspace(0, len(rows), num_parts + 1).astype(int).tolist()
+        self.reads = [
+            executor.submit(
+                reader.read,
+                rows[first:last],
+                {name: item[first:last] for name, item in self.arrays.items()},
+            )
+            for first, last in pairwise(edges)
+        ]
 
     def to_device(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
-        """Return the batch on the device, copied on a stream of its own."""
+        """Wait for the reads and return the batch on the device, copied on a stream of its own."""
+        for read in self.reads:
+            read.result()
         if stream is not None:
             stream.wait_event(self.used)
             with torch.cuda.stream(stream):
@@ -362,26 +430,54 @@ class _Slot:
             self.used.record(torch.cuda.current_stream(device))
 
 
+def _allocate_ring(data: TrainingSet, device: torch.device, size: int) -> list[dict[str, Tensor]]:
+    """Return host memory for the slots of a ring buffer, page-locked if the device is a GPU."""
+
+    def allocate(pinned: bool) -> list[dict[str, Tensor]]:
+        cpu = torch.device("cpu")
+        return [
+            {name: _empty(item, size, cpu, pinned=pinned) for name, item in data.columns.items()}
+            for _ in range(_NUM_SLOTS)
+        ]
+
+    if device.type == "cuda":
+        try:
+            return allocate(pinned=True)
+        # torch.AcceleratorError or torch.OutOfMemoryError, by version
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("no page-locked memory for batches: copies to %s wait (%s)", device, reason)
+    return allocate(pinned=False)
+
+
 class _StreamingFeed:
-    """Batches from memory-mapped shards or RAM: one thread prefetches into a ring buffer."""
+    """Batches from shards or RAM: threads prefetch into a ring buffer."""
 
     def __init__(self, data: TrainingSet, device: torch.device, size: int) -> None:
-        self.data, self.device = data, device
-        self.slots = [_Slot(data, device, size) for _ in range(_NUM_SLOTS)]
+        self.reader, self.device = _BatchReader(data), device
+        self.slots = [_Slot(host, device) for host in _allocate_ring(data, device, size)]
+        self.num_readers = _choose_num_readers()
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        log.info(
+            "train: %d reader threads, ring buffer of %d batches (%.0f MB)",
+            *(self.num_readers, _NUM_SLOTS, _NUM_SLOTS * size * self.slots[0].row_bytes / 1e6),
+        )
 
     def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
-        free: Queue[_Slot | None] = Queue()
+        free: Queue[_Slot] = Queue()
         full: Queue[_Slot | BaseException | None] = Queue()
         for slot in self.slots:
             free.put(slot)
-        arguments = (batches, free, full)
-        thread = threading.Thread(target=self._read, args=arguments, name="reader", daemon=True)
-        thread.start()
+        stopped = threading.Event()
+        executor = ThreadPoolExecutor(self.num_readers, "reader")
+        arguments = (batches, free, full, stopped, executor)
+        # a daemon: it waits for ever if the process ends while this generator is suspended
+        scheduler = threading.Thread(target=self._schedule, args=arguments, daemon=True)
         try:
+            scheduler.start()
             while (item := full.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
@@ -389,26 +485,36 @@ class _StreamingFeed:
                 item.mark_used(self.device)
                 free.put(item)
         finally:
-            # sentinel: the reader drains the remaining free slots, then sees None and exits
-            free.put(None)
-            thread.join()
+            stopped.set()
+            free.put(self.slots[0])
+            if scheduler.is_alive():
+                scheduler.join()
+            executor.shutdown(cancel_futures=True)
             for slot in self.slots:
                 slot.mark_used(self.device)
 
-    def _read(
+    def _schedule(
         self,
         batches: Iterable[_Int64],
-        free: "Queue[_Slot | None]",
+        free: "Queue[_Slot]",
         full: "Queue[_Slot | BaseException | None]",
+        stopped: threading.Event,
+        executor: ThreadPoolExecutor,
     ) -> None:
-        """Fill free slots, batch after batch; the body of the thread."""
+        """Start to read into free slots, batch after batch; the body of a thread."""
         try:
             for rows in batches:
                 slot = free.get()
-                if slot is None:
+                if stopped.is_set():
                     return
-                slot.fill(self.data, rows)
+                slot.start_reading(self.reader, rows, executor)
                 full.put(slot)
             full.put(None)
         except BaseException as error:
             full.put(error)
+
+
+def _choose_num_readers() -> int:
+    """Return the number of reader threads of this rank, from the cores that it may use."""
+    num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(_MAX_READERS, num_cores))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
-from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, open_rows
+from ood_heatmap.cache.shards import Column, Rows, bytes_per_row
 from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
 from ood_heatmap.devices import describe_environment, kernel_selection
@@ -32,6 +32,7 @@ from ood_heatmap.pipeline.stage import (
     Schedule,
     ShardTask,
     Stage,
+    open_shards,
     require_rows,
     run_lock,
     schedule_shards,
@@ -87,6 +88,9 @@ def build_index(
             bytes_per_row(columns_from_classifier(classifier)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
+            # index.faiss and the weights
+            other_bytes=4 * len(images) * classifier.num_features
+            + sum(tensor.nbytes for tensor in classifier.network.state_dict().values()),
         )
         if schedule.manifest is not None:
             return schedule.manifest
@@ -169,7 +173,7 @@ def _write_derived(
 ) -> IndexResults:
     """Write the files derived from the shards, and return the results of the stage."""
     require_rows(stage, schedule.tasks[_SHARDS])
-    columns = open_rows([stage.directory / name for name in schedule.names])
+    columns = open_shards(stage, schedule.names)
     prediction, label, row = (columns[name].read() for name in ("prediction", "label", "row"))
     write_index(
         stage.directory / INDEX,

@@ -11,18 +11,40 @@ from ood_heatmap.distributed import main_process_first
 from ood_heatmap.errors import UsageError
 from ood_heatmap.images import ClassOrder, ImageSet
 from ood_heatmap.pipeline.config import ClassifierOptions, DataOptions, TestData
-from ood_heatmap.sources import open_images
+from ood_heatmap.sources import open_union
 
 log = logging.getLogger(__name__)
 
 
-def open_source(source: str, data: DataOptions, *, class_order: ClassOrder = "name") -> ImageSet:
+def open_source(source: str, data: DataOptions) -> ImageSet:
     """Open an image set; rank 0 first, so that only one rank downloads."""
+    return open_sources((source,), data)
+
+
+def open_sources(
+    sources: tuple[str, ...],
+    data: DataOptions,
+    *,
+    class_order: ClassOrder = "name",
+    need_labels: bool = True,
+) -> ImageSet:
+    """Open the union of image sets; rank 0 first, so that only one rank downloads.
+
+    Args:
+        sources: What the user names, at least one.
+        data: Where image sets are found.
+        class_order: Order of class names that defines the labels.
+        need_labels: Raise if the classes of the sources cannot be matched.
+    """
     with main_process_first():
-        images = open_images(
-            source, data_root=data.data_root, download=data.download, class_order=class_order
+        images = open_union(
+            sources,
+            data_root=data.data_root,
+            download=data.download,
+            class_order=class_order,
+            need_labels=need_labels,
         )
-    log.debug("%s: %d images, %d classes", source, len(images), len(images.classes))
+    log.debug("%s: %d images, %d classes", images.source, len(images), len(images.classes))
     return images
 
 

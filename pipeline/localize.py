@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from ood_heatmap import figures
 from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, hash_json
+from ood_heatmap.decoding import iter_batches
 from ood_heatmap.devices import describe_environment
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
-from ood_heatmap.images import ImageSet, Transform, iter_batches
+from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
 from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ood_heatmap.decoding import Batch, Unreadable
 from ood_heatmap.distributed import all_gather, is_main
-from ood_heatmap.images import Batch, Unreadable
 
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")

@@ -137,7 +137,7 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
         rows=len(data),
         # the decoder, and before it a checkpoint with Adam's two moments
         disk=4 * weights,
-        host=_peak_host_bytes() + data.num_bytes * (feed == ("pinned" if on_gpu else "resident")),
+        host=_peak_host_bytes() + data.num_bytes * (feed == ("memory" if on_gpu else "resident")),
         on_gpu=_peak_gpu_bytes(device) + data.num_bytes * (on_gpu and feed == "resident"),
         seconds=num_images / rate,
         rate=rate,

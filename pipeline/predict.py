@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import locked, make_directory, replacing
 from ood_heatmap.classifier import Output
+from ood_heatmap.decoding import Batch, Unreadable, iter_batches, prefetch
 from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay
-from ood_heatmap.images import Batch, Unreadable, iter_batches, prefetch
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier

@@ -4,7 +4,7 @@ Nothing here builds a stage: inference imports no training code, and no stage im
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate
 from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write_index
 from ood_heatmap.cache.shards import Column, Rows, open_rows
+from ood_heatmap.cache.stamps import check_unstamped, current_stamps
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
 from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
-from ood_heatmap.distributed import is_main
+from ood_heatmap.distributed import broadcast, is_main
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import SCALE
 from ood_heatmap.pipeline.patched import PastePlan, draw_paste_plan
@@ -67,7 +68,7 @@ def read_manifest(run: Path, stage: str) -> Manifest:
     return manifests.read_manifest(run / stage, command=format_command(run, stage))
 
 
-def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> None:
+def check_files(run: Path, manifest: Manifest, *, skip: Collection[str] = ()) -> None:
     """Verify the checksum of every file of a finished stage.
 
     Args:
@@ -80,6 +81,45 @@ def check_files(run: Path, manifest: Manifest, *, skip: Sequence[str] = ()) -> N
     """
     command = format_command(run, manifest.stage)
     manifests.check_files(run / manifest.stage, manifest, command=command, skip=skip)
+
+
+def _open_stage(
+    run: Path, stage: str, *, derived: str = "", index: Manifest | None = None
+) -> Manifest:
+    """Read the manifest of a finished stage and check its files; rank 0 acts for all ranks.
+
+    A file with size and time as recorded when it was hashed is not hashed again.
+
+    Args:
+        run: The run directory.
+        stage: Name of the stage.
+        derived: Name of a file that may be missing, since it can be rebuilt.
+        index: Manifest of the index that the stage must be built from.
+
+    Raises:
+        OodHeatmapError: The stage is missing, unfinished, damaged or of another index.
+    """
+    if not is_main():
+        return broadcast(None)
+    manifest = read_manifest(run, stage)
+    if index is not None:
+        require_from(manifest, index, run)
+    skip = [derived] if derived and not (run / stage / derived).is_file() else []
+    command = format_command(run, stage)
+    check_unstamped(run / stage, manifest, command=command, skip=skip)
+    return broadcast(manifest)
+
+
+def _open_columns(run: Path, manifest: Manifest, columns: Mapping[str, Column]) -> dict[str, Rows]:
+    """Memory-map the shards of a finished stage.
+
+    Raises:
+        DamagedCacheError: A shard is missing or does not match the columns.
+    """
+    directory = run / manifest.stage
+    stamps = current_stamps(directory, manifest)
+    headers = {name: stamp.header for name, stamp in stamps.items() if stamp.header is not None}
+    return open_rows(manifest.shard_paths(directory), columns, headers)
 
 
 def read_result(run: Path, stage: str, name: str) -> dict[str, Any]:
@@ -210,9 +250,14 @@ class Index:
         """Minimum and maximum over all ID training features."""
         return self.results.feature_min, self.results.feature_max
 
+    @cached_property
+    def row(self) -> NDArray[np.int64]:
+        """``(N,)`` int64 rows of the ID data set, ascending."""
+        return self.columns["row"].read()
+
     def bank(self, device: torch.device) -> Bank:
         """Open the features for nearest-neighbour search on a device."""
-        prediction, row = self.columns["prediction"].read(), self.columns["row"].read()
+        prediction, row = self.columns["prediction"].read(), self.row
         order = order_by_class(prediction, row)
         path = self.run / "index" / INDEX
         # derived from the shards, so losing it does no harm
@@ -260,7 +305,7 @@ class Index:
 
         They differ from the rows if unreadable images were skipped.
         """
-        return np.searchsorted(self.columns["row"].read(), rows)
+        return np.searchsorted(self.row, rows)
 
 
 def check_probe(
@@ -282,17 +327,12 @@ def check_probe(
 
 
 def open_index(run: Path) -> Index:
-    """Open a finished index; rank 0 verifies every file for all ranks.
+    """Open a finished index; rank 0 checks its files for all ranks.
 
     Raises:
         OodHeatmapError: The index is missing, unfinished or damaged.
     """
-    manifest = read_manifest(run, "index")
-    # derived from the shards: it can be rebuilt
-    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]
-    if is_main():
-        check_files(run, manifest, skip=lost)
-    return map_index(run, manifest)
+    return map_index(run, _open_stage(run, "index", derived=INDEX))
 
 
 def map_index(run: Path, manifest: Manifest) -> Index:
@@ -304,7 +344,7 @@ def map_index(run: Path, manifest: Manifest) -> Index:
     results = IndexResults.from_manifest(manifest)
     size = ClassifierConfig.from_json(results.classifier).transform.size
     columns = index_columns(size, results.num_features, results.map_shapes)
-    return Index(run, manifest, open_rows(manifest.shard_paths(run / "index"), columns))
+    return Index(run, manifest, _open_columns(run, manifest, columns))
 
 
 def _open_for_classifier(run: Path) -> Index:
@@ -333,15 +373,12 @@ class Targets:
 
 
 def open_targets(run: Path, index: Index) -> Targets:
-    """Open finished targets and verify every file.
+    """Open finished targets; rank 0 checks their files for all ranks.
 
     Raises:
         OodHeatmapError: The targets are missing, unfinished, damaged or of another index.
     """
-    manifest = read_manifest(run, "targets")
-    require_from(manifest, index.manifest, run)
-    check_files(run, manifest)
-    return map_targets(run, manifest, index)
+    return map_targets(run, _open_stage(run, "targets", index=index.manifest), index)
 
 
 def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
@@ -351,7 +388,7 @@ def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
         DamagedCacheError: A shard is missing or does not match the columns.
     """
     columns = target_columns(index.size, index.results.num_features, index.results.map_shapes)
-    return Targets(run, manifest, open_rows(manifest.shard_paths(run / "targets"), columns))
+    return Targets(run, manifest, _open_columns(run, manifest, columns))
 
 
 def draw_rows(num_images: int, limit: int | None, seed: int) -> NDArray[np.int64]:

@@ -9,12 +9,14 @@ import contextlib
 import hashlib
 import json
 import logging
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,35 @@ from ood_heatmap.cache.files import (
 )
 from ood_heatmap.cache.manifest import (
     FORMAT,
+    HASH_THREADS,
     MANIFEST,
     UNFINISHED,
-    FileRecord,
     Manifest,
     abbreviate,
+    check_files,
     check_size,
     differing_fields,
     hash_json,
     read_json,
     write_manifest,
 )
-from ood_heatmap.cache.shards import Column, map_shard, read_attributes, write_shard
+from ood_heatmap.cache.shards import (
+    Column,
+    Header,
+    Rows,
+    map_shard,
+    open_rows,
+    read_header,
+    write_shard,
+)
+from ood_heatmap.cache.stamps import (
+    Stamp,
+    current_stamps,
+    make_stamp,
+    match_stamp,
+    parse_stamps,
+    write_stamps,
+)
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
@@ -60,6 +79,12 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "last.ckpt"
 # checksums of the files that one rank has written in an unfinished stage
 _JOURNAL, _JOURNALS = "checksums-{:05d}.jsonl", "checksums-*.jsonl"
+
+
+# each is a memory map in every later stage
+_MAX_SHARDS = 20_000
+# network file systems cache for up to a minute which files exist
+_SHARED_SECONDS = 90.0
 
 
 @contextmanager
@@ -84,7 +109,7 @@ class Stage:
     name: str
     inputs: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=dict)
-    _records: dict[str, list[FileRecord]] | None = field(default=None, repr=False)
+    _stamps: dict[str, list[Stamp]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # normalize to what is read back from JSON: tuples become lists
@@ -204,11 +229,13 @@ class Stage:
         Raises:
             DamagedCacheError: A file is damaged, and ``overwrite`` is not given.
         """
-        if overwrite:
-            return all(
-                record.matches(self.directory / name) for name, record in manifest.files.items()
-            )
         command = format_command(self.run, self.name)
+        if overwrite:
+            try:
+                check_files(self.directory, manifest, command=command)
+            except DamagedCacheError:
+                return False
+            return True
         for name, record in manifest.files.items():
             check_size(self.directory / name, record, command=command)
         return True
@@ -216,19 +243,24 @@ class Stage:
     def _reopen(self, manifest: Manifest) -> None:
         """Turn a complete stage into an unfinished one: intact files stay, damaged are rebuilt."""
         log.warning("%s is damaged: rebuilding its damaged files", self.directory)
-        lines = [_journal_line(name, record) for name, record in manifest.files.items()]
+        known = current_stamps(self.directory, manifest)
+        # without times: whatever is damaged may be so without another time
+        stamps = [
+            replace(known.get(name, Stamp(name, record)), mtime_ns=-1)
+            for name, record in manifest.files.items()
+        ]
         journal = self.directory / _JOURNAL.format(rank())
         with replacing(journal) as scratch:
-            scratch.write_text("".join(lines), "utf-8")
+            scratch.write_text(_journal_lines(stamps), "utf-8")
         self._write_unfinished(manifest.speed.get("environments", []))
         (self.directory / MANIFEST).unlink()
         sync(self.directory)
-        self._records = None
+        self._stamps = None
 
     def discard(self) -> None:
         """Remove the stage atomically, as seen by readers."""
         remove_directory(self.directory)
-        self._records = None
+        self._stamps = None
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
         """Return a context manager that yields a temporary path for a file of the stage.
@@ -242,32 +274,60 @@ class Stage:
         make_directory((self.directory / name).parent)
         return replacing(self.directory / name, record=lambda scratch: self.record(name, scratch))
 
-    def record(self, name: str, path: Path) -> None:
-        """Record the size and checksum of a file under its final name."""
-        record = FileRecord.from_file(path)
-        journal = self.directory / _JOURNAL.format(rank())
-        append_text(journal, _journal_line(name, record))
-        if self._records is not None:
-            self._records.setdefault(name, []).append(record)
+    def record(self, name: str, path: Path, *, source: str = "") -> None:
+        """Record size, time and checksum of a file under its final name.
+
+        Args:
+            name: Name of the file in the stage.
+            path: The file, still under its temporary name.
+            source: Hash of the stamps of the images that it was made from; "" if unknown.
+        """
+        self.append([make_stamp(name, path, source=source)])
+
+    def append(self, stamps: Sequence[Stamp]) -> None:
+        """Append stamps to the journal of this rank."""
+        append_text(self.directory / _JOURNAL.format(rank()), _journal_lines(stamps))
+        if self._stamps is not None:
+            for stamp in stamps:
+                self._stamps.setdefault(stamp.name, []).append(stamp)
 
     def is_intact(self, name: str) -> bool:
-        """Return whether a file of the unfinished stage exists and matches a recorded checksum."""
-        path = self.directory / name
-        records = self._all_records().get(name, [])
-        return path.is_file() and bool(records) and FileRecord.from_file(path) in records
+        """Return whether a file of the unfinished stage exists and is as recorded."""
+        return bool(self.match_stamps([name]))
 
-    def _all_records(self) -> dict[str, list[FileRecord]]:
-        if self._records is None:
-            records = defaultdict(list)
+    def match_stamps(self, names: Sequence[str]) -> dict[str, Stamp]:
+        """Return the stamps of those files of the unfinished stage that are as recorded, by name.
+
+        A file with another time than recorded is read in full.
+        """
+        stamps = self._all_stamps()
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            found = pool.map(
+                lambda name: match_stamp(self.directory / name, stamps.get(name, [])), names
+            )
+            return {stamp.name: stamp for stamp in found if stamp is not None}
+
+    def headers(self, names: Iterable[str]) -> dict[str, Header]:
+        """Return the known headers of shards of the unfinished stage, by name."""
+        # read the journals again: other ranks have written since
+        self._stamps = None
+        stamps = self._all_stamps()
+        found = {
+            name: stamp.header
+            for name in names
+            for stamp in stamps.get(name, [])
+            if stamp.fits(self.directory / name)
+        }
+        return {name: header for name, header in found.items() if header is not None}
+
+    def _all_stamps(self) -> dict[str, list[Stamp]]:
+        if self._stamps is None:
+            stamps = defaultdict(list)
             for journal in sorted(self.directory.glob(_JOURNALS)):
-                for line in journal.read_text("utf-8", "replace").splitlines():
-                    # a killed process may truncate its last line: that file was not yet renamed
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        item = json.loads(line)
-                        record = FileRecord(str(item["sha256"]), int(item["num_bytes"]))
-                        records[str(item["name"])].append(record)
-            self._records = dict(records)
-        return self._records
+                for stamp in parse_stamps(journal.read_text("utf-8", "replace")):
+                    stamps[stamp.name].append(stamp)
+            self._stamps = dict(stamps)
+        return self._stamps
 
     def commit(
         self,
@@ -287,25 +347,27 @@ class Stage:
                 which the stage was computed it is in the manifest.
         """
         # read the journals again: other ranks have written since
-        self._records = None
-        files = {name: self._find_record(name) for name in names}
+        self._stamps = None
+        stamps = [self._find_stamp(name) for name in names]
+        files = {stamp.name: stamp.record for stamp in stamps}
         about = {**(speed or {}), "environments": self._environments()}
         # normalize to what is read back from JSON
         values, about = (json.loads(json.dumps(item)) for item in (results.to_json(), about))
         manifest = Manifest(self.name, self.inputs, content, values, files, about)
+        write_stamps(self.directory, stamps)
         write_manifest(self.directory, manifest)
         self._remove_unfinished()
         if speed:
             log_event(self.run, COMMANDS[self.name], **about)
         return manifest
 
-    def _find_record(self, name: str) -> FileRecord:
-        records = self._all_records().get(name, [])
+    def _find_stamp(self, name: str) -> Stamp:
+        path, stamps = self.directory / name, self._all_stamps().get(name, [])
         # written several times, or without a record: hash the file
-        if len(set(records)) != 1:
-            return FileRecord.from_file(self.directory / name)
-        check_size(self.directory / name, records[0], command=format_command(self.run, self.name))
-        return records[0]
+        if len({stamp.record for stamp in stamps}) != 1:
+            return make_stamp(name, path)
+        check_size(path, stamps[-1].record, command=format_command(self.run, self.name))
+        return stamps[-1]
 
     def _remove_unfinished(self) -> None:
         """Remove the files that only an unfinished stage needs."""
@@ -314,9 +376,9 @@ class Stage:
             path.unlink(missing_ok=True)
 
 
-def _journal_line(name: str, record: FileRecord) -> str:
+def _journal_lines(stamps: Iterable[Stamp]) -> str:
     # the leading line break ends a truncated line before it
-    return "\n" + json.dumps({"name": name, **asdict(record)}) + "\n"
+    return "".join("\n" + stamp.to_line() for stamp in stamps)
 
 
 def log_event(run: Path, command: str, **stats: Any) -> None:
@@ -343,11 +405,13 @@ class ShardTask:
         positions: ``(M,)`` int64 positions, ascending, among all images with the same prefix.
         source_rows: ``(M,)`` int64 rows of the image set; except for unreadable images, the shard's
             dataset ``row``.
+        source: Hash of the stamps of those images; "" if they have none.
     """
 
     name: str
     positions: NDArray[np.int64]
     source_rows: NDArray[np.int64]
+    source: str = ""
 
     @property
     def rows_hash(self) -> str:
@@ -380,23 +444,39 @@ class Schedule:
         return sum(len(task.positions) for tasks in self.own.values() for task in tasks)
 
 
+def rows_per_shard(num_rows: int, bytes_per_row: int, shard_mb: int) -> int:
+    """Return the rows of a shard: at most ``shard_mb`` megabytes, and at least one.
+
+    More if a stage of ``num_rows`` would otherwise have more than 20,000 shards: each is a memory
+    map, and Linux allows a process 65,530.
+    """
+    return max(1, shard_mb * 1_000_000 // bytes_per_row, -(-num_rows // _MAX_SHARDS))
+
+
 def _make_tasks(
-    prefix: str, source_rows: NDArray[np.int64], bytes_per_row: int, shard_mb: int
+    prefix: str, images: ImageSet, source_rows: NDArray[np.int64], size: int
 ) -> list[ShardTask]:
-    """Split rows into shards of at most ``shard_mb`` megabytes, at least one row each.
+    """Split rows into shards of ``size`` rows.
 
     Shard boundaries depend only on the rows and their size, not on the batch size or world size.
     """
-    size = max(1, shard_mb * 1_000_000 // bytes_per_row)
     starts = range(0, len(source_rows), size)
     return [
         ShardTask(
             f"{prefix}-{number:05d}.h5",
             np.arange(start, min(start + size, len(source_rows))),
             source_rows[start : start + size],
+            _source_hash(images, source_rows[start : start + size]),
         )
         for number, start in enumerate(starts)
     ]
+
+
+def _source_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
+    """Hash size and time of the files of images, which tell whether to read them again."""
+    if images.stamps is None:
+        return ""
+    return hashlib.sha256(images.stamps[rows].astype("<i8").tobytes()).hexdigest()
 
 
 def schedule_shards(
@@ -407,6 +487,7 @@ def schedule_shards(
     *,
     shard_mb: int,
     overwrite: bool,
+    other_bytes: int = 0,
 ) -> Schedule:
     """Start or resume a stage of shards; missing shards are assigned to ranks round-robin.
 
@@ -417,14 +498,15 @@ def schedule_shards(
         bytes_per_row: Bytes of one row of a shard.
         shard_mb: Maximum size of a shard in megabytes.
         overwrite: As for ``Stage.resume_or_start``.
+        other_bytes: Bytes of the files that are written beside the shards.
 
     Raises:
-        OodHeatmapError: The stage was made from different inputs or is damaged, or the disk is too
-            small.
+        OodHeatmapError: The stage was made from different inputs or is damaged, the disk is too
+            small, or this rank sees another run directory than rank 0.
     """
+    size = rows_per_shard(sum(map(len, rows_by_prefix.values())), bytes_per_row, shard_mb)
     tasks = {
-        prefix: _make_tasks(prefix, rows, bytes_per_row, shard_mb)
-        for prefix, rows in rows_by_prefix.items()
+        prefix: _make_tasks(prefix, images, rows, size) for prefix, rows in rows_by_prefix.items()
     }
     all_tasks = [task for same_prefix in tasks.values() for task in same_prefix]
     manifest, missing = broadcast(
@@ -438,7 +520,8 @@ def schedule_shards(
         log.info(
             "%s: %d rows to write, %.0f MB", stage.name, num_rows, num_rows * bytes_per_row / 1e6
         )
-        require_space(stage.run, num_rows * bytes_per_row)
+        require_space(stage.run, num_rows * bytes_per_row + other_bytes)
+    _require_shared(stage)
     own_names = {all_tasks[number].name for number in missing[rank() :: world_size()]}
     own = {
         prefix: [task for task in same_prefix if task.name in own_names]
@@ -447,13 +530,30 @@ def schedule_shards(
     return Schedule(None, tasks, own)
 
 
+def _require_shared(stage: Stage) -> None:
+    """Verify that this rank sees the stage that rank 0 has started.
+
+    Raises:
+        OodHeatmapError: It does not, even after the caches of a network file system have expired.
+    """
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (stage.directory / UNFINISHED).is_file():
+        if time.monotonic() > deadline:
+            raise OodHeatmapError(
+                f"rank {rank()} on {socket.gethostname()} does not see {stage.directory}, which "
+                "rank 0 has made. All nodes must share the run directory: use a path on a "
+                "network file system that is the same on every node."
+            )
+        time.sleep(0.2)
+
+
 def _scan_shards(
     stage: Stage, images: ImageSet, tasks: Sequence[ShardTask], *, overwrite: bool
 ) -> tuple[Manifest | None, list[int]]:
     """Return the manifest if the stage is complete, and the positions of missing shards."""
     manifest = stage.prepare(overwrite=overwrite)
     try:
-        missing = _missing_shards(stage, images, tasks, complete=manifest is not None)
+        missing = _missing_shards(stage, images, tasks, manifest)
     except StaleCacheError:
         if not overwrite:
             raise
@@ -464,48 +564,118 @@ def _scan_shards(
 
 
 def _missing_shards(
-    stage: Stage, images: ImageSet, tasks: Sequence[ShardTask], *, complete: bool
+    stage: Stage, images: ImageSet, tasks: Sequence[ShardTask], manifest: Manifest | None
 ) -> list[int]:
     """Return the positions of shards that are missing, damaged or contain other rows.
+
+    Args:
+        stage: The stage.
+        images: The set that the shards are made from.
+        tasks: All shards.
+        manifest: Manifest of the stage if it is complete, otherwise None.
 
     Raises:
         StaleCacheError: The images of a finished shard have changed.
         DamagedCacheError: The stage is complete, but its shards are not those of the tasks.
     """
-    missing = []
-    for number, task in enumerate(tasks):
-        path = stage.directory / task.name
-        attributes = read_attributes(path) if path.is_file() else {}
-        fits = (
-            attributes.get("fingerprint") == stage.fingerprint
-            and attributes.get("rows") == task.rows_hash
-            and (complete or stage.is_intact(task.name))
-        )
-        if not fits:
-            missing.append(number)
-        elif attributes.get("content") != _current_content_hash(images, map_shard(path)["row"]):
-            raise StaleCacheError(
-                f"{path} was made from other images (images.content differs in rows "
-                f"{task.source_rows[0]} to {task.source_rows[-1]} of {images.source}). "
-                "Add --overwrite to rebuild this stage."
-            )
-    if complete and missing:
+    names = [task.name for task in tasks]
+    found = stage.match_stamps(names) if manifest is None else _find_stamps(stage, manifest, names)
+    finished = {
+        task.name: found[task.name]
+        for task in tasks
+        if task.name in found and _contains(found[task.name], stage, task)
+    }
+    missing = [number for number, name in enumerate(names) if name not in finished]
+    if manifest is not None and missing:
         raise DamagedCacheError(
-            f"{stage.directory / tasks[missing[0]].name} is not the expected shard. "
+            f"{stage.directory / names[missing[0]]} is not the expected shard. "
             f"Delete {stage.directory} and run `{format_command(stage.run, stage.name)}` again."
         )
-    if len(missing) < len(tasks) and not complete:
+    renewed = _require_same_images(
+        stage, images, [(task, finished[task.name]) for task in tasks if task.name in finished]
+    )
+    if renewed and manifest is None:
+        stage.append(renewed)
+    elif renewed:
+        write_stamps(stage.directory, {**found, **{item.name: item for item in renewed}}.values())
+    if len(missing) < len(tasks) and manifest is None:
         done = len(tasks) - len(missing)
         log.info("%s: %d of %d shards already exist", stage.directory, done, len(tasks))
     return missing
 
 
-def _current_content_hash(images: ImageSet, rows: NDArray[np.int64]) -> str | None:
-    """Hash images as they are now; None if one cannot be read any more."""
-    try:
-        return content_hash(b"".join(images.digest(int(row)) for row in rows))
-    except (OSError, OodHeatmapError):
-        return None
+def _find_stamps(stage: Stage, manifest: Manifest, names: Sequence[str]) -> dict[str, Stamp]:
+    """Return the stamps of shards of a complete stage; the headers of others are read."""
+    found = current_stamps(stage.directory, manifest)
+    for name in names:
+        if name not in found and name in manifest.files:
+            with contextlib.suppress(DamagedCacheError):
+                header = read_header(stage.directory / name)
+                found[name] = Stamp(name, manifest.files[name], header=header)
+    return found
+
+
+def _require_same_images(
+    stage: Stage, images: ImageSet, finished: Sequence[tuple[ShardTask, Stamp]]
+) -> list[Stamp]:
+    """Verify that shards were made from the images as they are now.
+
+    Images are read again only if size or time of a file is not on record or has changed.
+
+    Returns:
+        Stamps with the present size and time of the images, of shards whose images were read.
+
+    Raises:
+        StaleCacheError: An image has changed.
+    """
+    unsure = [item for item in finished if not item[0].source or item[0].source != item[1].source]
+    if unsure:
+        num_rows = sum(len(task.source_rows) for task, _ in unsure)
+        log.info("%s: comparing %d images with those of finished shards", images.source, num_rows)
+    digests = _Digests(images)
+
+    def content_now(item: tuple[ShardTask, Stamp]) -> str | None:
+        task, stamp = item
+        return digests.content_hash(map_shard(stage.directory / task.name, stamp.header)["row"])
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        for (task, stamp), content in zip(unsure, pool.map(content_now, unsure), strict=True):
+            if stamp.header is None or stamp.header.attributes.get("content") != content:
+                pool.shutdown(cancel_futures=True)
+                raise StaleCacheError(
+                    f"{stage.directory / task.name} was made from other images (images.content "
+                    f"differs in rows {task.source_rows[0]} to {task.source_rows[-1]} of "
+                    f"{images.source}). Add --overwrite to rebuild this stage."
+                )
+    return [replace(stamp, source=task.source) for task, stamp in unsure if task.source]
+
+
+class _Digests:
+    """The sha256 of the images of a set as they are now; each image is read once."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+        self._is_known = np.zeros(len(images), bool)
+        self._digests = np.empty((len(images), 32), np.uint8)
+
+    def content_hash(self, rows: NDArray[np.int64]) -> str | None:
+        """Hash images as they are now; None if one cannot be read any more."""
+        try:
+            for row in rows[~self._is_known[rows]].tolist():
+                self._digests[row] = np.frombuffer(self._images.digest(row), np.uint8)
+                self._is_known[row] = True
+        except (OSError, OodHeatmapError):
+            return None
+        return content_hash(self._digests[rows].tobytes())
+
+
+def _contains(stamp: Stamp, stage: Stage, task: ShardTask) -> bool:
+    """Return whether a shard was written by this stage and for the rows of a task."""
+    attributes = {} if stamp.header is None else stamp.header.attributes
+    return (
+        attributes.get("fingerprint") == stage.fingerprint
+        and attributes.get("rows") == task.rows_hash
+    )
 
 
 def content_hash(digests: bytes) -> str:
@@ -513,29 +683,56 @@ def content_hash(digests: bytes) -> str:
     return hashlib.sha256(digests).hexdigest()
 
 
-def stage_content(stage: Stage, names: Iterable[str]) -> str:
+def stage_content(stage: Stage, names: Sequence[str]) -> str:
     """Hash all images of a stage, given the content hashes of its shards."""
-    return hash_json([read_attributes(stage.directory / name)["content"] for name in names])
+    headers = stage.headers(names)
+    return hash_json([_header(stage, headers, name).attributes["content"] for name in names])
 
 
-def require_rows(stage: Stage, tasks: Iterable[ShardTask]) -> None:
+def open_shards(stage: Stage, names: Sequence[str]) -> dict[str, Rows]:
+    """Open the shards of an unfinished stage as one array per dataset."""
+    return open_rows([stage.directory / name for name in names], headers=stage.headers(names))
+
+
+def _header(stage: Stage, headers: Mapping[str, Header], name: str) -> Header:
+    """Return the header of a shard; read from the file if it is not known."""
+    return headers.get(name) or read_header(stage.directory / name)
+
+
+def require_rows(stage: Stage, tasks: Sequence[ShardTask]) -> None:
     """Verify that the shards contain the rows of their tasks, each once and in order.
 
     Rows that a shard has skipped as unreadable, and counted, may be missing.
 
     Raises:
-        DamagedCacheError: A shard has other rows; names the shard.
+        DamagedCacheError: A shard is missing or has other rows; names the shard.
     """
+    headers = stage.headers([task.name for task in tasks])
     for task in tasks:
         path = stage.directory / task.name
-        num_skipped = int(read_attributes(path).get("num_skipped", -1))
-        found, wanted = map_shard(path)["row"], iter(task.source_rows.tolist())
-        in_order = all(row in wanted for row in found.tolist())
-        if not in_order or len(found) + num_skipped != len(task.source_rows):
+        if not path.is_file():
+            raise DamagedCacheError(
+                f"{path} is missing: it was removed, or written by a rank on a node that does not "
+                f"share {stage.run}. Run the same command again, on nodes that share it."
+            )
+        header = _header(stage, headers, task.name)
+        num_skipped = int(header.attributes.get("num_skipped", -1))
+        found = map_shard(path, header)["row"]
+        if not _is_subsequence(found, task.source_rows) or len(found) + num_skipped != len(
+            task.source_rows
+        ):
             raise DamagedCacheError(
                 f"{path} does not contain each of the rows {task.source_rows[0]} to "
                 f"{task.source_rows[-1]} once. Delete it and run the stage again."
             )
+
+
+def _is_subsequence(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> bool:
+    """Return whether values are in another array, in the same order."""
+    if np.array_equal(found, wanted):
+        return True
+    remaining = iter(wanted.tolist())
+    return all(value in remaining for value in found.tolist())
 
 
 class BackgroundWriter:
@@ -572,22 +769,22 @@ class BackgroundWriter:
             "num_skipped": len(task.positions) - len(arrays["row"]),
         }
         self.wait()
-        self._last = self._executor.submit(self._write_now, task.name, arrays, columns, attributes)
+        self._last = self._executor.submit(self._write_now, task, arrays, columns, attributes)
 
     def _write_now(
         self,
-        name: str,
+        task: ShardTask,
         arrays: Mapping[str, NDArray[Any]],
         columns: Mapping[str, Column],
         attributes: Mapping[str, str | int],
     ) -> None:
         started = time.perf_counter()
         write_shard(
-            self.stage.directory / name,
+            self.stage.directory / task.name,
             arrays,
             attributes=attributes,
             columns=columns,
-            record=lambda scratch: self.stage.record(name, scratch),
+            record=partial(self.stage.record, task.name, source=task.source),
         )
         self.meter.thread_seconds["write"] += time.perf_counter() - started
 

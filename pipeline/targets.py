@@ -22,7 +22,7 @@ from ood_heatmap.cache.neighbours import (
     describe_backend,
     squared_distances,
 )
-from ood_heatmap.cache.shards import Column, bytes_per_row, open_rows
+from ood_heatmap.cache.shards import Column, bytes_per_row
 from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import barrier, broadcast, is_main, main_process_first
 from ood_heatmap.duplicates import find_overlaps
@@ -42,6 +42,7 @@ from ood_heatmap.pipeline.stage import (
     Schedule,
     ShardTask,
     Stage,
+    open_shards,
     require_rows,
     run_lock,
     schedule_shards,
@@ -209,7 +210,7 @@ def _paste_all(
     )
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            row = index.columns["row"].read()[paste_plan.position[shard.rows]]
+            row = index.row[paste_plan.position[shard.rows]]
             same_class = np.ones(len(row), dtype=bool)
             pairs = Nearest(row, _distances_to(index, row, shard), same_class)
             arrays = _arrays(shard, paste_plan.row[shard.rows], pairs, index, patched=True)
@@ -282,7 +283,7 @@ def _collect(
     """Compute the results of the stage from its shards."""
     for tasks in schedule.tasks.values():
         require_rows(stage, tasks)
-    columns = open_rows([stage.directory / name for name in schedule.names])
+    columns = open_shards(stage, schedule.names)
     paired = columns["patched"].read() == 0
     kept = columns["row"].read()[paired]
     wanted = np.concatenate([task.source_rows for task in schedule.tasks[_PAIRED]])

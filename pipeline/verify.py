@@ -8,23 +8,28 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.neighbours import squared_distances
+from ood_heatmap.cache.shards import Rows
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.patches import paste
 from ood_heatmap.pipeline.config import VerifyConfig
 from ood_heatmap.pipeline.run import (
     COMMANDS,
+    INDEX,
     Index,
     Targets,
     check_files,
     draw_rows,
-    open_index,
-    open_targets,
+    map_index,
+    map_targets,
     read_manifest,
     redraw_paste_plan,
     require_from,
 )
 
 log = logging.getLogger(__name__)
+
+# rows compared at once: the bank of a large ID set is far larger than the memory
+_CHUNK = 4096
 
 
 def verify(
@@ -43,7 +48,11 @@ def verify(
     Raises:
         OodHeatmapError: A check failed; names the first one.
     """
-    index = open_index(run)
+    index_manifest = read_manifest(run, "index")
+    # derived from the shards: it can be rebuilt
+    lost = [] if (run / "index" / INDEX).is_file() else [INDEX]
+    check_files(run, index_manifest, skip=lost)
+    index = map_index(run, index_manifest)
     lines = [f"index: {len(index.manifest.files)} files unchanged"]
     _check_index_rows(index)
     earlier = [index.manifest]
@@ -58,8 +67,9 @@ def verify(
         check_files(run, manifest)
         lines.append(f"{stage}: {len(manifest.files)} files unchanged")
         if stage == "targets":
-            _check_target_rows(index, open_targets(run, index))
-            lines += _check_targets(index, open_targets(run, index), num_samples, seed)
+            targets = map_targets(run, manifest, index)
+            _check_target_rows(index, targets)
+            lines += _check_targets(index, targets, num_samples, seed)
         earlier.append(manifest)
     return lines
 
@@ -120,9 +130,7 @@ def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> N
     Raises:
         DamagedCacheError: A target differs; names its row.
     """
-    features, prediction, row = (
-        index.columns[name].read() for name in ("features", "prediction", "row")
-    )
+    prediction, row = index.columns["prediction"].read(), index.row
     stored = {name: rows.take(sample) for name, rows in targets.columns.items()}
     pairing = targets.results.pairing
     for i in range(len(sample)):
@@ -133,7 +141,7 @@ def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> N
         if bool(stored["same_class"][i]) != bool(len(same_class)):
             raise DamagedCacheError(f"{name}: the stored same_class is wrong.")
         partner = stored["nearest"][i]
-        squared = squared_distances(stored["features"][i], features[searched])
+        squared = _squared_distances(stored["features"][i], index.columns["features"], searched)
         if pairing in ("nearest", "any"):
             nearest = row[searched[squared == squared.min()]].min()
             if partner != nearest:
@@ -146,6 +154,14 @@ def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> N
         image = index.columns["images"].take(index.positions(np.array([partner])))[0]
         if not _is_image(image - stored["heatmap"][i]):
             raise DamagedCacheError(f"{name}: nearest minus heatmap is not an image.")
+
+
+def _squared_distances(
+    query: NDArray[np.float32], features: Rows, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the squared distance of ``(D,)`` features to each of the rows, in float64."""
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    return np.concatenate([squared_distances(query, features.take(chunk)) for chunk in chunks])
 
 
 def _check_patched(index: Index, targets: Targets, sample: NDArray[np.int64]) -> None:

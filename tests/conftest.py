@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from simulated_cuda import CUDA, simulated_cuda
 
+from ood_heatmap.cache.stamps import STAMPS
 from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
@@ -79,13 +80,14 @@ def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Return what reads all that must not differ when a stage is made again, by path.
 
-    Every file but the log, and of manifests all but ``speed`` and the checksum over it.
+    Every file but the log and the stamps, which hold times, and of manifests all but ``speed`` and
+    the checksum over it.
     """
 
     def read(folder: Path) -> dict[str, bytes]:
         found = {}
         for path in sorted(folder.rglob("*")):
-            if path.is_dir() or path.name == "log.jsonl":
+            if path.is_dir() or path.name in ("log.jsonl", STAMPS):
                 continue
             content = path.read_bytes()
             if path.name == "manifest.json":

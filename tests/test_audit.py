@@ -31,7 +31,7 @@ def pixels_of(data, run, name):
 
 
 def overlaps(texts):
-    return [text for text in texts if " are also in " in text or " almost equal in " in text]
+    return [text for text in texts if " are also in " in text or " almost equal to " in text]
 
 
 def test_the_hashes_of_a_run_are_those_of_the_images_themselves(data, run):

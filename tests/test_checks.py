@@ -58,10 +58,10 @@ def with_nan_bias(network: Network) -> Network:
             "",
             "depend on the other images|Expected more than 1 value per channel",
         ),
-        (with_nan_bias(Network()), "", "NaN or infinite logits, for class 2 first"),
-        (with_nan_bias(Network()), "fc", "NaN or infinite logits, for class 2 first"),
+        (with_nan_bias(Network()), "", "NaN or infinite logits, first for class 2"),
+        (with_nan_bias(Network()), "fc", "NaN or infinite logits, first for class 2"),
         (Network(before=lambda x: x / 0), "fc", "NaN or infinite logits"),
-        (Network(num_classes=1), "", "one logit for each image"),
+        (Network(num_classes=1), "", "one logit per image"),
         (Network(after=lambda x: x[:, 0]), "", r"returns shape \(2,\).*must be \(B, L\)"),
         (Network(after=lambda x: (x, x)), "", "returns tuple"),
         (Network(after=lambda x: {"logits": x}), "", "returns dict"),
@@ -190,7 +190,7 @@ def test_a_classifier_that_returns_something_else_is_refused(indexed, change):
     else:
         features = features[:, :-1]
     other = "conv" if change == "map" else "features"
-    with pytest.raises(StaleCacheError, match=rf"net\.py:f returns other {other} than when"):
+    with pytest.raises(StaleCacheError, match=rf"net\.py:f returns different {other} than when"):
         classifier.check_same_outputs(images, features, maps)
 
 

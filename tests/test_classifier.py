@@ -187,9 +187,9 @@ def test_the_code_of_the_users_file_is_part_of_the_fingerprint(data, spec, tmp_p
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"mean": (123.675, 116.28, 103.53)}, "divide values of the 0 to 255 convention by 255"),
-        ({"std": (58.395, 57.12, 57.375)}, "divide values of the 0 to 255 convention by 255"),
-        ({"mean": (-0.5, 0.5, 0.5)}, "of pixels in"),
+        ({"mean": (123.675, 116.28, 103.53)}, "divide values for pixels from 0 to 255 by 255"),
+        ({"std": (58.395, 57.12, 57.375)}, "divide values for pixels from 0 to 255 by 255"),
+        ({"mean": (-0.5, 0.5, 0.5)}, "for pixels in"),
         ({"std": (float("inf"), 1.0, 1.0)}, "three finite numbers"),
         ({"mean": (float("nan"), 0.0, 0.0)}, "three finite numbers"),
         ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
@@ -270,5 +270,5 @@ def test_a_restored_classifier_takes_the_maps_that_were_indexed(classifier, save
 @pytest.mark.parametrize("field", ["weights", "source", "head", "mean", "num_classes"])
 def test_a_restored_classifier_that_is_another_is_refused_by_what_differs(classifier, saved, field):
     fingerprint = classifier.fingerprint() | {field: "another"}
-    with pytest.raises(StaleCacheError, match=f"{field} was another, is .*--overwrite"):
+    with pytest.raises(StaleCacheError, match=f"{field} was another, now .*--overwrite"):
         restore_classifier(classifier.config, saved, fingerprint)

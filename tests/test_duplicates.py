@@ -161,13 +161,13 @@ def test_compressed_copies_are_almost_equal_and_exact_ones_are_not_counted_twice
     )
     assert exact.text.startswith("2 of 10 images of test are also in train (test0 = train0")
     assert near.text.startswith(
-        "3 of 10 images of test are almost equal in train (test2 = train5, test3 = train6"
+        "3 of 10 images of test are almost equal to images of train (test2 = train5, test3 = train6"
     )
 
 
 @pytest.mark.parametrize("num_alike", [0, 12])
 def test_sets_that_are_much_alike_in_themselves_are_left_alone(photographs, num_alike):
-    """A fifth of a set is almost equal in the training set: news, unless that is so in itself."""
+    """A fifth of a set is almost equal to training images: reported unless that is normal there."""
     train = photographs[:60]
     within = np.where(np.arange(60) < num_alike, np.float32(0.1), np.float32(1))
     test = np.concatenate([changed(train[:4], compressed), photographs[40:56]])

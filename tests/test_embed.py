@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ood_heatmap.images import Batch
+from ood_heatmap.decoding import Batch
 from ood_heatmap.pipeline.embed import embed, iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter, _find_bottleneck, _format_summary, _merge_ranks

@@ -321,7 +321,7 @@ def test_labels_go_by_the_name_of_the_class_never_by_its_position(data, run, tmp
     content, _ = table(run)
     assert content["id_accuracy"] == pytest.approx(np.mean(right))
     assert content["id_labelled"] == len(right)
-    unknown = [text for text in results["warnings"] if "none of the run's: 'dog'" in text]
+    unknown = [text for text in results["warnings"] if "run does not have: 'dog'" in text]
     assert len(unknown) == ("dog" in names)
 
 
@@ -332,7 +332,7 @@ def test_ood_classes_named_as_id_classes_are_said(data, run, tmp_path):
     results = evaluate(
         run, open_images(str(data / "far")), sets, CPU, replace(config, near=())
     ).results
-    assert any("named as ID classes: 'class3'." in text for text in results["warnings"])
+    assert any("with names of ID classes: 'class3'." in text for text in results["warnings"])
 
 
 def test_no_share_held_out_means_no_thresholds(data, run):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ood_heatmap.classifier import Classifier, ClassifierConfig, Output
+from ood_heatmap.decoding import iter_batches
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import Transform, iter_batches
+from ood_heatmap.images import Transform
 from ood_heatmap.pipeline import forward as module
 from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier, _make_copies, _pinned_thread_pool

@@ -42,7 +42,7 @@ def test_a_target_points_from_the_ood_image_to_the_id_image():
     "wrong", [np.zeros((1, 3, 4, 4), np.uint8), np.zeros((2, 3, 4, 4), np.int16)]
 )
 def test_pairs_that_would_broadcast_are_refused(wrong):
-    with pytest.raises(ValueError, match="both must be uint8 of one shape"):
+    with pytest.raises(ValueError, match="both must be uint8 of the same shape"):
         difference(wrong, np.zeros((2, 3, 4, 4), np.uint8))
 
 

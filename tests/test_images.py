@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps, features
 
+from ood_heatmap.decoding import decode, iter_batches
 from ood_heatmap.images import (
     Transform,
     UnreadableImageError,
     _to_rgb,
     class_orders,
-    decode,
-    iter_batches,
     relabel,
     sort_classes,
 )

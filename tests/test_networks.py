@@ -176,7 +176,7 @@ def test_inception_normalizes_its_input_as_torchvision_does_with_its_weights():
 
 def test_other_classes_than_those_of_the_weights_need_a_file(monkeypatch):
     monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *_, **__: {})
-    with pytest.raises(UsageError, match="Add --weights FILE for other classes"):
+    with pytest.raises(UsageError, match="Add --weights FILE to use other classes"):
         build("torchvision/resnet18", 7, pretrained=True)
     network, *_ = build("torchvision/resnet18", 7, pretrained=False)
     assert network.fc.out_features == 7
@@ -185,7 +185,7 @@ def test_other_classes_than_those_of_the_weights_need_a_file(monkeypatch):
 @pytest.mark.parametrize("name", ["no_such_model", "resnet18.no_such_tag"])
 def test_an_unknown_model_of_timm_is_one_line(name):
     pytest.importorskip("timm")
-    with pytest.raises(OodHeatmapError, match=rf"timm/{name} cannot be made .*Check --classifier"):
+    with pytest.raises(OodHeatmapError, match=rf"timm/{name} cannot be built .*Check --classifier"):
         build(f"timm/{name}", None, pretrained=False)
 
 

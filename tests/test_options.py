@@ -267,7 +267,7 @@ def test_choices_of_the_commands_word_for_word():
         ("train", "schedule"): ["cosine", "constant"],
         ("train", "stack"): ["plain", "dcgan"],
         ("train", "target"): ["signed", "magnitude"],
-        ("train", "feed"): ["auto", "resident", "pinned", "streaming"],
+        ("train", "feed"): ["auto", "resident", "memory", "streaming", "pinned"],
         ("train", "precision"): ["auto", "float32", "bfloat16"],
         ("train", "step"): ["auto", "eager", "compiled", "graph", "plain"],
         ("evaluate", "protocol"): ["all", "paper", "openood"],

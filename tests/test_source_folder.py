@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, features
 from torchvision.datasets import ImageFolder
 
+from ood_heatmap.decoding import decode
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import Transform, UnreadableImageError, decode
+from ood_heatmap.images import Transform, UnreadableImageError
 from ood_heatmap.source_folder import (
     find_images,
     from_paths,

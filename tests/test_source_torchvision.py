@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ood_heatmap import source_torchvision as module
+from ood_heatmap.decoding import decode
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.images import Transform, decode
+from ood_heatmap.images import Transform
 from ood_heatmap.sources import open_images
 
 

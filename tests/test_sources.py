@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from ood_heatmap.decoding import decode
 from ood_heatmap.errors import UsageError
-from ood_heatmap.images import decode, relabel
+from ood_heatmap.images import relabel
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.source_array import from_array

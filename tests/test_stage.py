@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ood_heatmap.cache.shards import map_shard, write_shard
+from ood_heatmap.cache.stamps import check_unstamped
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
@@ -51,7 +52,7 @@ def names(directory: Path) -> list[str]:
 def test_a_committed_stage_holds_its_files_and_the_manifest(tmp_path):
     manifest = make(tmp_path)
     assert read_manifest(tmp_path, "index") == manifest
-    assert names(tmp_path / "index") == ["data.bin", "figures", "manifest.json"]
+    assert names(tmp_path / "index") == [".stamps.jsonl", "data.bin", "figures", "manifest.json"]
     assert Stage(tmp_path, "index", INPUTS).resume_or_start(overwrite=False) == manifest
     assert Stage(tmp_path, "index", INPUTS).resume_or_start(overwrite=True) == manifest
 
@@ -182,16 +183,20 @@ def test_a_record_cut_short_counts_for_nothing(tmp_path):
     assert start(tmp_path).is_intact("b.bin")
 
 
-@pytest.mark.parametrize("damage", ["missing", "shorter", "flipped"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "flipped", "flipped by the disk"])
 def test_overwrite_makes_the_damaged_file_of_a_complete_stage_again_and_no_other(tmp_path, damage):
     manifest = make(tmp_path)
     path = tmp_path / "index" / "data.bin"
+    os.utime(path, (10**9, 10**9))
+    check_unstamped(path.parent, manifest, command="")
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(b"conten" if damage == "shorter" else b"cOntent")
+    if damage == "flipped by the disk":
+        os.utime(path, (10**9, 10**9))
     stage = Stage(tmp_path, "index", INPUTS)
-    if damage != "flipped":  # `verify` reads every byte, a start does not
+    if not damage.startswith("flipped"):  # `verify` reads every byte, a start does not
         with pytest.raises(DamagedCacheError, match=r"data\.bin.*--overwrite"):
             stage.resume_or_start(overwrite=False)
     assert stage.resume_or_start(overwrite=True) is None

@@ -21,7 +21,7 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheErr
 from ood_heatmap.heatmap import score, target_heatmap
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
-from ood_heatmap.pipeline.feed import TrainingBatch, _epoch_order
+from ood_heatmap.pipeline.feed import TrainingBatch, _iter_groups
 from ood_heatmap.pipeline.run import open_decoder, open_index, open_targets, read_manifest
 from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.pipeline.step import lr_at, make_step
@@ -94,7 +94,7 @@ def train_by_the_formulas(run, config) -> tuple[dict[str, torch.Tensor], list[fl
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, betas=(0.5, 0.999))
     losses = []
     for epoch in range(config.epochs):
-        for rows in np.split(_epoch_order(130, config.seed, epoch)[:128], 4):
+        for rows in np.split(next(_iter_groups(130, config.seed, epoch))[:128], 4):
             target = targets_of_all[rows]
             found = decoder(features[rows], prediction[rows])
             loss = ((1 + 5 * target) * (found - target) ** 2).sum() / 32
@@ -150,7 +150,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(run, monkeypatch, stop_aft
     assert tree(run / "decoder") == unbroken
 
 
-@pytest.mark.parametrize("feed", ["pinned", "streaming"])
+@pytest.mark.parametrize("feed", ["memory", "streaming"])
 def test_all_feeds_train_the_same_decoder(run, feed):
     train_decoder(run, CPU, TrainConfig(**SMALL, feed="resident"))
     resident = weights(run)
@@ -376,7 +376,7 @@ def test_a_step_without_memory_is_one_line(run, monkeypatch):
 # said once in a process, by whichever of these is the first
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("step", ["eager", "graph"])
-@pytest.mark.parametrize("feed", ["resident", "pinned", "streaming"])
+@pytest.mark.parametrize("feed", ["resident", "memory", "streaming"])
 def test_an_epoch_never_waits_for_the_gpu(run, monkeypatch, feed, step):
     show_progress = module._show_progress
 

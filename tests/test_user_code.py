@@ -191,7 +191,7 @@ def test_code_that_the_user_has_named_runs_for_any_run(tmp_path, saved):
     restore_classifier(described(code), saved)
     # another function, other text or another place is not what was named
     others = [
-        UserCode(code.place, "other"),
+        UserCode(code.module, "other"),
         write(tmp_path / "copy", net=SIMPLE),
         write(tmp_path, net=f"{SIMPLE}\n"),
     ]

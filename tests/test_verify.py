@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
+from ood_heatmap.cache.neighbours import squared_distances
+from ood_heatmap.cache.stamps import STAMPS
 from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.pipeline import verify as module
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.targets import build_targets
@@ -33,7 +36,7 @@ def test_a_whole_run_is_said_to_be_whole(run):
 @pytest.mark.parametrize("stage", ["index", "targets", "decoder", "evaluation"])
 def test_one_flipped_bit_in_any_file_is_found(run, stage):
     for path in sorted((run / stage).rglob("*")):
-        if path.is_dir() or path.name == "manifest.json":
+        if path.is_dir() or path.name in ("manifest.json", STAMPS):
             continue
         before = path.read_bytes()
         for place in (0, len(before) // 2, len(before) - 1):
@@ -121,3 +124,21 @@ def test_stages_that_are_not_made_yet_are_said(run):
         "evaluation: not made yet",
         "localization: not made yet",
     ]
+
+
+def test_no_more_rows_are_compared_at_once_than_a_chunk(run, data, monkeypatch):
+    config = TargetsConfig(patched=0.0, pairing="any", batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), torch.device("cpu"), config)
+    shutil.rmtree(run / "decoder")
+    compared = []
+    compute = squared_distances
+
+    def count(queries, rows):
+        compared.append(len(rows))
+        return compute(queries, rows)
+
+    monkeypatch.setattr(module, "squared_distances", count)
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    assert "50 of 50 paired again" in verify(run)[2]
+    assert max(compared) == 7
+    assert sum(compared) == 50 * 80

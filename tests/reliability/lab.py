@@ -32,6 +32,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ood_heatmap.cache.stamps import STAMPS
+
 HERE = Path(__file__).parent
 FULL = os.environ.get("OOD_HEATMAP_RELIABILITY") == "full"
 SECONDS = 120.0  # a command that takes longer hangs: they take one
@@ -479,7 +481,7 @@ class Lab:
         found = {
             path.relative_to(place).as_posix(): (path.lstat().st_mode, b"")
             for path in place.rglob("*")
-            if path.name != "log.jsonl"
+            if path.name not in ("log.jsonl", STAMPS)
         }
         # for the message of a second writer alone: what it says of nobody is no harm
         content = {name: b"" if name.endswith(".lock") else item for name, item in content.items()}

@@ -1,0 +1,200 @@
+"""Reads rows of shards in any number of threads.
+
+What is in the page cache is copied out of the memory map: nothing is as fast. Large rows that are
+not there are read with ``preadv``, all of them requested first, so that the disk has as many reads
+to work on as there are rows. That also turns a failing disk into an error, where a page fault
+would kill the process, and leaves no page tables behind that grow with the data set.
+"""
+
+import os
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ood_heatmap.cache.files import read_error
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.errors import DamagedCacheError
+
+_Array = NDArray[Any]
+_Int64 = NDArray[np.int64]
+
+# bytes of a row over all columns; smaller rows are faulted in with their neighbors, by read-ahead
+_LARGE_ROW = 64 << 10
+# open files of one reader, at most a quarter of what the process may have
+_MAX_OPEN = 2048
+# reads what is in the page cache and fails on anything else; 0 where the system lacks it
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+
+class RowReader:
+    """Reads the same ascending rows of several columns; safe to share between threads.
+
+    Args:
+        columns: Columns of the same shards, or of one array in memory.
+    """
+
+    def __init__(self, columns: Mapping[str, Rows]) -> None:
+        self.columns = columns
+        self.names = tuple(columns)
+        first = columns[self.names[0]]
+        self.starts, self.on_disk = first.starts, bool(first.paths)
+        self.row_bytes = sum(_row_bytes(column) for column in columns.values())
+        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        num_open = max(1, min(_MAX_OPEN, soft_limit // 4))
+        self._open = lru_cache(num_open)(partial(_open_shard, list(columns.values())))
+
+    def read(self, rows: _Int64, outs: Mapping[str, _Array]) -> None:
+        """Read rows into buffers.
+
+        Args:
+            rows: ``(B,)`` ascending integers.
+            outs: Output array of each column, ``(B, ...)``, contiguous.
+
+        Raises:
+            IndexError: A row is out of range.
+            DamagedCacheError: A shard was truncated; names it.
+            OodHeatmapError: The system cannot read a shard; names it.
+        """
+        if not len(rows):
+            return
+        if not 0 <= rows[0] <= rows[-1] < self.starts[-1]:
+            raise IndexError(f"rows {rows[0]}..{rows[-1]} of an array of {self.starts[-1]}")
+        pending: list[_PendingRead] = []
+        for number, first, last in _iter_shards(rows, self.starts):
+            shard_rows = rows[first:last] - self.starts[number]
+            shard_outs = [outs[name][first:last] for name in self.names]
+            shard = self._open(number) if self.on_disk else None
+            if shard is None or self._should_copy(shard, int(shard_rows[0])):
+                for column, out in zip(self.columns.values(), shard_outs, strict=True):
+                    # with the default mode="raise" NumPy would buffer a second copy
+                    column.arrays[number].take(shard_rows, axis=0, out=out, mode="clip")
+            else:
+                pending += shard.request(shard_rows, shard_outs)
+        for read in pending:
+            read.finish()
+
+    def _should_copy(self, shard: "_Shard", row: int) -> bool:
+        """Return whether to copy rows out of the map, judged by the first of them."""
+        shard.check_size()
+        return self.row_bytes < _LARGE_ROW or shard.is_cached(row)
+
+
+def _row_bytes(column: Rows) -> int:
+    return column.dtype.itemsize * int(np.prod(column.shape[1:]))
+
+
+def _iter_shards(rows: _Int64, starts: _Int64) -> Iterator[tuple[int, int, int]]:
+    """Yield number, first and last position in ``rows`` of each shard that holds any of them."""
+    shards = np.searchsorted(starts, rows, side="right") - 1
+    for first, last in _runs(shards, step=0):
+        yield int(shards[first]), first, last
+
+
+def _runs(values: _Int64, step: int) -> Iterator[tuple[int, int]]:
+    """Return first and last position of each run in which values grow by ``step``."""
+    return pairwise([0, *(np.flatnonzero(np.diff(values) != step) + 1).tolist(), len(values)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """An open shard, closed with its last reference: no thread reads from a reused descriptor.
+
+    Args:
+        path: The file.
+        descriptor: Its descriptor.
+        num_bytes: Expected size, at least.
+        offsets: Byte offset of each column.
+        row_bytes: Bytes of one row of each column.
+    """
+
+    path: Path
+    descriptor: int
+    num_bytes: int
+    offsets: Sequence[int]
+    row_bytes: Sequence[int]
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def check_size(self) -> None:
+        """Raise if the file is truncated: reading its memory map would kill the process."""
+        if os.fstat(self.descriptor).st_size < self.num_bytes:
+            raise self.truncated()
+
+    def truncated(self) -> DamagedCacheError:
+        """Return the error for a file that ends too early."""
+        return DamagedCacheError(
+            f"{self.path} was truncated while it was read. Delete it and run the stage again."
+        )
+
+    def is_cached(self, row: int) -> bool:
+        """Return whether the first byte of a row of the largest column is in the page cache."""
+        largest = self.row_bytes.index(max(self.row_bytes))
+        offset = self.offsets[largest] + row * self.row_bytes[largest]
+        try:
+            return os.preadv(self.descriptor, [bytearray(1)], offset, _NOWAIT) == 1
+        except OSError:
+            # not there, or the file system cannot tell
+            return False
+
+    def request(self, rows: _Int64, outs: Sequence[_Array]) -> "list[_PendingRead]":
+        """Ask the system to read rows ahead, contiguous ones at once; return the reads."""
+        reads = []
+        for first, last in _runs(rows, step=1):
+            for offset, row_bytes, out in zip(self.offsets, self.row_bytes, outs, strict=True):
+                buffer = out[first:last].reshape(-1).view(np.uint8).data
+                start = offset + int(rows[first]) * row_bytes
+                _advise(self.descriptor, start, len(buffer), "WILLNEED")
+                reads.append(_PendingRead(self, start, buffer))
+        return reads
+
+
+@dataclass(frozen=True)
+class _PendingRead:
+    """A requested read of contiguous bytes of a shard."""
+
+    shard: _Shard
+    offset: int
+    buffer: memoryview
+
+    def finish(self) -> None:
+        """Read all bytes; a single call may return fewer than asked for."""
+        done = 0
+        while done < len(self.buffer):
+            try:
+                count = os.preadv(self.shard.descriptor, [self.buffer[done:]], self.offset + done)
+            except OSError as error:
+                raise read_error(self.shard.path, error) from error
+            if not count:
+                raise self.shard.truncated()
+            done += count
+
+
+def _open_shard(columns: Sequence[Rows], number: int) -> _Shard:
+    """Open a shard for reads at random."""
+    path = columns[0].paths[number]
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise read_error(path, error) from error
+    # without it the system reads ahead of each row what another batch will need, or none
+    _advise(descriptor, 0, 0, "RANDOM")
+    offsets = [column.offset(number) for column in columns]
+    ends = [
+        offset + column.arrays[number].nbytes
+        for column, offset in zip(columns, offsets, strict=True)
+    ]
+    return _Shard(path, descriptor, max(ends), offsets, [_row_bytes(column) for column in columns])
+
+
+def _advise(descriptor: int, offset: int, num_bytes: int, advice: str) -> None:
+    """Tell the system what will be read, where it takes advice (not on macOS)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, num_bytes, getattr(os, f"POSIX_FADV_{advice}"))

@@ -1,0 +1,134 @@
+"""Batches decoded in threads and in processes are the same, and so are their errors."""
+
+import os
+import shutil
+import signal
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ood_heatmap import decoding as module
+from ood_heatmap.decoding import Batch, iter_batches
+from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.images import ImageSet, Transform, UnreadableImageError
+from ood_heatmap.sources import open_images
+
+TRANSFORM = Transform(16)
+CHUNKS = np.array_split(np.arange(23), 6)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
+
+
+@pytest.fixture
+def images(tmp_path) -> ImageSet:
+    """23 files of four kinds: grey, 16-bit, turned by EXIF, and plain; one of them is broken."""
+    generator = np.random.default_rng(0)
+    for number in range(23):
+        pixels = generator.integers(0, 256, (20 + number, 31, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        exif = Image.Exif()
+        if number % 4 == 1:
+            image = image.convert("L")
+        elif number % 4 == 2:
+            image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
+        elif number % 4 == 3:
+            exif[0x0112] = 6
+        image.save(tmp_path / f"{number:02d}.png", exif=exif)
+    (tmp_path / "17.png").write_bytes(b"not an image")
+    return open_images(str(tmp_path))
+
+
+def comparable(batch: Batch) -> tuple[object, ...]:
+    rows, pixels = batch.rows.tolist(), batch.pixels.tobytes()
+    return rows, pixels, batch.digests, batch.modes, batch.notes, batch.skipped
+
+
+@linux
+def test_processes_yield_the_batches_of_threads_in_order(images, monkeypatch):
+    pids = {os.getpid()}
+    monkeypatch.setattr(module, "_iter_in_processes", recording(pids))
+    threads, processes = (
+        list(iter_batches(images, CHUNKS, TRANSFORM, workers=workers, skip_unreadable=True))
+        for workers in (1, 3)
+    )
+    assert list(map(comparable, processes)) == list(map(comparable, threads))
+    assert sum(len(batch.rows) for batch in processes) == 22
+    assert len(pids) == 4
+    for batch in processes:
+        assert batch.pixels.flags.writeable
+        assert batch.seconds > 0
+
+
+def recording(pids: set[int]) -> Callable[..., Iterator[Batch]]:
+    """Return the generator in processes that also notes their numbers."""
+    original = module._iter_in_processes
+
+    def wrapped(dataset: module._Chunks, workers: int) -> Iterator[Batch]:
+        batches = original(dataset, workers)
+        yield next(batches)
+        pids.update(child.pid for child in active_children() if child.pid)
+        yield from batches
+
+    return wrapped
+
+
+@linux
+def test_an_unreadable_image_ends_processes_in_its_own_line(images):
+    with pytest.raises(
+        UnreadableImageError, match=r"^\S+17\.png is not a readable image"
+    ) as caught:
+        list(iter_batches(images, CHUNKS, TRANSFORM, workers=3))
+    assert caught.value.reason == "not an image"
+
+
+@linux
+def test_a_killed_process_is_said_in_one_line(images, monkeypatch):
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "decode", die)
+    with pytest.raises(OodHeatmapError, match=r"was killed.*Use fewer --workers"):
+        list(iter_batches(images, CHUNKS, TRANSFORM, workers=3))
+
+
+def test_little_shared_memory_means_threads(images, monkeypatch, caplog):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64, 60, 4))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(module, "_iter_in_processes", None)
+    batches = list(iter_batches(images, CHUNKS, TRANSFORM, workers=3, skip_unreadable=True))
+    assert len(batches) == 6
+    assert "decoding in threads" in caplog.text
+
+
+@pytest.mark.parametrize(("workers", "chunks"), [(2, 6), (3, 3)])
+def test_few_workers_or_batches_are_threads(images, monkeypatch, workers, chunks):
+    monkeypatch.setattr(module, "_iter_in_processes", None)
+    taken = iter_batches(images, CHUNKS[:chunks], TRANSFORM, workers=workers, skip_unreadable=True)
+    assert len(list(taken)) == chunks
+
+
+def test_arrays_of_the_input_size_are_never_decoded_in_processes(monkeypatch, tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    np.save(tmp_path / "images.npy", array)
+    monkeypatch.setattr(module, "_iter_in_processes", None)
+    images = open_images(str(tmp_path / "images.npy"))
+    chunks = np.array_split(np.arange(24), 6)
+    taken = list(iter_batches(images, chunks, TRANSFORM, workers=4))
+    whole = np.concatenate([batch.pixels for batch in taken])
+    np.testing.assert_array_equal(whole, array.transpose(0, 3, 1, 2))
+
+
+@linux
+def test_leaving_early_leaves_no_process(images):
+    batches = iter_batches(images, CHUNKS, TRANSFORM, workers=3, skip_unreadable=True)
+    next(batches)
+    assert len(active_children()) >= 3
+    del batches
+    for child in active_children():
+        child.join(20)
+    assert not active_children()
