@@ -249,7 +249,13 @@ def test_numbers_that_are_none_are_usage_errors(run, arguments):
         ("evaluate", "--batch-size", "Images per forward pass of the classifier.", "x>=1", 256),
         ("evaluate", "--false-alarm", "Share of ID images that may be called OOD.", "0<x<1", 0.05),
         ("predict", "--batch-size", "Images per forward pass of the classifier.", "x>=1", 64),
-        ("localize", "--workers", "Threads that decode images; from 3 on, processes.", "1<=x<=256", 2),
+        (
+            "localize",
+            "--workers",
+            "Threads that decode images; from 3 on, processes.",
+            "1<=x<=256",
+            2,
+        ),
         ("verify", "--samples", "Targets to recompute by brute force.", "x>=0", 200),
     ],
 )
