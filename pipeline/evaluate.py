@@ -212,7 +212,7 @@ def _find_overlaps(
 def _to_audited(
     name: str, title: str, scored: ScoredSet, images: ImageSet, index: Index
 ) -> AuditedSet:
-    """Return a scored set, as far as overlaps go."""
+    """Prepare a scored set for the search of overlaps."""
     return AuditedSet(
         f"{title} ({images.source})",
         kind="ID" if name in (ID, _HELD_OUT) else "OOD",

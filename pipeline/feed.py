@@ -35,7 +35,7 @@ _FeedChoice: TypeAlias = Literal["auto", _FeedKind, "pinned"]
 _CHUNK, _GROUP = 4096, 64
 # slots of the ring buffer: batches that are prefetched
 _NUM_SLOTS = 4
-# bytes of a batch that one reader thread reads; more threads than this do not make a disk faster
+# bytes of a batch per reader thread, and the number of threads beyond which disks get no faster
 _BYTES_PER_READ, _MAX_READERS = 4 << 20, 8
 # batches whose row numbers are copied to the device at once
 _BATCHES_PER_COPY = 64
@@ -95,8 +95,8 @@ class TrainingSet:
 
     Args:
         id_columns: ``features``, ``prediction`` and feature maps of the index.
-        ood_columns: The same of the targets, and ``heatmap``, the target.
-        num_maps: Number of feature maps that the decoder takes.
+        ood_columns: The same columns of the targets stage, and ``heatmap``, the target.
+        num_maps: Number of feature maps that the decoder uses.
     """
 
     id_columns: Mapping[str, Rows]
@@ -134,7 +134,7 @@ class TrainingSet:
 
 
 def _iter_groups(num_rows: int, seed: int, epoch: int) -> Iterator[_Int64]:
-    """Yield the order of rows in an epoch, a function of its arguments alone, group by group.
+    """Yield the order of rows in an epoch, group by group; depends only on the arguments.
 
     Chunks of contiguous rows are assigned to groups at random and each group is shuffled, so that
     a streaming feed reads from few regions of the disk. Up to one group (262,144 rows) this is a
@@ -154,15 +154,15 @@ def _iter_groups(num_rows: int, seed: int, epoch: int) -> Iterator[_Int64]:
 
 
 def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> Iterator[_Int64]:
-    """Yield the rows of this rank's part of every batch of every epoch.
+    """Yield this rank's rows of every batch of every epoch.
 
-    The last, smaller batch of an epoch is dropped, so that all batches have one shape. The rows of
-    a batch ascend: ID rows first, and neighbours on disk beside each other.
+    The last, smaller batch of an epoch is dropped, so that all batches have the same shape. The
+    rows of a batch ascend: ID rows come first, and rows that are adjacent on disk stay together.
 
     Args:
-        num_rows: Rows of the training set.
+        num_rows: Number of rows of the training set.
         size: Batch size over all ranks.
-        seed: Of the order.
+        seed: Random seed of the order.
         epochs: Numbers of the epochs.
     """
     for epoch in epochs:
@@ -175,7 +175,7 @@ def iter_batches(num_rows: int, size: int, seed: int, epochs: Iterable[int]) -> 
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the free bytes of a device; of the CPU, what is available without swapping."""
+    """Return the free bytes of a device; for the CPU, those available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -192,9 +192,9 @@ def _iter_cgroup_memory(root: Path) -> Iterator[int]:
     page cache counts as free.
 
     Args:
-        root: Of the file system.
+        root: Root of the file system.
     """
-    # a file system that is not what Linux documents has no limits that are known
+    # without the files that Linux documents, no limit is known
     with suppress(OSError, ValueError, KeyError):
         for entry in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, group = entry.split(":", 2)
@@ -204,7 +204,7 @@ def _iter_cgroup_memory(root: Path) -> Iterator[int]:
             folder = root / "sys/fs/cgroup" / mount
             for part in ("", *Path(group).parts[1:]):
                 folder /= part
-                # inside a container the outer names do not exist, and its own group is the mount
+                # inside a container the outer groups do not exist, and its own group is the mount
                 if not (folder / limit).is_file() or (folder / limit).read_text().strip() == "max":
                     continue
                 lines = (folder / "memory.stat").read_text().splitlines()
@@ -215,10 +215,10 @@ def _iter_cgroup_memory(root: Path) -> Iterator[int]:
 
 
 def choose_feed(data: TrainingSet, device: torch.device, choice: _FeedChoice) -> _FeedKind:
-    """Return the feed of a choice; for ``auto`` the first that fits in half of the free memory.
+    """Choose a feed; ``auto`` is the first that fits in half of the free memory.
 
-    ``resident`` (device memory), ``memory`` (host memory, for a GPU), or ``streaming``, which
-    always fits.
+    In order: ``resident`` (device memory), ``memory`` (host memory, for a GPU), and ``streaming``,
+    which always fits.
     """
     if choice == "pinned":
         return "memory"
@@ -237,7 +237,7 @@ class Feed(Protocol):
     """Moves batches to the device."""
 
     def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
-        """Yield a batch for each array of ascending rows, valid until the next is asked for."""
+        """Yield a batch for each array of ascending rows; valid until the next is requested."""
 
 
 def open_feed(
@@ -247,9 +247,9 @@ def open_feed(
 
     Args:
         data: The training set.
-        device: Of this rank.
+        device: Device of this rank.
         choice: ``auto``, ``resident``, ``memory`` or ``streaming``.
-        size: Images of the largest batch.
+        size: Number of images of the largest batch.
     """
     kind: _FeedKind = broadcast(choose_feed(data, device, choice))
     try:
@@ -276,7 +276,7 @@ def _to_batch(columns: Mapping[str, Tensor], count: int) -> TrainingBatch:
 
 
 class _ResidentFeed:
-    """The training set in device memory; a batch is gathered there."""
+    """Batches gathered on the device from a training set in its memory."""
 
     def __init__(self, data: TrainingSet, device: torch.device) -> None:
         self.num_id, self.device = data.num_id, device
@@ -290,11 +290,11 @@ class _ResidentFeed:
         self.targets = self._load([zero, *targets])
 
     def _load(self, parts: list[NDArray[Any]]) -> Tensor:
-        """Concatenate arrays on the device, without a second copy of the whole there."""
+        """Concatenate arrays on the device without a temporary copy of all of them."""
         column = Rows(parts)
         out = _empty(column, len(column), self.device)
         for start, part in zip(column.starts, parts, strict=False):
-            # np.array copies: PyTorch warns of read-only memory maps
+            # np.array copies: PyTorch warns about read-only memory maps
             out[start : start + len(part)] = torch.from_numpy(np.array(part))
         return out
 
@@ -303,7 +303,7 @@ class _ResidentFeed:
         remaining = iter(batches)
         while block := list(islice(remaining, _BATCHES_PER_COPY)):
             rows = torch.from_numpy(np.concatenate(block))
-            # a copy from pageable memory would wait for the GPU
+            # a copy from pageable memory would block until the GPU is done
             if self.device.type == "cuda":
                 rows = rows.pin_memory().to(self.device, non_blocking=True)
             for batch in rows.split([len(item) for item in block]):  # type: ignore[no-untyped-call]
@@ -318,7 +318,7 @@ class _ResidentFeed:
 def _load_into_memory(data: TrainingSet) -> TrainingSet:
     """Return a copy of the training set in RAM.
 
-    Its memory is not page-locked: batches leave it through the ring buffer, which is.
+    It is not page-locked: batches go through the ring buffer, which is.
     """
 
     def load(rows: Rows) -> Rows:
@@ -396,7 +396,7 @@ class _Slot:
     def start_reading(
         self, reader: _BatchReader, rows: _Int64, executor: ThreadPoolExecutor
     ) -> None:
-        """Start to read a batch, in parts; the scheduling thread waits here, never the step."""
+        """Start to read a batch, in parts; only the scheduling thread blocks here, not the step."""
         if self.on_gpu:
             self.copied.synchronize()
         self.count = len(rows)
@@ -412,7 +412,7 @@ class _Slot:
         ]
 
     def to_device(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
-        """Wait for the reads and return the batch on the device, copied on a stream of its own."""
+        """Wait for the reads and return the batch on the device, copied on a separate stream."""
         for read in self.reads:
             read.result()
         if stream is not None:

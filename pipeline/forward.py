@@ -1,6 +1,6 @@
 """The classifier in fixed-size batches, at the throughput of its device.
 
-On a GPU one batch runs after the other. On a CPU every core runs small batches of its own: threads
+On a GPU batches run one after the other. On a CPU every core runs its own small batches: threads
 that share a convolution wait for the slowest of them, and the activations of a large batch do not
 fit in the caches.
 """
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _UInt8 = NDArray[np.uint8]
 # batch size of one core
 _IMAGES_PER_CORE = 32
-# forward passes of a GPU between two readings of the clock
+# forward passes per timing window on a GPU
 _PASSES_PER_WINDOW = 4
 
 
@@ -60,11 +60,11 @@ class PendingOutputs:
 class BatchedClassifier:
     """Runs the classifier in fixed-size batches; on out-of-memory the size is halved and logged.
 
-    The last batch is padded to the same size, so that no result depends on how many images there
-    are.
+    The last batch is padded to the same size, so that results do not depend on the number of
+    images.
 
     Args:
-        classifier: On its device.
+        classifier: The classifier, on its device.
         batch_size: Images per forward pass, over all cores of a CPU.
     """
 
@@ -87,7 +87,7 @@ class BatchedClassifier:
         self._halving = threading.Lock()
 
     def __call__(self, images: _UInt8) -> Output:
-        """Return the output for images ``(B, 3, H, W)``, on the host."""
+        """Classify images ``(B, 3, H, W)`` and return the output on the host."""
         outputs = self.start(images).wait()
         return Output(
             torch.cat([item.features for item in outputs]),
@@ -96,7 +96,7 @@ class BatchedClassifier:
         )
 
     def start(self, images: _UInt8) -> PendingOutputs:
-        """Start to classify images and return at once."""
+        """Start to classify images and return immediately."""
         futures = [self.executor.submit(self._run, chunk) for chunk in _chunks(images, self.size)]
         copied = None
         if self.on_gpu:
@@ -133,7 +133,7 @@ class BatchedClassifier:
 
         Args:
             size: The batch size.
-            reason: What the device said.
+            reason: Message of the device.
 
         Raises:
             OodHeatmapError: It is already 1.
@@ -149,12 +149,12 @@ class BatchedClassifier:
                 )
             self.size = size // 2
         if self.on_gpu:
-            # cached blocks of the old size are useless now
+            # cached blocks of the old size cannot be reused
             torch.cuda.empty_cache()
         log.warning("out of memory on %s: batch size reduced to %d", device, self.size)
 
     def _to_device(self, images: _UInt8, size: int) -> torch.Tensor:
-        """Return a batch padded to ``size``, copied from pinned memory so that nothing waits."""
+        """Pad a batch to ``size`` and copy it to the device, asynchronously from pinned memory."""
         batch = torch.from_numpy(images)
         if len(images) < size or self.on_gpu:
             shape = (size, *batch.shape[1:])
@@ -167,8 +167,8 @@ class BatchedClassifier:
     def _to_host(self, output: Output, count: int) -> Output:
         """Start to copy the first rows of an output to the host.
 
-        Feature maps become float16, contiguous as in a shard: the device reorders their channels at
-        the speed of its memory, the host at that of one core.
+        Feature maps are converted to contiguous float16, as in a shard, on the device: reordering
+        channels runs at the speed of its memory there, and on one core on the host.
         """
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,8 +184,8 @@ class BatchedClassifier:
         """Measure images/s with images already on the device.
 
         Args:
-            seconds: Duration of the measurement: the median over windows of a few passes, at least
-                one. There is no warm-up: the classifier has run in this process before.
+            seconds: Duration of the measurement, the median over windows of a few passes. There is
+                no warm-up: the classifier has already run in this process.
         """
         generator = torch.Generator().manual_seed(0)
         pixels = self.classifier.config.transform.size
@@ -200,7 +200,7 @@ class BatchedClassifier:
         return passes * self.size / statistics.median(windows)
 
     def repeat(self, images: torch.Tensor, passes: int) -> None:
-        """Classify the same images, already on the device, several times and wait for it."""
+        """Classify the same images, already on the device, ``passes`` times, and synchronize."""
         futures = [self.executor.submit(self._run_on_idle_copy, images) for _ in range(passes)]
         for future in futures:
             future.result()
@@ -224,7 +224,7 @@ def _make_copies(classifier: Classifier, count: int) -> list[Classifier]:
     weights = {id(item): item for item in [*classifier.parameters(), *classifier.buffers()]}
     size = classifier.config.transform.size
     probe = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=classifier.device)
-    # a user's own network can fail here in any way
+    # user code can raise anything here
     try:
         copies = [copy.deepcopy(classifier, dict(weights)) for _ in range(count - 1)]
         expected = classifier(probe).logits
@@ -237,7 +237,7 @@ def _make_copies(classifier: Classifier, count: int) -> list[Classifier]:
 
 
 class _InlineExecutor:
-    """An executor that runs the work in the calling thread."""
+    """An executor that runs work in the calling thread."""
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run the work and return its result as a finished future."""
@@ -262,6 +262,6 @@ def _pinned_thread_pool(count: int, num_threads: int) -> ThreadPoolExecutor:
         # the pool starts a thread for each submission while none is idle
         pool.submit(int)
     started.wait()
-    # setting it in a thread changed the default of new threads
+    # set_num_threads in a thread also changes the default of new threads
     torch.set_num_threads(before)
     return pool

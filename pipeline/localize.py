@@ -1,7 +1,7 @@
-"""Does the heatmap know where? Patches of OOD test images in ID test images, at known places.
+"""Measure localization on ID test images with pasted patches of OOD test images.
 
-Beside the heatmap: controls that know nothing of the decoder, and sanity checks that must lower
-its metrics.
+The heatmap is compared with controls that do not use the decoder, and with sanity checks that must
+lower its metrics.
 """
 
 import logging
@@ -64,14 +64,14 @@ def localize(
     device: torch.device,
     config: LocalizeConfig,
 ) -> Manifest:
-    """Measure where the heatmap is right, and write numbers and a picture.
+    """Measure how well heatmaps locate OOD regions, and write a table and a figure.
 
     Args:
         run: A run directory with a trained decoder.
         id_images: The ID test set.
         ood_sets: OOD test sets by name.
-        device: Where to compute.
-        config: Settings.
+        device: Device to compute on.
+        config: Settings of the stage.
 
     Returns:
         The manifest; ``localization.json`` beside it holds the table.
@@ -107,7 +107,7 @@ def localize(
             scratch.write_bytes(to_json(_localization_json(table, sets, samples, config)))
         with stage.writing(_FIGURE) as scratch:
             color_max = trained.results.color_max
-            scratch.write_bytes(figures.to_png(_sheet(examples, color_max)))
+            scratch.write_bytes(figures.to_png(_plot_examples(examples, color_max)))
         log_event(run, "localize", cells=len(cells), device=str(device))
         results = LocalizationResults(lowered_pixel_auroc=_check_sanity(table))
         return stage.commit(results, [_TABLE, _FIGURE], content=content)
@@ -118,7 +118,7 @@ def _resume_or_start(stage: Stage, content: str, config: LocalizeConfig) -> Mani
 
     Args:
         stage: The stage.
-        content: Hash of the images as they are now.
+        content: Hash of the current images.
         config: Settings of the stage.
 
     Raises:
@@ -150,35 +150,35 @@ class _Sample:
 
 
 def _read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig) -> _Sample:
-    """Return a seeded sample of a set; all of it when it is smaller.
+    """Read a seeded sample of a set, or all of it if it is smaller.
 
     Raises:
-        OodHeatmapError: None of it is readable.
+        OodHeatmapError: No image of it is readable.
     """
     generator = np.random.default_rng(config.seed)
     count = min(config.count, len(images))
     rows = np.sort(generator.choice(len(images), count, replace=False))
-    pieces = [rows[at : at + config.batch_size] for at in range(0, count, config.batch_size)]
-    taken = list(
+    size = config.batch_size
+    batches = list(
         iter_batches(
             images,
-            pieces,
+            [rows[start : start + size] for start in range(0, count, size)],
             transform,
             workers=config.workers,
             skip_unreadable=config.skip_unreadable,
         )
     )
-    pixels = np.concatenate([batch.pixels for batch in taken])
+    pixels = np.concatenate([batch.pixels for batch in batches])
     if not len(pixels):
         raise OodHeatmapError(f"none of {count} images of {images.source} is readable.")
-    # sets lie class by class: without this the same classes would always meet
+    # sets are ordered by class: otherwise the same classes would always be paired
     order = generator.permutation(len(pixels))
-    return _Sample(pixels[order], content_hash(b"".join(batch.digests for batch in taken)))
+    return _Sample(pixels[order], content_hash(b"".join(batch.digests for batch in batches)))
 
 
 @dataclass(frozen=True)
 class _Example:
-    """One line of the picture: an image, where its patch is, and what each method says of it."""
+    """One row of the figure: an image, the mask of its patch, and the scores of each method."""
 
     title: str
     image: _UInt8
@@ -189,10 +189,10 @@ class _Example:
 def _measure(
     samples: Mapping[str, _Sample], methods: LocalizationMethods, config: LocalizeConfig
 ) -> tuple[list[LocalizationRow], list[_Example]]:
-    """Return the metrics of every set, size and kind of edges, and an image of each set and size.
+    """Return the metrics of every set, size and kind of edges, and an example of each set and size.
 
-    The same ID images, locations and sizes in all of them; what is pasted differs. Resampled, an
-    image that is drawn is drawn for all methods, sizes and edges.
+    ID images, locations and sizes are the same for all sets; only the pasted images differ. All
+    methods, sizes and edges share the resampled images.
     """
     rows, examples = [], []
     for (name, sample), side, edges in product(samples.items(), SIDES, EDGES):
@@ -208,22 +208,22 @@ def _measure(
             metrics = asdict(localization_metrics(scores, masks))
             resampled = resampled_metrics(scores, masks, weights)
             rows.append(LocalizationRow(method, name, side, edges, metrics, resampled))
-        # hard and blended in turn, another image each time
+        # alternate between hard and blended edges, with a different image each time
         number = SIDES.index(side)
         if edges == EDGES[number % len(EDGES)]:
-            at = number % count
-            own = {method: scores[at] for method, scores in pixel_scores.items()}
-            examples.append(_Example(f"{name}, {edges}", images[at], masks[at], own))
+            i = number % count
+            by_method = {method: scores[i] for method, scores in pixel_scores.items()}
+            examples.append(_Example(f"{name}, {edges}", images[i], masks[i], by_method))
     return rows, examples
 
 
 def _check_sanity(table: Sequence[LocalizationRow]) -> dict[str, float]:
-    """Return by how much each sanity check lowers the pixel AUROC; warn if one does not."""
+    """Return the decrease of the pixel AUROC in each sanity check; warn if there is none."""
     lowered = lowered_by_sanity_checks(table)
-    for method, by in lowered.items():
-        if by <= 0:
+    for method, decrease in lowered.items():
+        if decrease <= 0:
             log.warning(
-                "%s does not lower the heatmap's pixel AUROC: what it shows does not depend on it",
+                "%s does not lower the heatmap's pixel AUROC: the heatmap does not depend on it",
                 method,
             )
     return lowered
@@ -240,11 +240,11 @@ def _localization_json(
         "about": "Patches of OOD images in ID images; side: of the patch, as a share of the "
         "image's. pixel_auroc over all pixels of a set, size and kind of edges (0.5 by chance); "
         "aupro: per-region overlap up to a false positive rate of 0.3 (0.15 by chance); pointing: "
-        "the strongest pixel lies in the patch. A mean is over sets, sizes or edges. Shares in "
-        "[0, 1]; intervals: bootstrap over images, 95 %, percentiles. leads: the heatmap's figure "
-        "less that of the other, means over everything. "
-        f"{DISTANCE}: to the nearest of at most {NUM_LOCATIONS} places in {NUM_IMAGES} ID "
-        "training images, Euclidean, in the deepest feature map.",
+        "the highest pixel score lies in the patch. A mean is over sets, sizes or edges. Shares in "
+        "[0, 1]; intervals: bootstrap over images, 95 %, percentiles. leads: metric of the heatmap "
+        "minus that of the other method, overall means. "
+        f"{DISTANCE}: Euclidean, to the nearest of at most {NUM_LOCATIONS} locations in "
+        f"{NUM_IMAGES} ID training images, in the deepest feature map.",
         "count": config.count,
         "seed": config.seed,
         "resamples": config.resamples,
@@ -261,8 +261,8 @@ def _localization_json(
     }
 
 
-def _sheet(examples: Sequence[_Example], color_max: float) -> Figure:
-    """Return image, patch outline, heatmap and controls; heatmaps on the one colour scale."""
+def _plot_examples(examples: Sequence[_Example], color_max: float) -> Figure:
+    """Plot image, patch outline, heatmap and controls; heatmaps share a colour scale."""
     methods = list(examples[0].pixel_scores)
     figure = Figure(figsize=(1.5 * (len(methods) + 1), 1.55 * len(examples)), layout="constrained")
     panels = np.atleast_2d(figure.subplots(len(examples), len(methods) + 1))
@@ -288,7 +288,7 @@ def _sheet(examples: Sequence[_Example], color_max: float) -> Figure:
 
 
 def _outline(axes: Any, mask: NDArray[np.bool_]) -> None:
-    """Draw a line around the patch."""
+    """Draw the outline of a patch."""
     down, right = np.nonzero(mask)
     left, top = right.min() - 0.5, down.min() - 0.5
     side = down.max() - down.min() + 1

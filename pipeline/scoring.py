@@ -1,4 +1,4 @@
-"""Every method's scores: of images for detection, and of pixels for localisation."""
+"""Scores of every method: image scores for detection, pixel scores for localization."""
 
 import contextlib
 import copy
@@ -35,17 +35,19 @@ from ood_heatmap.sanity import Finding, check_fits
 _Float32 = NDArray[np.float32]
 _Int64 = NDArray[np.int64]
 _UInt8 = NDArray[np.uint8]
-PixelScores = dict[str, _Float32]  # method to (B, H, W), larger is more OOD
+# (B, H, W) by method, larger is more OOD
+PixelScores = dict[str, _Float32]
 
 ID, HEATMAP = "id", "heatmap"
 CENTRE, _DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
 SHUFFLED, SWAPPED = "shuffled weights", "swapped class"
-# of the ID training set, for the feature distance
+# ID training images and locations in them for the feature distance
 NUM_IMAGES, NUM_LOCATIONS = 2_000, 20_000
 
-# images that are scored at once, which bounds the heatmaps in memory, and that a rank is dealt
+# images scored at once, which bounds the heatmaps in memory, and the unit of distribution to ranks
 _CHUNK = 1024
-_MAX_FIT = 50_000  # images of each kind that a method is fitted on, at most
+# maximum number of ID images, and of OOD images, that methods are fitted on
+_MAX_FIT = 50_000
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Subset:
 
     Args:
         images: The set.
-        rows: Rows of it, ascending.
-        classes: The run's class names by label.
+        rows: Rows of the set, ascending.
+        classes: Class names of the run, by label.
     """
 
     images: ImageSet
@@ -64,22 +66,22 @@ class Subset:
 
     @cached_property
     def labels(self) -> NDArray[np.int32]:
-        """Label of each image of the set, by the name of its class; -1 if the run has none."""
+        """Label of each image of the set, matched by class name; -1 if the run lacks the class."""
         return relabel(self.images, self.classes).labels
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """What every method says of B images.
+    """Scores of all methods for B images.
 
     Args:
         scores: ``(B,)`` float32 by method; larger is more OOD.
-        max_pixel_score: ``(B,)`` float32, the largest pixel score of each heatmap.
+        max_pixel_score: ``(B,)`` float32, the maximum pixel score of each heatmap.
         prediction: ``(B,)`` int32 predicted class.
         label: ``(B,)`` int32 class, -1 where unknown.
         row: ``(B,)`` int64 rows of the set.
         pixel_hash: ``(B,)`` uint64, see ``duplicates.hash_pixels``.
-        nearest: ``(B,)`` int64 row of the ID training set of the image with the nearest features.
+        nearest: ``(B,)`` int64 row of the ID training image with the nearest features.
         difference: ``(B,)`` float32 to that image, see ``duplicates.relative_difference``.
         content: sha256 of the images' bytes.
     """
@@ -99,7 +101,7 @@ class ScoredSet:
 
     @property
     def by_method(self) -> dict[str, _Float32]:
-        """The scores without those of runs with other seeds."""
+        """The scores without the heatmap scores of runs with other seeds."""
         return {
             name: values
             for name, values in self.scores.items()
@@ -108,7 +110,7 @@ class ScoredSet:
 
     @staticmethod
     def concatenate(parts: Sequence["ScoredSet"]) -> "ScoredSet":
-        """Return the parts of a set as one."""
+        """Concatenate the scores of consecutive chunks of a set."""
         return ScoredSet(
             {key: np.concatenate([part.scores[key] for part in parts]) for key in parts[0].scores},
             **{
@@ -119,14 +121,14 @@ class ScoredSet:
         )
 
     def save(self, path: Path) -> None:
-        """Save to an ``.npz`` file, the same bytes every time; not atomic."""
+        """Save to an ``.npz`` file, deterministically; not atomic."""
         columns = {name: getattr(self, field) for field, name in _COLUMNS.items()}
         with path.open("wb") as file:
             np.savez(file, **{**self.scores, **columns, "content": np.array(self.content)})
 
     @staticmethod
     def load(path: Path) -> "ScoredSet":
-        """Load what ``save`` wrote; check its checksum first."""
+        """Load a file written by ``save``; the caller verifies its checksum."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         columns = {field: arrays.pop(name) for field, name in _COLUMNS.items()}
@@ -134,7 +136,7 @@ class ScoredSet:
         return ScoredSet(arrays, **columns, content=content)
 
 
-# fields of a scored set that are arrays, and their names in its file
+# maps the array fields of a scored set to their names in the file
 _COLUMNS = {
     "max_pixel_score": "peak",
     "prediction": "prediction",
@@ -147,7 +149,7 @@ _COLUMNS = {
 
 
 def name_of_run(number: int) -> str:
-    """Return the name of a decoder's score: the run's own first, then those of other seeds."""
+    """Return the name of a decoder's score: 0 is the run itself, then runs with other seeds."""
     return f"{HEATMAP}-{number + 1}" if number else HEATMAP
 
 
@@ -156,9 +158,9 @@ class _DetectionMethods:
     """The heatmap and all methods of ``METHODS``, fitted.
 
     Args:
-        detectors: Of the run, then of the runs with other seeds; one classifier for all.
-        index: Of the run.
-        id_features: ``(N, D)`` of all ID training images, of unit length.
+        detectors: Detector of the run, then of runs with other seeds; they share a classifier.
+        index: Index of the run.
+        id_features: ``(N, D)`` unit-length features of all ID training images.
         by_name: The fitted methods.
         neighbours: k of the kNN score.
         config: Settings of the stage.
@@ -172,10 +174,10 @@ class _DetectionMethods:
     config: EvaluateConfig
 
     def __call__(self, embedded: Embedded, labels: NDArray[np.int32]) -> ScoredSet:
-        """Score images that the classifier has seen.
+        """Score embedded images.
 
         Args:
-            embedded: The classifier's outputs.
+            embedded: Images and outputs of the classifier.
             labels: ``(B,)`` classes, -1 where unknown.
         """
         heatmap_scores, max_pixel_score = self._decode(embedded)
@@ -200,7 +202,7 @@ class _DetectionMethods:
         )
 
     def _decode(self, embedded: Embedded) -> tuple[dict[str, _Float32], _Float32]:
-        """Return each decoder's image scores, and the run's own largest pixel scores."""
+        """Return the image scores of each decoder, and the maximum pixel scores of the run's."""
         device, size = self.detectors[0].classifier.device, self.config.batch_size
         batches = [
             _to_output(embedded, slice(start, start + size), device)
@@ -218,7 +220,7 @@ class _DetectionMethods:
 
 
 def _to_output(embedded: Embedded, rows: slice, device: torch.device) -> Output:
-    """Return some images' outputs of the classifier on the device."""
+    """Return the classifier's outputs of some rows, on the device."""
     return Output(
         torch.from_numpy(embedded.features[rows]).to(device),
         torch.from_numpy(embedded.logits[rows]).to(device),
@@ -229,7 +231,7 @@ def _to_output(embedded: Embedded, rows: slice, device: torch.device) -> Output:
 def open_detectors(
     runs: Sequence[Path], index: Index, device: torch.device
 ) -> list[HeatmapDetector]:
-    """Return the detector of each run; one classifier for all."""
+    """Return the detector of each run; they share a classifier."""
     first = make_detector(index, open_decoder(runs[0], index.manifest, device), device)
     decoders = [open_decoder(run, index.manifest, device).decoder for run in runs[1:]]
     return [first, *(HeatmapDetector(first.classifier, decoder) for decoder in decoders)]
@@ -251,20 +253,20 @@ def make_detection_methods(
 
 
 def num_neighbours(index: Index, config: EvaluateConfig) -> int:
-    """Return k of the kNN score: as it was set, or from the class sizes."""
+    """Return k of the kNN score: the setting, or chosen from the class sizes."""
     if config.neighbours is None:
         return choose_neighbours(index.results.class_counts)
     return min(config.neighbours, index.results.num_images)
 
 
 def _fit_data(index: Index, targets: Targets, classifier: Classifier, seed: int) -> FitData:
-    """Return what the caches hold for the methods to be fitted on."""
+    """Return the cached data that the methods are fitted on."""
     columns = index.columns
     rows = _sample(np.arange(len(columns["row"])), seed)
     features, prediction, label = (
         columns[name].take(rows) for name in ("features", "prediction", "label")
     )
-    # patched images are ID images in part
+    # patched images are partly ID
     paired = np.flatnonzero(targets.columns["patched"].read() == 0)
     head = copy.deepcopy(classifier.last_layer()).cpu()
     return FitData(
@@ -277,7 +279,7 @@ def _fit_data(index: Index, targets: Targets, classifier: Classifier, seed: int)
 
 
 def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> list[Finding]:
-    """Check that no method is crippled by what it is fitted on."""
+    """Check that the cached data suit all methods."""
     num_images = index.results.num_images
     some = np.arange(0, num_images, -(-num_images // 1000))
     return check_fits(
@@ -290,7 +292,7 @@ def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> lis
 
 
 def _sample(rows: _Int64, seed: int) -> _Int64:
-    """Return the rows to fit on, ascending: all if they are few, or a seeded draw."""
+    """Return the rows to fit on, ascending: all, or a seeded sample of ``_MAX_FIT``."""
     if len(rows) <= _MAX_FIT:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, _MAX_FIT, replace=False))
@@ -302,22 +304,20 @@ def scores_name(name: str) -> str:
 
 
 def _chunks(subset: Subset) -> list[_Int64]:
-    """Return the rows that are scored at once: the same for any batch size and number of ranks.
+    """Split the rows into chunks that are scored at once.
 
-    The content hash of a set depends on them.
+    They do not depend on batch size or number of ranks, because the content hash of a set depends
+    on them.
     """
     return [subset.rows[start : start + _CHUNK] for start in range(0, len(subset.rows), _CHUNK)]
 
 
 def current_content(subset: Subset, rows: _Int64) -> str | None:
-    """Return what ``ScoredSet.content`` is for the images as they are now.
+    """Return ``ScoredSet.content`` of the current images; None if an image is missing.
 
     Args:
         subset: The images.
-        rows: Those of its rows that were readable.
-
-    Returns:
-        None when an image is gone.
+        rows: The rows that were readable when they were scored.
     """
     digest = subset.images.digest
     try:
@@ -332,14 +332,14 @@ def current_content(subset: Subset, rows: _Int64) -> str | None:
 
 
 def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethods) -> ScoredSet:
-    """Score a set and write its scores; the ranks share its images."""
+    """Score a set and write its scores; chunks are assigned to ranks round-robin."""
     config, classifier = methods.config, methods.detectors[0].classifier
     chunks = _chunks(subset)
-    mine = range(len(chunks))[rank() :: world_size()]
-    meter = Meter(sum(len(chunks[number]) for number in mine), f"evaluate {name}")
+    assigned = range(len(chunks))[rank() :: world_size()]
+    meter = Meter(sum(len(chunks[number]) for number in assigned), f"evaluate {name}")
     embedded = embed(
         subset.images,
-        [chunks[number] for number in mine],
+        [chunks[number] for number in assigned],
         BatchedClassifier(classifier, config.batch_size),
         meter,
         workers=config.workers,
@@ -347,11 +347,11 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethod
     )
     own = {
         number: methods(chunk, subset.labels[chunk.rows])
-        for number, chunk in zip(mine, embedded, strict=True)
+        for number, chunk in zip(assigned, embedded, strict=True)
     }
     stats = meter.close()
-    done = {number: part for share in all_gather(own) for number, part in share.items()}
-    scored = ScoredSet.concatenate([done[number] for number in range(len(chunks))])
+    gathered = {number: item for of_rank in all_gather(own) for number, item in of_rank.items()}
+    scored = ScoredSet.concatenate([gathered[number] for number in range(len(chunks))])
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
         with stage.writing(scores_name(name)) as scratch:
@@ -364,11 +364,11 @@ class LocalizationMethods:
     """The heatmap, its controls and its sanity checks.
 
     Args:
-        index: Finished, for the nearest ID images.
-        bank: Its features.
-        decoder: Trained, in eval mode.
-        forward: The classifier; returns one feature map at least, where its network has any.
-        shuffled: The same with the elements of each weight in random order.
+        index: Index of the run, for the nearest ID images.
+        bank: Features of the index.
+        decoder: Trained decoder, in eval mode.
+        forward: The classifier; returns at least one feature map if its network has any.
+        shuffled: The classifier with the elements of each weight shuffled.
         locations: ``(M, C)`` features of locations in ID training images; None without feature
             maps.
         batch_size: Images per forward pass of the decoder.
@@ -401,7 +401,7 @@ class LocalizationMethods:
     @torch.inference_mode()
     def _heatmap(self, output: Output, prediction: Tensor) -> _Float32:
         """Return the decoder's pixel scores, ``(B, H, W)``."""
-        device, parts = self.forward.classifier.device, []
+        device, pixel_scores = self.forward.classifier.device, []
         maps = output.maps[: len(self.decoder.config.map_shapes)]
         for start in range(0, len(prediction), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -410,9 +410,9 @@ class LocalizationMethods:
                 prediction[rows].to(device),
                 [item[rows].to(device).float() for item in maps],
             )
-            parts.append(pixel_score(heatmap).cpu())
-        # shuffled weights may overflow to infinity: such a heatmap says nothing
-        scores: _Float32 = torch.cat(parts).nan_to_num(0.0).numpy()
+            pixel_scores.append(pixel_score(heatmap).cpu())
+        # shuffled weights may overflow to infinity and give NaN
+        scores: _Float32 = torch.cat(pixel_scores).nan_to_num(0.0).numpy()
         return scores
 
     def _difference(self, pixels: _UInt8, output: Output, prediction: Tensor) -> _Float32:
@@ -428,7 +428,8 @@ class LocalizationMethods:
         Source: after Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022.
         """
         assert self.locations is not None
-        centre = self.locations.mean(axis=0)  # FAISS loses digits far from the origin
+        # FAISS loses precision far from the origin
+        centre = self.locations.mean(axis=0)
         queries = _locations(maps).reshape(-1, maps.shape[1]) - centre
         distance, _ = k_nearest(np.ascontiguousarray(queries), self.locations - centre, k=1)
         coarse = torch.from_numpy(distance).view(len(maps), 1, *maps.shape[2:])
@@ -439,11 +440,11 @@ class LocalizationMethods:
 def make_localization_methods(
     index: Index, decoder: Decoder, device: torch.device, config: LocalizeConfig
 ) -> LocalizationMethods:
-    """Return all methods; the seed draws the ID locations and shuffles the weights."""
+    """Make all methods; ``config.seed`` determines ID locations and shuffled weights."""
     num_maps = len(decoder.config.map_shapes)
     classifier = index.classifier(device, num_maps)
     if not num_maps:
-        # one for the feature distance, unless the network has none
+        # one map for the feature distance, if the network has any
         with contextlib.suppress(OodHeatmapError):
             classifier = index.classifier(device, 1)
     shuffled = index.classifier(device, num_maps)
@@ -461,7 +462,7 @@ def make_localization_methods(
 
 
 def _shuffle_weights(classifier: Classifier, seed: int) -> None:
-    """Put the elements of each of a classifier's weights in random order.
+    """Shuffle the elements of each weight of a classifier.
 
     Source: after Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018.
     """
@@ -472,13 +473,13 @@ def _shuffle_weights(classifier: Classifier, seed: int) -> None:
 
 
 def _locations(maps: Tensor) -> _Float32:
-    """Return maps ``(B, C, h, w)`` as the features of each location, ``(B, h w, C)`` float32."""
+    """Reshape feature maps ``(B, C, h, w)`` to features of locations, ``(B, h w, C)`` float32."""
     locations: _Float32 = maps.float().flatten(2).transpose(1, 2).contiguous().numpy()
     return locations
 
 
 def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeConfig) -> _Float32:
-    """Return features of random locations in random ID training images, of the deepest map.
+    """Sample features at random locations of random ID training images, from the deepest map.
 
     Returns:
         ``(M, C)`` float32, M at most ``NUM_LOCATIONS``.
@@ -486,7 +487,7 @@ def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeCo
     generator = np.random.default_rng(config.seed)
     num_id = len(index.columns["row"])
     rows = np.sort(generator.choice(num_id, min(num_id, NUM_IMAGES), replace=False))
-    parts = []
+    sampled = []
     for start in range(0, len(rows), config.batch_size):
         images = index.columns["images"].take(rows[start : start + config.batch_size])
         features = _locations(forward(images).maps[0])
@@ -494,12 +495,12 @@ def _draw_locations(index: Index, forward: BatchedClassifier, config: LocalizeCo
             np.tile(np.arange(features.shape[1]), (len(features), 1)), axis=1
         )
         chosen = order[:, : max(1, NUM_LOCATIONS // len(rows)), None]
-        parts.append(np.take_along_axis(features, chosen, axis=1).reshape(-1, features.shape[2]))
-    return np.concatenate(parts)
+        sampled.append(np.take_along_axis(features, chosen, axis=1).reshape(-1, features.shape[2]))
+    return np.concatenate(sampled)
 
 
 def _centre_prior(size: int) -> _Float32:
-    """Return a guess that looks at no image: the nearer to the centre, the higher the score."""
+    """Return scores that increase towards the centre, independent of the image, ``(H, W)``."""
     offset = np.arange(size) - (size - 1) / 2
     prior: _Float32 = -np.hypot(offset[:, None], offset).astype(np.float32)
     return prior

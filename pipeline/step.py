@@ -29,7 +29,7 @@ _WARM_UP = 3
 _WINDOWS = 5
 _STEPS_PER_WINDOW = 10
 _CEILING_SECONDS = 2.0
-# before 2.13 the allocator could take an invalidated capture for one that goes on
+# before 2.13 the allocator could treat an invalidated capture as still in progress
 _RECOVERS_FROM_FAILED_CAPTURE = torch.__version__ >= "2.13"
 
 
@@ -42,10 +42,10 @@ def training_step(
     """Take one step and return the loss, left on the device.
 
     Args:
-        loss_of: The loss of a micro-batch, see ``_batch_loss``.
-        optimizer: Of the decoder.
-        batch: Of this rank.
-        micro_batch_size: Images that go through the decoder at once; gradients accumulate.
+        loss_of: Computes the loss of a micro-batch, see ``_batch_loss``.
+        optimizer: Optimizer of the decoder.
+        batch: Batch of this rank.
+        micro_batch_size: Images per forward pass of the decoder; gradients accumulate.
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=batch.features.device)
@@ -58,10 +58,10 @@ def training_step(
 
 
 def _batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -> Tensor:
-    """Return the loss of a part of a batch, as its share of the loss of the whole batch.
+    """Return the loss of a micro-batch, scaled as its share of the loss of the whole batch.
 
     Summed over micro-batches and averaged over ranks, as DistributedDataParallel averages
-    gradients, it is the mean over all ``config.batch_size`` images, however they are split.
+    gradients, it is the mean over all ``config.batch_size`` images for any split.
     """
     with _autocast(batch.features.device, config):
         maps = [item.float() for item in batch.maps]
@@ -115,7 +115,7 @@ def wrap_ddp(decoder: nn.Module) -> nn.Module:
     """Wrap the decoder in DistributedDataParallel if there are several ranks."""
     if world_size() == 1:
         return decoder
-    # our batch norm computes its running statistics over all ranks already
+    # the decoder's batch norm already computes its running statistics over all ranks
     return DistributedDataParallel(decoder, broadcast_buffers=False)
 
 
@@ -128,8 +128,8 @@ def make_step(
     """Return the kind of step that ``config.step`` selects, and the step.
 
     ``auto`` on a GPU is the faster of eager and graph. On a CPU it is always eager: a choice by
-    timing would make results depend on the load of the machine. There ``compiled`` is 1.3 times as
-    fast (CPU time, widths 256-128-64-32, batch size 100) after a minute of compilation, and rounds
+    timing would make results depend on the load of the machine. ``compiled`` is 1.3 times as fast
+    there (CPU time, widths 256-128-64-32, batch size 100) after a minute of compilation, and rounds
     differently.
 
     Updates the weights: restore them afterwards, see ``snapshot``.
@@ -145,7 +145,7 @@ def make_step(
         if not single_gpu:
             raise UsageError("--step graph is for one process on a GPU: use --step auto.")
         return "graph", _capture_or_usage_error(eager, optimizer, example)
-    # a choice by timing is not the same every time
+    # a choice by timing is not deterministic
     if config.step == "auto" and single_gpu and not config.deterministic:
         kind, step = _faster_of_eager_and_graph(eager, optimizer, example)
         # the step that was not chosen still has gradients and cached blocks
@@ -164,15 +164,15 @@ def _make_eager_step(
 ) -> Step:
     """Return a step without a CUDA graph, with the loss through ``torch.compile`` if ``compiled``.
 
-    Halves its micro-batches on out-of-memory where that leaves the gradients as they are: not with
-    batch norm, whose statistics would be those of a half, and not with several ranks, of which the
-    others would not know.
+    Halves its micro-batches on out-of-memory if that does not change the gradients: not with batch
+    norm, whose statistics would be those of half a batch, and not with several ranks, since the
+    others would not halve.
 
     Args:
-        decoder: With ``channels_last`` weights.
-        optimizer: Of its weights.
-        config: Settings; ``batch_size`` is exact here.
-        compiled: Needs a C++ compiler.
+        decoder: Decoder with ``channels_last`` weights.
+        optimizer: Optimizer of its weights.
+        config: Settings; ``batch_size`` is the actual one.
+        compiled: Use ``torch.compile``, which needs a C++ compiler.
     """
 
     def loss_of(batch: TrainingBatch) -> Tensor:
@@ -188,9 +188,9 @@ def _make_eager_step(
 def _halve_on_out_of_memory(
     step: Callable[[TrainingBatch, int], Tensor], micro_batch_size: int
 ) -> Step:
-    """Return the step with a micro-batch size that is halved whenever the device is full.
+    """Wrap a step so that its micro-batch size is halved on out-of-memory.
 
-    Not inside a capture, where no memory can be freed: there the error ends the capture.
+    It is not halved inside a capture, where no memory can be freed: the error ends the capture.
     """
     size = micro_batch_size
 
@@ -213,7 +213,7 @@ def _halve_on_out_of_memory(
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Return whether what runs now on a device is captured into a CUDA graph."""
+    """Return whether the current stream of a device is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -223,10 +223,10 @@ def _make_compiled_step(
     config: TrainConfig,
     example: TrainingBatch,
 ) -> Step:
-    """Return a compiled step that has run once.
+    """Return a compiled step after a first run, which compiles it.
 
     Raises:
-        UsageError: PyTorch cannot compile it here.
+        UsageError: ``torch.compile`` fails.
     """
     step = _make_eager_step(decoder, optimizer, config, compiled=True)
     try:
@@ -318,17 +318,17 @@ def _faster_of_eager_and_graph(
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of the first error: the end of a failed capture raises another."""
+    """Return the first line of the original error: the end of a failed capture raises another."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return str(error).partition("\n")[0]
 
 
 def snapshot(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return a function that restores weights and optimizer state as they are now.
+    """Return a function that restores the current weights and optimizer state.
 
-    In place, because a CUDA graph holds their addresses. This lets warm-up and measurement run the
-    real step.
+    They are restored in place, because a CUDA graph holds their addresses. Warm-up and measurement
+    can then run the real step.
     """
     tensors = [*decoder.parameters(), *decoder.buffers()]
     before = [item.detach().clone() for item in tensors]
@@ -357,9 +357,9 @@ def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int)
 
     Args:
         step: The training step.
-        batch: On the device.
+        batch: A batch on the device.
         size: Batch size over all ranks.
-        num_steps: Steps of the training.
+        num_steps: Number of steps of the training.
     """
     for _ in range(_WARM_UP - 1):
         step(batch)

@@ -1,4 +1,4 @@
-"""Stage 3 of 4: train the decoder, from cached arrays alone."""
+"""Stage 3 of 4: train the decoder, from cached arrays only."""
 
 import io
 import json
@@ -51,7 +51,7 @@ from ood_heatmap.pipeline.step import (
 
 log = logging.getLogger(__name__)
 _Float32 = NDArray[np.float32]
-# a line for each epoch: its number and mean loss
+# number and mean loss of each epoch
 _History: TypeAlias = list[dict[str, float]]
 
 _HISTORY = "history.jsonl"
@@ -64,7 +64,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
 
     Args:
         run: A run directory with complete index and targets.
-        device: Where to train.
+        device: Device to train on.
         config: Settings of the stage.
 
     Returns:
@@ -75,7 +75,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
             memory or has too few images, or the loss is no longer finite.
     """
     if device.type == "cuda":
-        # graphs and events are made on the current device
+        # CUDA graphs and events are created on the current device
         torch.cuda.set_device(device)
     with run_lock(run), kernel_selection(deterministic=config.deterministic):
         index = open_index(run)
@@ -97,7 +97,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
 
 
 def check_maps(data: TrainingSet, config: TrainConfig) -> None:
-    """Make sure that both caches hold the feature maps that the decoder takes."""
+    """Check that both caches contain the feature maps that the decoder uses."""
     for stage, columns in (("index", data.id_columns), ("targets", data.ood_columns)):
         num_maps = sum(name.startswith("feature_maps_") for name in columns)
         if num_maps < config.feature_maps:
@@ -151,13 +151,13 @@ def _standard_range(
     """Return mean, and mean plus one standard deviation, over all rows; computed in float64.
 
     Args:
-        column: Of the index.
+        column: Column of the index.
         to_vectors: Maps rows to ``(M, N)``.
     """
     count, total, squares = 0, np.float64(0), np.float64(0)
-    for part in column:
-        for start in range(0, len(part), _ROWS_PER_CHUNK):
-            vectors = to_vectors(part[start : start + _ROWS_PER_CHUNK].astype(np.float32))
+    for shard in column:
+        for start in range(0, len(shard), _ROWS_PER_CHUNK):
+            vectors = to_vectors(shard[start : start + _ROWS_PER_CHUNK].astype(np.float32))
             count += len(vectors)
             total = total + vectors.sum(axis=0, dtype=np.float64)
             squares = squares + np.square(vectors, dtype=np.float64).sum(axis=0)
@@ -178,17 +178,17 @@ class _Trained:
 def _train(
     stage: Stage, data: TrainingSet, index: Index, device: torch.device, config: TrainConfig
 ) -> _Trained:
-    """Train the epochs that are missing after the last checkpoint."""
+    """Train the epochs after the last checkpoint."""
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     if config.batch_size < world_size():
         raise OodHeatmapError(
             f"a batch of {config.batch_size} images is too small for {world_size()} processes. "
-            f"Use fewer, or a larger --batch-size."
+            "Use fewer processes or a larger --batch-size."
         )
     torch.manual_seed(config.seed)
     decoder = _new_decoder(index, config).to(device)
-    # what tensor cores want; on a CPU 1.1 times as fast as the default (by CPU time, widths
-    # 256-128-64-32, batch 100)
+    # preferred by tensor cores; 1.1 times as fast on a CPU (CPU time, widths 256-128-64-32, batch
+    # size 100)
     decoder.to(memory_format=torch.channels_last)
     optimizer = make_adam(decoder, config)
     history = _resume(stage, decoder, optimizer)
@@ -208,7 +208,7 @@ def _train(
         raise OodHeatmapError(
             f"{device} has no memory for steps of {config.batch_size} images beside the "
             f"{feed_kind} feed. Use a smaller --batch-size, --feed streaming, or --stack plain in "
-            f"one process: its steps can be halved."
+            "one process, whose steps can be halved."
         ) from error
     return _Trained(decoder, history, {**stats, "feed": feed_kind})
 
@@ -260,7 +260,7 @@ def _prepare_step(
     config: TrainConfig,
     num_epochs: int,
 ) -> tuple[StepKind, Step, float]:
-    """Return the training step, its kind and its ceiling; weights are left as they were."""
+    """Return the training step, its kind and its ceiling; the weights are restored."""
     restore = snapshot(decoder, optimizer)
     device, size = decoder.feature_range.device, config.batch_size
     rows = next(iter_batches(len(data), size, config.seed, [0]))
@@ -290,7 +290,7 @@ def _show_progress(
 
 
 def _noise_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
-    """Return the generator of an epoch's noise: the same after a resume."""
+    """Return the generator of an epoch's noise; the same after a resume."""
     generator = torch.Generator(device)
     return generator.manual_seed(int(np.random.default_rng([seed, epoch, 1]).integers(2**62)))
 
@@ -320,14 +320,14 @@ def _mean_over_ranks(loss: Tensor) -> float:
 def _training_stats(
     images: int, seconds: float, ceiling: float, step_kind: StepKind, device: torch.device
 ) -> dict[str, Any]:
-    """Log the throughput beside its ceiling, and return both.
+    """Log and return the throughput and its ceiling.
 
     Args:
-        images: Trained on, over all epochs and ranks.
-        seconds: Duration.
-        ceiling: Images/s of the step alone.
-        step_kind: Of the step.
-        device: Of this rank.
+        images: Number of images over all epochs and ranks.
+        seconds: Duration of the training.
+        ceiling: Images/s of the step without a feed.
+        step_kind: Kind of the step.
+        device: Device of this rank.
     """
     rate = images / seconds
     log.info(
@@ -352,14 +352,14 @@ def _check_finite(history: _History, decoder: Decoder) -> None:
     if not (np.isfinite(history[-1]["loss"]) and finite):
         raise OodHeatmapError(
             f"the loss is no longer finite in epoch {len(history)}. "
-            f"Train with a lower --lr and --overwrite."
+            "Train with a lower --lr and --overwrite."
         )
 
 
 def _save_checkpoint(
     stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer, history: _History
 ) -> None:
-    """Write a checkpoint atomically, on rank 0: the state is identical on all ranks."""
+    """Write a checkpoint atomically on rank 0; the state is identical on all ranks."""
     if not is_main():
         return
     state = {
@@ -368,7 +368,7 @@ def _save_checkpoint(
         "optimizer": optimizer.state_dict()["state"],
         "history": history,
     }
-    # torch.save on a full disk raises errors of its own: let it write to memory
+    # on a full disk torch.save raises unspecific errors: serialize to memory first
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with stage.writing(CHECKPOINT) as scratch:
@@ -385,10 +385,10 @@ def _write_history(stage: Stage, history: _History) -> None:
 def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> _History:
     """Load the last checkpoint, if there is one, and return its history.
 
-    A damaged checkpoint holds nothing that could be used: training starts over, with a warning.
+    If the checkpoint is damaged, a warning is logged and training starts over.
 
     Raises:
-        DamagedCacheError: The checkpoint is as it was written, but not what it should be.
+        DamagedCacheError: The checkpoint is intact, but has unexpected content.
     """
     path = stage.directory / CHECKPOINT
     if not broadcast(path.is_file() if is_main() else None):
@@ -396,7 +396,7 @@ def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) ->
     if not broadcast(stage.is_intact(CHECKPOINT) if is_main() else None):
         log.warning("%s is damaged: training starts over from the first epoch", path)
         return []
-    # torch.load raises many kinds of errors
+    # torch.load can raise many types of exceptions
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["fingerprint"] != stage.fingerprint:
@@ -405,12 +405,12 @@ def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) ->
             {"epoch": int(line["epoch"]), "loss": float(line["loss"])} for line in state["history"]
         ]
         decoder.load_state_dict(state["decoder"])
-        # hyperparameters are in the fingerprint; how Adam is launched may differ between devices
+        # hyperparameters are in the fingerprint; fused and capturable may differ between devices
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
     except Exception as error:
         raise DamagedCacheError(
             f"cannot resume from {path} ({type(error).__name__}). "
-            f"Delete it to train from the start."
+            "Delete it to train from the first epoch."
         ) from error
     log.info("train: resuming after epoch %d", len(history))
     return history
