@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ood_heatmap.decoding import decode
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import Transform, decode
+from ood_heatmap.images import Transform
 from ood_heatmap.sources import open_images
 
 

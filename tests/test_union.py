@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ood_heatmap.cli import main
+from ood_heatmap.decoding import decode
 from ood_heatmap.errors import OodHeatmapError, UsageError
-from ood_heatmap.images import Transform, decode
+from ood_heatmap.images import Transform
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.source_array import from_array
