@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
@@ -243,6 +244,9 @@ def set_of_files(
 
 
 def _read_bytes(path: str) -> bytes:
+    """Read a regular file; opening a named pipe would block until something writes to it."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
     with open(path, "rb") as file:
         return file.read()
 

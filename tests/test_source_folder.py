@@ -249,6 +249,14 @@ def test_paths_as_a_set(tmp_path):
         images.digest(1)
 
 
+def test_a_pipe_in_a_list_is_unreadable_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    # the device first: it tells without blocking
+    for path in (Path(os.devnull), tmp_path / "pipe.png"):
+        with pytest.raises(UnreadableImageError, match=rf"{path.name} .*\(not a regular file\)"):
+            from_paths([path]).read(0)
+
+
 def test_images_anywhere_below_a_folder_are_found(tmp_path, caplog):
     root = write_pictures(tmp_path, "b.png", "a/c.png", "a/d/e.png")
     (root / "a" / "notes.txt").write_text("")
