@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ood_heatmap.distributed import process_group
+from ood_heatmap.distributed import local_world_size, process_group
 from ood_heatmap.errors import OodHeatmapError, UsageError
 
 # what allocators other than PyTorch's own for GPUs report: the driver, cuBLAS and cuDNN, cuDNN that
@@ -50,7 +50,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def _local_gpu(name: str, index: int | None) -> torch.device:
     """Return the GPU that was named, or the one of this local rank."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks = local_world_size()
     if index is not None and num_ranks > 1:
         raise UsageError(f"{name} is one GPU for {num_ranks} processes. Use --device cuda.")
     index = int(os.environ.get("LOCAL_RANK", "0")) if index is None else index

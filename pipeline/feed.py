@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ood_heatmap.cache.reader import RowReader
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.distributed import broadcast, rank, world_size
+from ood_heatmap.distributed import broadcast, local_world_size, num_cores, rank, world_size
 
 log = logging.getLogger(__name__)
 _Int64 = NDArray[np.int64]
@@ -224,7 +224,7 @@ def choose_feed(data: TrainingSet, device: torch.device, choice: _FeedChoice) ->
         return "memory"
     if choice != "auto":
         return choice
-    on_host = data.num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_host = data.num_bytes * local_world_size()
     on_device = data.num_bytes if device.type == "cuda" else on_host
     if on_device < available_memory(device) // 2:
         return "resident"
@@ -516,5 +516,4 @@ class _StreamingFeed:
 
 def _choose_num_readers() -> int:
     """Return the number of reader threads of this rank, from the cores that it may use."""
-    num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(_MAX_READERS, num_cores))
+    return max(2, min(_MAX_READERS, num_cores()))

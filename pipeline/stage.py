@@ -11,7 +11,7 @@ import json
 import logging
 import socket
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,7 +66,7 @@ from ood_heatmap.cache.stamps import (
     parse_stamps,
     write_stamps,
 )
-from ood_heatmap.distributed import broadcast, is_main, rank, world_size
+from ood_heatmap.distributed import broadcast, is_main, num_cores, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.meter import Meter
@@ -85,6 +85,8 @@ _JOURNAL, _JOURNALS = "checksums-{:05d}.jsonl", "checksums-*.jsonl"
 _MAX_SHARDS = 20_000
 # network file systems cache for up to a minute which files exist
 _SHARED_SECONDS = 90.0
+# threads that write shards: each holds one in memory
+_MAX_WRITERS, _CORES_PER_WRITER = 4, 4
 
 
 @contextmanager
@@ -736,15 +738,17 @@ def _is_subsequence(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> bool
 
 
 class BackgroundWriter:
-    """Writes shards in a background thread while the next is computed.
+    """Writes shards in background threads while the next is computed.
 
-    Errors surface on the next call.
+    Errors surface on a later call. One thread hashes and writes half a gigabyte a second; as many
+    shards as there are threads are held in memory.
     """
 
     def __init__(self, stage: Stage, meter: Meter) -> None:
         self.stage, self.meter = stage, meter
-        self._executor = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._num_threads = max(1, min(_MAX_WRITERS, num_cores() // _CORES_PER_WRITER))
+        self._executor = ThreadPoolExecutor(self._num_threads)
+        self._pending: deque[Future[float]] = deque()
 
     def write(
         self,
@@ -754,7 +758,7 @@ class BackgroundWriter:
         *,
         content: str,
     ) -> None:
-        """Enqueue one shard; waits for the previous one first.
+        """Enqueue one shard; waits for the oldest pending one if all threads are busy.
 
         Args:
             task: The shard.
@@ -768,8 +772,10 @@ class BackgroundWriter:
             "rows": task.rows_hash,
             "num_skipped": len(task.positions) - len(arrays["row"]),
         }
-        self.wait()
-        self._last = self._executor.submit(self._write_now, task, arrays, columns, attributes)
+        self._wait(self._num_threads - 1)
+        self._pending.append(
+            self._executor.submit(self._write_now, task, arrays, columns, attributes)
+        )
 
     def _write_now(
         self,
@@ -777,7 +783,8 @@ class BackgroundWriter:
         arrays: Mapping[str, NDArray[Any]],
         columns: Mapping[str, Column],
         attributes: Mapping[str, str | int],
-    ) -> None:
+    ) -> float:
+        """Write one shard and return the seconds that it took."""
         started = time.perf_counter()
         write_shard(
             self.stage.directory / task.name,
@@ -786,13 +793,13 @@ class BackgroundWriter:
             columns=columns,
             record=partial(self.stage.record, task.name, source=task.source),
         )
-        self.meter.thread_seconds["write"] += time.perf_counter() - started
+        return time.perf_counter() - started
 
-    def wait(self) -> None:
-        """Wait for the pending write, and raise its error."""
+    def _wait(self, num_pending: int) -> None:
+        """Wait until at most so many writes are pending, and raise their errors."""
         with self.meter.waiting("write"):
-            if self._last is not None:
-                self._last.result()
+            while len(self._pending) > num_pending:
+                self.meter.thread_seconds["write"] += self._pending.popleft().result()
 
     def __enter__(self) -> "BackgroundWriter":
         return self
@@ -800,6 +807,6 @@ class BackgroundWriter:
     def __exit__(self, *_: object) -> None:
         # finished shards are kept on any error
         try:
-            self.wait()
+            self._wait(0)
         finally:
             self._executor.shutdown()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,3 +361,41 @@ def test_changed_images_are_refused_and_overwrite_makes_the_stage_again(data, cl
         assert made.content != content
     finally:
         path.write_bytes(before)
+
+
+def test_shards_are_the_same_however_many_threads_write_them(
+    arrays, classifier, tmp_path, tree, monkeypatch
+):
+    images, threads = open_images(str(arrays)), set()
+
+    def write_noting_thread(*args, **kwargs):
+        threads.add(threading.get_ident())
+        # the next shard is there before this one is written
+        time.sleep(0.2)
+        write_shard(*args, **kwargs)
+
+    monkeypatch.setattr(protocol, "write_shard", write_noting_thread)
+    for cores, num_threads in ((1, 1), (64, 4)):
+        threads.clear()
+        monkeypatch.setattr(protocol, "num_cores", lambda cores=cores: cores)
+        run = tmp_path / str(cores)
+        build_index(run, images, classifier, IndexConfig(shard_mb=1))
+        assert len(threads) == num_threads
+    one, several = tree(tmp_path / "1"), tree(tmp_path / "64")
+    assert len([name for name in one if name.endswith(".h5")]) == 4
+    assert {name: one[name] for name in one if name.endswith(".h5")} == {
+        name: several[name] for name in several if name.endswith(".h5")
+    }
+
+
+def test_an_error_of_any_writing_thread_surfaces(arrays, classifier, tmp_path, monkeypatch):
+    def fail_on_second(path, *args, **kwargs):
+        if "00001" in path.name:
+            raise OodHeatmapError("the disk is full")
+        write_shard(path, *args, **kwargs)
+
+    monkeypatch.setattr(protocol, "write_shard", fail_on_second)
+    monkeypatch.setattr(protocol, "num_cores", lambda: 64)
+    with pytest.raises(OodHeatmapError, match="the disk is full"):
+        build_index(tmp_path, open_images(str(arrays)), classifier, IndexConfig(shard_mb=1))
+    assert len(list((tmp_path / "index").glob("*.h5"))) == 3
