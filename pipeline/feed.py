@@ -35,8 +35,10 @@ _FeedChoice: TypeAlias = Literal["auto", _FeedKind, "pinned"]
 _CHUNK, _GROUP = 4096, 64
 # slots of the ring buffer: batches that are prefetched
 _NUM_SLOTS = 4
-# bytes of a batch per reader thread, and the number of threads beyond which disks get no faster
-_BYTES_PER_READ, _MAX_READERS = 4 << 20, 8
+# bytes of a batch that a reader thread reads at once
+_BYTES_PER_READ = 4 << 20
+# at most so many reader threads copy out of the page cache, and so many only wait for the disk
+_MAX_READERS, _NUM_DIRECT_READERS = 8, 16
 # batches whose row numbers are copied to the device at once
 _BATCHES_PER_COPY = 64
 
@@ -336,14 +338,19 @@ def _load_into_memory(data: TrainingSet) -> TrainingSet:
 
 
 class _BatchReader:
-    """Reads batches of a training set into host memory; safe to share between threads."""
+    """Reads batches of a training set into host memory; safe to share between threads.
 
-    def __init__(self, data: TrainingSet) -> None:
+    Args:
+        data: The training set.
+        direct: Read past the page cache what is not there.
+    """
+
+    def __init__(self, data: TrainingSet, *, direct: bool = False) -> None:
         self.num_id = data.num_id
-        self.id_rows = RowReader({name: data.id_columns[name] for name in data.names})
-        self.ood_rows = RowReader(
-            {name: data.ood_columns[name] for name in (*data.names, "heatmap")}
-        )
+        id_columns = {name: data.id_columns[name] for name in data.names}
+        ood_columns = {name: data.ood_columns[name] for name in (*data.names, "heatmap")}
+        self.id_rows = RowReader(id_columns, direct=direct)
+        self.ood_rows = RowReader(ood_columns, direct=direct)
 
     def read(self, rows: _Int64, out: Mapping[str, NDArray[Any]]) -> None:
         """Read ascending rows into the first rows of buffers, one per column.
@@ -454,9 +461,12 @@ class _StreamingFeed:
     """Batches from shards or RAM: threads prefetch into a ring buffer."""
 
     def __init__(self, data: TrainingSet, device: torch.device, size: int) -> None:
-        self.reader, self.device = _BatchReader(data), device
+        # every row comes once an epoch: a page cache that cannot keep them all keeps none
+        on_disk = bool(data.ood_columns["heatmap"].paths)
+        direct = on_disk and data.num_bytes > available_memory(torch.device("cpu"))
+        self.reader, self.device = _BatchReader(data, direct=direct), device
         self.slots = [_Slot(host, device) for host in _allocate_ring(data, device, size)]
-        self.num_readers = _choose_num_readers()
+        self.num_readers = _NUM_DIRECT_READERS if direct else _choose_num_readers()
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -187,9 +187,10 @@ def shards(tmp_path_factory) -> TrainingSet:
     bytes_per_read=st.integers(1, 4000),
     num_slots=st.integers(1, 5),
     large_row=st.sampled_from([0, 1 << 30]),
+    direct=st.booleans(),
 )
 def test_any_threads_and_ring_deliver_the_bytes_of_a_plain_gather_in_order(
-    shards, pieces, num_readers, bytes_per_read, num_slots, large_row
+    shards, pieces, num_readers, bytes_per_read, num_slots, large_row, direct
 ):
     whole = {
         name: np.concatenate([shards.id_columns[name].read(), shards.ood_columns[name].read()])
@@ -201,6 +202,8 @@ def test_any_threads_and_ring_deliver_the_bytes_of_a_plain_gather_in_order(
         patch.setattr(feed, "_BYTES_PER_READ", bytes_per_read)
         patch.setattr(feed, "_NUM_SLOTS", num_slots)
         patch.setattr(feed, "_choose_num_readers", lambda: num_readers)
+        if direct:
+            patch.setattr(feed, "available_memory", lambda _: 0)
         patch.setattr("ood_heatmap.cache.reader._LARGE_ROW", large_row)
         rows = [np.array(piece, np.int64) for piece in pieces]
         batches = _StreamingFeed(shards, CPU, 12).batches(iter(rows))
@@ -265,6 +268,16 @@ def test_reader_threads_come_from_the_cores_of_this_rank(monkeypatch, cores, ran
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert feed._choose_num_readers() == readers
+
+
+def test_what_the_page_cache_cannot_keep_is_read_past_it(shards, monkeypatch):
+    in_memory = _load_into_memory(shards)
+    for data, spare, direct in ((shards, 0, False), (shards, -1, True), (in_memory, -1, False)):
+        free = data.num_bytes + spare
+        monkeypatch.setattr(feed, "available_memory", lambda _, free=free: free)
+        found = _StreamingFeed(data, CPU, 4)
+        assert found.reader.id_rows.direct == found.reader.ood_rows.direct == direct
+        assert (found.num_readers == feed._NUM_DIRECT_READERS) == direct
 
 
 def test_the_size_of_the_ring_buffer_is_logged(caplog):

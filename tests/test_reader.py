@@ -1,6 +1,7 @@
 """The reader of shards: the bytes of a plain gather, however the system delivers them."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -86,15 +87,24 @@ def not_cached(file: int, buffers: list[Any], offset: int, flags: int = 0) -> in
     return few_bytes(file, buffers, offset)
 
 
-@pytest.mark.parametrize("large_row", [0, 1 << 30])
-@pytest.mark.parametrize("preadv", [PREADV, few_bytes, no_flags, not_cached])
+def not_cached_blocks(file: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+    """Have nothing in the page cache, and deliver a block at a time."""
+    if flags:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return PREADV(file, [memoryview(buffers[0])[:4096]], offset)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("large_row", [0, 8000, 1 << 30])
+@pytest.mark.parametrize("preadv", [PREADV, few_bytes, no_flags, not_cached, not_cached_blocks])
+@settings(max_examples=20)
 @given(rows=st.lists(st.integers(0, NUM_ROWS - 1), max_size=40).map(sorted))
-def test_any_ascending_rows_are_those_of_a_plain_gather(columns, large_row, preadv, rows):
+def test_any_ascending_rows_are_those_of_a_plain_gather(columns, large_row, preadv, direct, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader, "_LARGE_ROW", large_row)
         patch.setattr(os, "preadv", preadv)
         rows = np.array(rows, np.int64)
-        check(read(RowReader(columns), rows), rows)
+        check(read(RowReader(columns, direct=direct), rows), rows)
 
 
 def test_contiguous_rows_are_one_read_and_all_are_requested_before_the_first(columns, monkeypatch):
@@ -121,12 +131,13 @@ def test_contiguous_rows_are_one_read_and_all_are_requested_before_the_first(col
     assert events == [("request", size) for size in sizes] + [("read", size) for size in sizes]
 
 
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("preadv", [PREADV, not_cached])
 @pytest.mark.parametrize("large_row", [0, 1 << 30])
-def test_a_truncated_shard_is_named(tmp_path, monkeypatch, large_row, preadv):
+def test_a_truncated_shard_is_named(tmp_path, monkeypatch, large_row, preadv, direct):
     monkeypatch.setattr(reader, "_LARGE_ROW", large_row)
     monkeypatch.setattr(os, "preadv", preadv)
-    shards = RowReader(opened(write(tmp_path)))
+    shards = RowReader(opened(write(tmp_path)), direct=direct)
     os.truncate(tmp_path / "2.h5", 5000)
     read(shards, np.arange(6))
     with pytest.raises(DamagedCacheError, match=r"2\.h5 was truncated .*Delete it") as caught:
@@ -134,21 +145,23 @@ def test_a_truncated_shard_is_named(tmp_path, monkeypatch, large_row, preadv):
     assert "\n" not in str(caught.value)
 
 
-def test_a_shard_that_ends_while_it_is_read_is_named(columns, monkeypatch):
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_shard_that_ends_while_it_is_read_is_named(columns, monkeypatch, direct):
     monkeypatch.setattr(reader, "_LARGE_ROW", 0)
     monkeypatch.setattr(os, "preadv", lambda file, buffers, offset, flags=0: 0)
     with pytest.raises(DamagedCacheError, match=r"0\.h5 was truncated"):
-        read(RowReader(columns), np.array([0]))
+        read(RowReader(columns, direct=direct), np.array([0]))
 
 
-def test_a_disk_that_fails_is_one_line_with_the_shard(columns, monkeypatch):
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_disk_that_fails_is_one_line_with_the_shard(columns, monkeypatch, direct):
     def fail(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(reader, "_LARGE_ROW", 0)
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OodHeatmapError, match=r"^cannot read .*1\.h5: Input/output error\.$"):
-        read(RowReader(columns), np.array([5]))
+        read(RowReader(columns, direct=direct), np.array([5]))
 
 
 def test_a_shard_that_is_gone_is_named(tmp_path):
@@ -187,6 +200,36 @@ def test_threads_share_few_open_files(tmp_path, monkeypatch, preadv: Callable[..
     assert len(open_files(tmp_path)) == 1
     del shards, results
     assert not open_files(tmp_path)
+
+
+def test_a_file_system_without_direct_reads_is_read_through_the_page_cache(columns, monkeypatch):
+    system_open = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return system_open(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "preadv", not_cached)
+    monkeypatch.setattr(reader, "_LARGE_ROW", 0)
+    rows = np.arange(NUM_ROWS)
+    check(read(RowReader(columns, direct=True), rows), rows)
+
+
+def test_large_columns_are_read_past_the_page_cache(columns, monkeypatch):
+    files = set()
+
+    def preadv(file: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+        if not flags:
+            files.add(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT)
+        return not_cached_blocks(file, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(reader, "_LARGE_ROW", 8000)
+    shards = RowReader({"heatmap": columns["heatmap"]}, direct=True)
+    shards.read(np.array([1]), {"heatmap": np.empty((1, 3, 40, 40), np.int16)})
+    assert files == {os.O_DIRECT}
 
 
 def test_rows_in_memory_need_no_file():
