@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from simulated_cuda import refuse_waiting
 
 from ood_heatmap.cache.shards import Rows, open_rows, write_shard
 from ood_heatmap.pipeline import feed
@@ -83,21 +84,21 @@ def test_groups_mix_rows_from_far_apart(monkeypatch):
     assert np.abs(np.diff(order[:8].astype(float))).max() > 8
 
 
-def resident(data: TrainingSet) -> _ResidentFeed:
-    return _ResidentFeed(data, CPU)
+def resident(data: TrainingSet, device: torch.device) -> _ResidentFeed:
+    return _ResidentFeed(data, device)
 
 
-def memory(data: TrainingSet) -> _StreamingFeed:
-    return _StreamingFeed(_load_into_memory(data), CPU, 5)
+def memory(data: TrainingSet, device: torch.device) -> _StreamingFeed:
+    return _StreamingFeed(_load_into_memory(data), device, 5)
 
 
-def streaming(data: TrainingSet) -> _StreamingFeed:
-    return _StreamingFeed(data, CPU, 5)
+def streaming(data: TrainingSet, device: torch.device) -> _StreamingFeed:
+    return _StreamingFeed(data, device, 5)
 
 
 @pytest.mark.parametrize("kind", [resident, memory, streaming])
 @pytest.mark.parametrize("num_maps", [0, 1])
-def test_a_batch_holds_the_rows_asked_for(kind, num_maps):
+def test_a_batch_holds_the_rows_asked_for(device, kind, num_maps):
     data = example(num_maps=num_maps)
     whole = {
         name: np.concatenate([data.id_columns[name].read(), data.ood_columns[name].read()])
@@ -109,18 +110,21 @@ def test_a_batch_holds_the_rows_asked_for(kind, num_maps):
     generator = np.random.default_rng(1)
     pieces = [np.sort(generator.permutation(18)[: 5 - i % 2]) for i in range(20)]
     pieces += [np.array([0, 10]), np.array([11, 17]), np.array([], np.int64)]
-    found = 0
-    for rows, batch in zip(pieces, kind(data).batches(iter(pieces)), strict=True):
-        time.sleep(0.001)  # time enough for a reader that is ahead to fill what is in use
-        np.testing.assert_array_equal(batch.features, whole["features"][rows])
-        np.testing.assert_array_equal(batch.prediction, whole["prediction"][rows])
-        np.testing.assert_array_equal(batch.target, heatmaps[rows])
-        assert batch.target.dtype == torch.int16
-        assert len(batch.maps) == num_maps
-        for item in batch.maps:
+    found = []
+    feed_of_kind = kind(data, device)
+    with refuse_waiting(device):
+        for batch in feed_of_kind.batches(iter(pieces)):
+            time.sleep(0.001)  # time enough for a reader that is ahead to fill what is in use
+            found.append(batch.clone())
+    for rows, batch in zip(pieces, found, strict=True):
+        features, prediction, target, *maps = (item.cpu() for item in batch.tensors)
+        np.testing.assert_array_equal(features, whole["features"][rows])
+        np.testing.assert_array_equal(prediction, whole["prediction"][rows])
+        np.testing.assert_array_equal(target, heatmaps[rows])
+        assert target.dtype == torch.int16
+        assert len(maps) == num_maps
+        for item in maps:
             np.testing.assert_array_equal(item, whole["feature_maps_1"][rows])
-        found += 1
-    assert found == 23
 
 
 def test_rows_that_do_not_ascend_are_refused():

@@ -30,16 +30,6 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 CPU = torch.device("cpu")
 MEMORY = Path("/proc/meminfo")
-on_a_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
-def device(request) -> torch.device:
-    """Return each device that is searched on."""
-    return torch.device(request.param)
 
 
 def bank_of(features, prediction, device=CPU) -> Bank:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_cuda import CUDA, refuse_waiting, simulated_cuda
 
 from ood_heatmap.decoder import Decoder, DecoderConfig, make_decoder
 from ood_heatmap.errors import UsageError
@@ -21,22 +22,14 @@ from ood_heatmap.pipeline.step import (
     make_adam,
     make_step,
     measure_ceiling,
+    set_lr,
     snapshot,
 )
 
 CPU = torch.device("cpu")
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ],
-    ),
-]
 DCGAN = DecoderConfig(8, 3, 8, "magnitude", width=16, stack="dcgan")
 CONFIG = TrainConfig(batch_size=6, precision="float32")
+PLAIN = replace(CONFIG, stack="plain")
 
 
 def example(device: torch.device = CPU, seed: int = 0) -> TrainingBatch:
@@ -85,18 +78,30 @@ def losses(step: module.Step, device: torch.device = CPU, count: int = 5) -> lis
     return [step(example(device, seed)).item() for seed in range(count)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_restored_snapshot_trains_on_as_if_nothing_had_been(device, steps_before):
-    decoder, optimizer, step = fresh(torch.device(device))
+    decoder, optimizer, step = fresh(device)
     losses(step, device, steps_before)
     restore = snapshot(decoder, optimizer)
     wanted = losses(step, device)
     losses(step, device, 3)
     places = [item.data_ptr() for item in decoder.parameters()]
     restore()
-    assert losses(step, device) == pytest.approx(wanted, rel=0 if device == "cpu" else 1e-6)
+    assert losses(step, device) == pytest.approx(wanted, rel=0 if device == CPU else 1e-6)
     assert places == [item.data_ptr() for item in decoder.parameters()]  # a graph knows them
+
+
+def test_a_gpu_takes_the_steps_of_the_cpu_and_never_waits(gpu):
+    wanted = losses(fresh()[2])
+    _, optimizer, step = fresh(gpu)
+    first, *batches = (example(gpu, seed) for seed in range(5))
+    found = [step(first)]
+    with refuse_waiting(gpu):
+        for batch in batches:
+            set_lr(optimizer, CONFIG.lr)
+            found.append(step(batch))
+    # the learning rate of a GPU is a float32
+    assert [item.item() for item in found] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
@@ -124,16 +129,81 @@ def test_a_compiled_step_trains_as_an_eager_one():
     assert losses(compiled) == pytest.approx(wanted, rel=1e-6)  # summed in float32
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_trains_as_an_eager_one():
-    device = torch.device("cuda", torch.cuda.current_device())
-    wanted = losses(fresh(device)[2], device)
-    decoder, optimizer, eager = fresh(device)
+def test_a_captured_step_trains_as_an_eager_one(gpu):
+    wanted = losses(fresh(gpu)[2], gpu)
+    decoder, optimizer, eager = fresh(gpu)
     restore = snapshot(decoder, optimizer)
-    graph = _capture_graph(eager, optimizer, example(device))
+    graph = _capture_graph(eager, optimizer, example(gpu))
     restore()
-    assert losses(graph, device) == pytest.approx(wanted, rel=1e-6)  # summed in float32
+    assert losses(graph, gpu) == pytest.approx(wanted, rel=1e-6)  # summed in float32
+
+
+class FullInCapture(torch.nn.Module):
+    """Stands in for a decoder on a device whose memory suffices for eager steps only."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.sizes: list[int] = []
+
+    def forward(self, features: torch.Tensor, *inputs: object) -> torch.Tensor:
+        self.sizes.append(len(features))
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.decoder(features, *inputs)
+
+
+def test_out_of_memory_in_a_capture_leaves_an_eager_step_as_it_was(gpu, caplog):
+    decoder, _ = plain_stack(gpu)
+    full = FullInCapture(decoder)
+    optimizer = make_adam(full, PLAIN)
+    restore, stream = snapshot(full, optimizer), torch.cuda.current_stream()
+    kind, step = make_step(full, optimizer, PLAIN, example(gpu))
+    restore()
+    assert kind == "eager"
+    assert "captured (CUDA out of memory): falling back to eager steps" in caplog.text
+    assert "micro-batch" not in caplog.text
+    assert torch.cuda.current_stream() == stream
+    decoder, optimizer = plain_stack(gpu)
+    wanted = losses(_make_eager_step(decoder, optimizer, PLAIN), gpu)
+    assert losses(step, gpu) == pytest.approx(wanted, rel=1e-6)
+    assert set(full.sizes) == {6}
+    with pytest.raises(torch.OutOfMemoryError):
+        make_step(full, optimizer, replace(PLAIN, step="graph"), example(gpu))
+
+
+class ReadInCapture(torch.nn.Module):
+    """Stands in for a decoder that makes the host wait, which ends a capture."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features: torch.Tensor, *inputs: object) -> torch.Tensor:
+        assert features.sum().item() > 0
+        return self.decoder(features, *inputs)
+
+
+def test_after_an_invalid_capture_steps_run_on_the_stream_of_before(monkeypatch, caplog):
+    """On the simulated GPU only: with PyTorch before 2.13 a real one would not recover."""
+    monkeypatch.setattr(module, "_RECOVERS_FROM_FAILED_CAPTURE", True)
+    with simulated_cuda():
+        decoder, optimizer = plain_stack(CUDA)
+        stream, reading = torch.cuda.current_stream(), ReadInCapture(decoder)
+        assert make_step(reading, optimizer, PLAIN, example(CUDA))[0] == "eager"
+        assert torch.cuda.current_stream() is stream
+        config = replace(PLAIN, step="graph")
+        with pytest.raises(UsageError, match=r"\(operation not permitted .*\): use --step eager"):
+            make_step(reading, optimizer, config, example(CUDA))
+
+
+def test_after_the_choice_by_timing_the_other_step_holds_no_memory():
+    with simulated_cuda() as state:
+        decoder, optimizer = plain_stack(CUDA)
+        kind, _ = make_step(decoder, optimizer, PLAIN, example(CUDA))
+        assert kind == "graph"
+        assert state.num_emptied == 1
+        assert all(item.grad is None for item in decoder.parameters())
 
 
 def test_on_the_cpu_a_step_is_eager_unless_another_is_asked_for():
@@ -208,9 +278,9 @@ class Small(torch.nn.Module):
         return self.decoder(features, *inputs)
 
 
-def plain_stack() -> tuple[Decoder, torch.optim.Adam]:
+def plain_stack(device: torch.device = CPU) -> tuple[Decoder, torch.optim.Adam]:
     torch.manual_seed(0)
-    decoder = make_decoder(replace(DCGAN, stack="plain")).double().train()
+    decoder = make_decoder(replace(DCGAN, stack="plain")).double().to(device).train()
     return decoder, make_adam(decoder, CONFIG)
 
 
