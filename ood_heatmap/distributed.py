@@ -104,18 +104,32 @@ def all_gather(value: _Value) -> list[_Value]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    try:
+    with _lost_contact():
         distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: _Value | None) -> _Value:
+    """Return the value of rank 0 on every rank; what the other ranks pass does not matter.
+
+    Raises:
+        OodHeatmapError: Another rank has exited; its own message says why.
+    """
+    values: list[Any] = [value]
+    if world_size() > 1:
+        with _lost_contact():
+            distributed.broadcast_object_list(values)
+    result: _Value = values[0]
+    return result
+
+
+@contextmanager
+def _lost_contact() -> Iterator[None]:
+    """Say what a failed collective means."""
+    try:
+        yield
     except RuntimeError as error:
         raise OodHeatmapError(
             f"rank {rank()} of {world_size()} lost contact with the other ranks: see the message "
             f"of the one that failed. Finished work is kept: run the same command again to resume."
         ) from error
-    return values
-
-
-def broadcast(value: _Value | None) -> _Value:
-    """Return the value of rank 0 on every rank; what the other ranks pass does not matter."""
-    values: list[Any] = all_gather(value)
-    result: _Value = values[0]
-    return result

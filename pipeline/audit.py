@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ood_heatmap.cache.manifest import MANIFEST, Manifest
-from ood_heatmap.cache.neighbours import k_nearest, unit_length
+from ood_heatmap.cache.neighbours import FlatBank, k_nearest, unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.duplicates import AuditedSet, find_overlaps, hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
@@ -169,7 +169,7 @@ def audit(
     if (run / "targets" / MANIFEST).is_file():
         sets.append(audit_open_targets(open_targets(run, index), index))
     forward = BatchedClassifier(index.classifier(device, num_maps=0), config.batch_size)
-    id_features = unit_length(index.columns["features"].read())
+    id_features = FlatBank(index.columns["features"], unit_length, device)
     kinds: tuple[Literal["ID", "OOD"], ...] = ("ID", "OOD")
     for kind, further in zip(kinds, (id_sets, ood_sets), strict=True):
         for title, images in further.items():
@@ -183,7 +183,7 @@ def _audit_images(
     images: ImageSet,
     index: Index,
     forward: BatchedClassifier,
-    id_features: _Float32,
+    id_features: FlatBank,
     config: AuditConfig,
 ) -> AuditedSet:
     """Prepare a set that is not part of the run."""
@@ -198,7 +198,7 @@ def _audit_images(
         workers=config.workers,
         skip_unreadable=config.skip_unreadable,
     ):
-        positions = k_nearest(unit_length(chunk.features), id_features, k=1)[1][:, 0]
+        positions = id_features.search(unit_length(chunk.features), k=1)[1][:, 0]
         row.append(chunk.rows)
         pixel_hash.append(hash_pixels(chunk.images))
         nearest.append(positions)

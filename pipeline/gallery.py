@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ood_heatmap import figures
@@ -47,7 +48,8 @@ def write_report(
         calibration: Calibration for p-values.
         config: Settings of the stage.
     """
-    bank = index.bank(detector.classifier.device)
+    # on the CPU: a few images, and only the classes that are predicted for them
+    bank = index.bank(torch.device("cpu"))
     num_cards = min(config.gallery, max(1, _MAX_CARDS // len(scored)))
     cards = {
         name: _make_cards(

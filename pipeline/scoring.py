@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ood_heatmap.baselines import METHODS, FitData, Score, ScoreInputs, choose_neighbours
+from ood_heatmap.baselines import FitData, Score, ScoreInputs, choose_neighbours, fit_methods
 from ood_heatmap.cache.manifest import hash_json
-from ood_heatmap.cache.neighbours import Bank, k_nearest, unit_length
+from ood_heatmap.cache.neighbours import Bank, FlatBank, k_nearest, unit_length
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.detector import HeatmapDetector
-from ood_heatmap.distributed import all_gather, is_main, rank, world_size
+from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
 from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import pixel_score
@@ -160,7 +160,7 @@ class _DetectionMethods:
     Args:
         detectors: Detector of the run, then of runs with other seeds; they share a classifier.
         index: Index of the run.
-        id_features: ``(N, D)`` unit-length features of all ID training images.
+        id_features: Features of all ID training images, searched at unit length.
         by_name: The fitted methods.
         neighbours: k of the kNN score.
         config: Settings of the stage.
@@ -168,7 +168,7 @@ class _DetectionMethods:
 
     detectors: Sequence[HeatmapDetector]
     index: Index
-    id_features: _Float32
+    id_features: FlatBank
     by_name: Mapping[str, Score]
     neighbours: int
     config: EvaluateConfig
@@ -181,8 +181,8 @@ class _DetectionMethods:
             labels: ``(B,)`` classes, -1 where unknown.
         """
         heatmap_scores, max_pixel_score = self._decode(embedded)
-        distance, positions = k_nearest(
-            unit_length(embedded.features), self.id_features, self.neighbours
+        distance, positions = self.id_features.search(
+            unit_length(embedded.features), self.neighbours
         )
         inputs = ScoreInputs(embedded.features, embedded.logits, distance[:, -1])
         scores = {name: score(inputs) for name, score in self.by_name.items()}
@@ -240,13 +240,16 @@ def open_detectors(
 def make_detection_methods(
     index: Index, targets: Targets, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
 ) -> _DetectionMethods:
-    """Fit every method."""
-    data = _fit_data(index, targets, detectors[0].classifier, config.seed)
+    """Fit every method, on rank 0 for all ranks."""
+    classifier = detectors[0].classifier
+    fitted = None
+    if is_main():
+        fitted = fit_methods(_fit_data(index, targets, classifier, config.seed))
     return _DetectionMethods(
         detectors,
         index,
-        unit_length(index.columns["features"].read()),
-        {method.name: method.fit(data) for method in METHODS},
+        FlatBank(index.columns["features"], unit_length, classifier.device),
+        broadcast(fitted),
         num_neighbours(index, config),
         config,
     )
