@@ -1,5 +1,7 @@
 """Every baseline equals its literal formula in float64, and larger is more OOD."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +200,22 @@ def test_every_method_scores_clear_ood_higher(drawn):
         baselines._small_mlp(features, auxiliary, 0),
     ):
         assert np.median(score(far)) > np.median(score(features))
+
+
+def test_fitted_methods_come_out_of_a_pickle_the_same(drawn):
+    """Rank 0 fits them and sends them to the other ranks."""
+    data = baselines.FitData(
+        drawn["features"], drawn["labels"], drawn["auxiliary"], drawn["head"], seed=0
+    )
+    logits = drawn["head"](torch.from_numpy(drawn["queries"])).numpy()
+    inputs = baselines.ScoreInputs(drawn["queries"], logits, logits[:, 0])
+    fitted = baselines.fit_methods(data)
+    assert list(fitted) == [method.name for method in baselines.METHODS]
+    content = pickle.dumps(fitted)
+    # what is sent does not grow with the images that were fitted on
+    assert len(content) < 100_000
+    for name, score in pickle.loads(content).items():
+        np.testing.assert_array_equal(score(inputs), fitted[name](inputs))
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ood_heatmap.baselines import METHODS as BASELINES
-from ood_heatmap.baselines import choose_neighbours
+from ood_heatmap.baselines import Score, choose_neighbours, fit_methods
 from ood_heatmap.cache.neighbours import unit_length
+from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.metrics import METRICS
+from ood_heatmap.pipeline import scoring
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
-from ood_heatmap.pipeline.run import open_index, open_targets
+from ood_heatmap.pipeline.run import Index, open_index, open_targets
 from ood_heatmap.pipeline.scoring import _fit_data, score_set
 from ood_heatmap.pipeline.tables import (
     _HEADLINES,
@@ -139,6 +141,53 @@ def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finis
     model = LogisticRegression(max_iter=1000).fit((both - mean) / deviation, is_ood)
     odds = model.decision_function((queries - mean) / deviation)
     np.testing.assert_allclose(scores(finished_run, "far")["logistic_regression"], odds, atol=0.02)
+
+
+def test_rank_0_fits_for_all_and_no_rank_reads_all_features(data, run, monkeypatch):
+    """The other ranks get what rank 0 has fitted; features are read in blocks."""
+
+    def read(rows):
+        assert len(rows.shape) == 1, f"all {rows.shape} are read at once"
+        return np.concatenate(rows.arrays)
+
+    fitted: dict[str, Score] = {}
+    before = (run / "evaluation" / "scores-far.npz").read_bytes()
+    monkeypatch.setattr(Rows, "read", read)
+    monkeypatch.setattr(
+        scoring, "fit_methods", lambda data: fitted.update(fit_methods(data)) or fitted
+    )
+    shutil.rmtree(run / "evaluation")
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
+    assert list(fitted) == [method.name for method in BASELINES]
+    assert (run / "evaluation" / "scores-far.npz").read_bytes() == before
+
+    def fail(data):
+        raise AssertionError("fitted by another rank")
+
+    monkeypatch.setattr(scoring, "fit_methods", fail)
+    monkeypatch.setattr(scoring, "is_main", lambda: False)
+    monkeypatch.setattr(scoring, "broadcast", lambda value: fitted if value is None else None)
+    index = open_index(run)
+    detectors = scoring.open_detectors([run], index, CPU)
+    methods = scoring.make_detection_methods(index, open_targets(run, index), detectors, CONFIG)
+    assert methods.by_name is fitted
+
+
+def test_the_report_opens_only_the_classes_predicted_for_its_images(data, run, monkeypatch):
+    banks, open_bank = [], Index.bank
+    monkeypatch.setattr(
+        Index, "bank", lambda index, device: banks.append(open_bank(index, device)) or banks[-1]
+    )
+    near = {"near": open_images(str(data / "ood"))}
+    config = replace(CONFIG, gallery=1, calibration_share=0, overwrite=True)
+    evaluate(run, open_images(str(data / "test")), near, CPU, config)
+    shown = [
+        scores(run, name)["prediction"][scores(run, name)["heatmap"].argmin()]
+        for name in ("id", "near")
+    ]
+    (bank,) = banks
+    assert sorted(bank.unique) == sorted(set(shown))
+    assert len(bank.classes) > len(bank.unique)
 
 
 def test_controls_do_not_take_patched_id_images_for_ood(data, run):
