@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ood_heatmap.checks import check_finite
-from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoding import Batch, iter_batches
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet, Transform
-from ood_heatmap.pipeline.forward import BatchedClassifier, PendingOutputs
+from ood_heatmap.pipeline.forward import BatchedClassifier, HostOutput, PendingOutputs
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_column
 from ood_heatmap.pipeline.stage import content_hash
@@ -31,6 +30,8 @@ class Embedded:
         logits: ``(B, L)`` float32.
         maps: Feature maps ``(B, C, h, w)`` float16, the deepest first.
         content: Hash of the digests of all images.
+        spatial: ``(B, 2, C)`` float32 of each feature map, see ``ranges.spatial_statistics``; empty
+            unless asked for.
     """
 
     rows: NDArray[np.int64]
@@ -39,6 +40,7 @@ class Embedded:
     logits: NDArray[np.float32]
     maps: tuple[NDArray[np.float16], ...]
     content: str
+    spatial: tuple[NDArray[np.float32], ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -99,7 +101,7 @@ def embed(
     outputs = iter_outputs(decoded, forward, meter, images.names)
     for rows, shard_chunks in zip(shards, chunks, strict=True):
         batches = islice(outputs, len(shard_chunks))
-        shard = _concatenate(batches, len(rows), forward.classifier)
+        shard = _concatenate(batches, len(rows), forward)
         if not len(shard.rows):
             raise OodHeatmapError(
                 f"none of {len(rows)} consecutive images of {images.source} is readable."
@@ -112,7 +114,7 @@ def iter_outputs(
     forward: BatchedClassifier,
     meter: Meter,
     names: Sequence[str] | None,
-) -> Iterator[tuple[Batch, Sequence[Output]]]:
+) -> Iterator[tuple[Batch, Sequence[HostOutput]]]:
     """Yield each batch with the classifier's outputs.
 
     Pipelined by one batch: the device computes batch n while the host stores batch n-1.
@@ -125,7 +127,7 @@ def iter_outputs(
     """
     pipeline: deque[tuple[Batch, PendingOutputs]] = deque()
 
-    def oldest() -> tuple[Batch, Sequence[Output]]:
+    def oldest() -> tuple[Batch, Sequence[HostOutput]]:
         # peek, do not pop: if waiting fails, `finally` still cancels it
         batch, pending = pipeline[0]
         with meter.waiting("embed"):
@@ -157,15 +159,23 @@ def iter_outputs(
 
 
 def _concatenate(
-    batches: Iterable[tuple[Batch, Sequence[Output]]], num_rows: int, classifier: Classifier
+    batches: Iterable[tuple[Batch, Sequence[HostOutput]]],
+    num_rows: int,
+    forward: BatchedClassifier,
 ) -> Embedded:
     """Concatenate the batches of a shard into arrays allocated once for ``num_rows``."""
+    classifier = forward.classifier
     size = classifier.config.transform.size
     rows = np.empty(num_rows, np.int64)
     images = np.empty((num_rows, 3, size, size), np.uint8)
     features = np.empty((num_rows, classifier.num_features), np.float32)
     logits = np.empty((num_rows, classifier.num_classes), np.float32)
     maps = [np.empty((num_rows, *shape), np.float16) for shape in classifier.map_shapes]
+    spatial = [
+        np.empty((num_rows, 2, shape[0]), np.float32)
+        for shape in classifier.map_shapes
+        if forward.spatial
+    ]
     digests: list[bytes] = []
     count = 0
     for batch, outputs in batches:
@@ -177,7 +187,15 @@ def _concatenate(
             features[chunk], logits[chunk] = output.features, output.logits
             for values, feature_map in zip(maps, output.maps, strict=True):
                 values[chunk] = feature_map
+            for statistics, found in zip(spatial, output.spatial, strict=True):
+                statistics[chunk] = found
             count += len(output.features)
-    kept = tuple(values[:count] for values in maps)
-    content = content_hash(b"".join(digests))
-    return Embedded(rows[:count], images[:count], features[:count], logits[:count], kept, content)
+    return Embedded(
+        rows[:count],
+        images[:count],
+        features[:count],
+        logits[:count],
+        tuple(values[:count] for values in maps),
+        content_hash(b"".join(digests)),
+        tuple(values[:count] for values in spatial),
+    )

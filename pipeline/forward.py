@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.devices import is_out_of_memory
 from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.pipeline.ranges import spatial_statistics
 
 log = logging.getLogger(__name__)
 _UInt8 = NDArray[np.uint8]
@@ -34,13 +35,25 @@ _PASSES_PER_WINDOW = 4
 
 
 @dataclass(frozen=True)
+class HostOutput(Output):
+    """Output of a batch on the host: feature maps as float16, contiguous.
+
+    Args:
+        spatial: ``(B, 2, C)`` float32 of each feature map, see ``ranges.spatial_statistics``; empty
+            unless asked for.
+    """
+
+    spatial: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class PendingOutputs:
     """Outputs still being computed or copied to the host."""
 
-    outputs: Sequence[Future[list[Output]]]
+    outputs: Sequence[Future[list[HostOutput]]]
     copied: torch.cuda.Event | None
 
-    def wait(self) -> list[Output]:
+    def wait(self) -> list[HostOutput]:
         """Block until the outputs are on the host, and return them.
 
         Raises:
@@ -66,10 +79,11 @@ class BatchedClassifier:
     Args:
         classifier: The classifier, on its device.
         batch_size: Images per forward pass, over all cores of a CPU.
+        spatial: Return the spatial statistics of the feature maps as well.
     """
 
-    def __init__(self, classifier: Classifier, batch_size: int) -> None:
-        self.classifier = classifier
+    def __init__(self, classifier: Classifier, batch_size: int, *, spatial: bool = False) -> None:
+        self.classifier, self.spatial = classifier, spatial
         self.batch_size = batch_size
         self.on_gpu = classifier.device.type == "cuda"
         self.size = batch_size if self.on_gpu else min(batch_size, _IMAGES_PER_CORE)
@@ -103,7 +117,7 @@ class BatchedClassifier:
             copied = torch.cuda.current_stream(self.classifier.device).record_event()
         return PendingOutputs(futures, copied)
 
-    def _run(self, images: _UInt8) -> list[Output]:
+    def _run(self, images: _UInt8) -> list[HostOutput]:
         """Classify a chunk; on out-of-memory halve the batch size and retry."""
         size = self.size
         # the size may have been halved since the chunk was submitted
@@ -164,7 +178,7 @@ class BatchedClassifier:
             batch = padded
         return batch.to(self.classifier.device, non_blocking=True)
 
-    def _to_host(self, output: Output, count: int) -> Output:
+    def _to_host(self, output: Output, count: int) -> HostOutput:
         """Start to copy the first rows of an output to the host.
 
         Feature maps are converted to contiguous float16, as in a shard, on the device: reordering
@@ -174,11 +188,15 @@ class BatchedClassifier:
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[:count].to("cpu", non_blocking=True)
 
-        maps = tuple(
-            to_host(item.to(torch.float16, memory_format=torch.contiguous_format))
-            for item in output.maps
+        maps = [
+            item.to(torch.float16, memory_format=torch.contiguous_format) for item in output.maps
+        ]
+        return HostOutput(
+            to_host(output.features),
+            to_host(output.logits),
+            tuple(map(to_host, maps)),
+            tuple(to_host(spatial_statistics(item)) for item in maps) if self.spatial else (),
         )
-        return Output(to_host(output.features), to_host(output.logits), maps)
 
     def rate(self, seconds: float) -> float:
         """Measure images/s with images already on the device.

@@ -1,7 +1,7 @@
 """Stage 1 of 4: embed the ID training set with the classifier, and index it by predicted class."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
-from ood_heatmap.cache.shards import Column, Rows, bytes_per_row
+from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, map_shard
 from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
 from ood_heatmap.devices import describe_environment, kernel_selection
@@ -25,9 +26,17 @@ from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
+from ood_heatmap.pipeline.ranges import (
+    STATISTICS,
+    Moments,
+    moments_of_arrays,
+    shard_moments,
+    sum_moments,
+)
 from ood_heatmap.pipeline.results import IndexResults
 from ood_heatmap.pipeline.run import INDEX, PROBE, PROBED, WEIGHTS, check_probe, index_columns
 from ood_heatmap.pipeline.stage import (
+    INTERMEDIATE,
     BackgroundWriter,
     Schedule,
     ShardTask,
@@ -95,7 +104,7 @@ def build_index(
         if schedule.manifest is not None:
             return schedule.manifest
         meter = Meter(schedule.num_own_rows, "index")
-        forward = BatchedClassifier(classifier, config.batch_size)
+        forward = BatchedClassifier(classifier, config.batch_size, spatial=True)
         _embed_shards(stage, schedule.own[_SHARDS], images, forward, config, meter)
         with meter.waiting("finish"):
             barrier()
@@ -103,7 +112,7 @@ def build_index(
         speed = {**meter.close(forward.rate), "device": str(classifier.device)}
         manifest = None
         if results is not None:
-            names = [*schedule.names, INDEX, WEIGHTS, PROBE]
+            names = [*schedule.names, INDEX, WEIGHTS, STATISTICS, PROBE]
             content = stage_content(stage, schedule.names)
             manifest = stage.commit(results, names, content=content, speed=speed)
         return broadcast(manifest)
@@ -129,7 +138,36 @@ def _embed_shards(
     columns = columns_from_classifier(forward.classifier)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            writer.write(task, _arrays(shard, images), columns, content=shard.content)
+            # first: a shard that is taken over from a killed process has its moments
+            write_moments = partial(_write_moments, stage, task, shard)
+            arrays = _arrays(shard, images)
+            writer.write(task, arrays, columns, content=shard.content, before=write_moments)
+
+
+def _moments_name(task: ShardTask) -> str:
+    """Return the name of the file with the moments of a shard."""
+    return f"{Path(task.name).stem}{INTERMEDIATE}"
+
+
+def _write_moments(stage: Stage, task: ShardTask, shard: Embedded) -> None:
+    """Write the moments of a shard; they are added up when all shards are there."""
+    shapes = [values.shape[1:] for values in shard.maps]
+    moments = shard_moments(shard.features, shard.spatial, shapes)
+    with stage.writing(_moments_name(task)) as scratch:
+        scratch.write_bytes(save(moments))
+
+
+def _iter_moments(stage: Stage, tasks: Sequence[ShardTask]) -> Iterator[dict[str, Moments]]:
+    """Yield the moments of each shard; from the shard itself if an earlier version wrote it."""
+    names = [_moments_name(task) for task in tasks]
+    intact = stage.match_stamps(names)
+    for task, name in zip(tasks, names, strict=True):
+        if name in intact:
+            yield load((stage.directory / name).read_bytes())
+        else:
+            shard = map_shard(stage.directory / task.name)
+            maps = [shard[column] for column in sorted(shard) if column.startswith("feature_maps")]
+            yield moments_of_arrays(shard["features"], maps)
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
@@ -186,6 +224,9 @@ def _write_derived(
         classifier.network.state_dict(),
         record=partial(stage.record, WEIGHTS),
     )
+    statistics = sum_moments(_iter_moments(stage, schedule.tasks[_SHARDS]))
+    with stage.writing(STATISTICS) as scratch:
+        scratch.write_bytes(save(statistics))
     _write_probe(stage, columns, classifier)
     known = (label >= 0) & (label < classifier.num_classes)
     skipped = np.setdiff1d(np.arange(len(images)), row)

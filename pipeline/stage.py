@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -79,6 +79,8 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "last.ckpt"
 # checksums of the files that one rank has written in an unfinished stage
 _JOURNAL, _JOURNALS = "checksums-{:05d}.jsonl", "checksums-*.jsonl"
+# what only an unfinished stage needs, beside its shards
+INTERMEDIATE = ".intermediate"
 
 
 # each is a memory map in every later stage
@@ -373,9 +375,9 @@ class Stage:
 
     def _remove_unfinished(self) -> None:
         """Remove the files that only an unfinished stage needs."""
-        paths = [self.directory / name for name in (UNFINISHED, CHECKPOINT)]
-        for path in [*paths, *self.directory.glob(_JOURNALS)]:
-            path.unlink(missing_ok=True)
+        for pattern in (UNFINISHED, CHECKPOINT, _JOURNALS, f"*{INTERMEDIATE}"):
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _journal_lines(stamps: Iterable[Stamp]) -> str:
@@ -757,6 +759,7 @@ class BackgroundWriter:
         columns: Mapping[str, Column],
         *,
         content: str,
+        before: Callable[[], None] | None = None,
     ) -> None:
         """Enqueue one shard; waits for the oldest pending one if all threads are busy.
 
@@ -765,6 +768,7 @@ class BackgroundWriter:
             arrays: Maps dataset name to array.
             columns: Expected dtype and shape of each dataset.
             content: Hash of the shard's images.
+            before: Called in the thread before the shard is written.
         """
         attributes: dict[str, str | int] = {
             "fingerprint": self.stage.fingerprint,
@@ -774,7 +778,7 @@ class BackgroundWriter:
         }
         self._wait(self._num_threads - 1)
         self._pending.append(
-            self._executor.submit(self._write_now, task, arrays, columns, attributes)
+            self._executor.submit(self._write_now, task, arrays, columns, attributes, before)
         )
 
     def _write_now(
@@ -783,9 +787,12 @@ class BackgroundWriter:
         arrays: Mapping[str, NDArray[Any]],
         columns: Mapping[str, Column],
         attributes: Mapping[str, str | int],
+        before: Callable[[], None] | None,
     ) -> float:
         """Write one shard and return the seconds that it took."""
         started = time.perf_counter()
+        if before is not None:
+            before()
         write_shard(
             self.stage.directory / task.name,
             arrays,

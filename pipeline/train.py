@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -13,13 +13,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, distributed
 from tqdm import tqdm
 
 from ood_heatmap.cache.files import save_tensors
 from ood_heatmap.cache.manifest import Manifest
-from ood_heatmap.cache.shards import Rows
 from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
 from ood_heatmap.devices import describe_environment, is_out_of_memory, kernel_selection
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
@@ -34,6 +32,7 @@ from ood_heatmap.pipeline.feed import (
     open_feed,
     read_batch,
 )
+from ood_heatmap.pipeline.ranges import input_ranges
 from ood_heatmap.pipeline.results import DecoderResults, TargetsResults
 from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
 from ood_heatmap.pipeline.stage import CHECKPOINT, Stage, run_lock
@@ -50,13 +49,11 @@ from ood_heatmap.pipeline.step import (
 )
 
 log = logging.getLogger(__name__)
-_Float32 = NDArray[np.float32]
 # number and mean loss of each epoch
 _History: TypeAlias = list[dict[str, float]]
 
 _HISTORY = "history.jsonl"
 _CHECKPOINT_SECONDS = 10
-_ROWS_PER_CHUNK = 4096
 
 
 def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manifest:
@@ -124,46 +121,21 @@ def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
     )
 
 
-def _new_decoder(index: Index, config: TrainConfig) -> Decoder:
-    """Return an untrained decoder with the ranges of the index's features and feature maps."""
-    architecture = decoder_config(index, config)
-    if config.stack == "dcgan":
-        return make_decoder(architecture, index.feature_range)
-    maps = [index.columns[f"feature_maps_{number + 1}"] for number in range(config.feature_maps)]
-    inputs = [_standard_range(index.columns["features"])]
-    if maps:
-        inputs.append(_standard_range(maps[0], lambda rows: rows.std(axis=(2, 3), ddof=1)))
-    low, high = (np.concatenate(ends) for ends in zip(*inputs, strict=True))
-    return make_decoder(
-        architecture, (low, high), [_standard_range(item, _flatten_locations) for item in maps]
-    )
-
-
-def _flatten_locations(maps: _Float32) -> _Float32:
-    """Return feature maps ``(B, C, h, w)`` as ``(B h w, C)``."""
-    locations: _Float32 = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
-    return locations
-
-
-def _standard_range(
-    column: Rows, to_vectors: Callable[[_Float32], _Float32] = lambda rows: rows
-) -> tuple[_Float32, _Float32]:
-    """Return mean, and mean plus one standard deviation, over all rows; computed in float64.
+def _new_decoder(index: Index, config: TrainConfig, *, resumes: bool = False) -> Decoder:
+    """Return an untrained decoder with the ranges of the index's features and feature maps.
 
     Args:
-        column: Column of the index.
-        to_vectors: Maps rows to ``(M, N)``.
+        index: The index.
+        config: Settings of the stage.
+        resumes: A checkpoint holds the ranges: leave them out.
     """
-    count, total, squares = 0, np.float64(0), np.float64(0)
-    for shard in column:
-        for start in range(0, len(shard), _ROWS_PER_CHUNK):
-            vectors = to_vectors(shard[start : start + _ROWS_PER_CHUNK].astype(np.float32))
-            count += len(vectors)
-            total = total + vectors.sum(axis=0, dtype=np.float64)
-            squares = squares + np.square(vectors, dtype=np.float64).sum(axis=0)
-    mean = total / count
-    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return np.float32(mean), np.float32(mean + deviation)
+    architecture = decoder_config(index, config)
+    if resumes:
+        return make_decoder(architecture)
+    if config.stack == "dcgan":
+        return make_decoder(architecture, index.feature_range)
+    ranges = broadcast(input_ranges(index, config.feature_maps) if is_main() else None)
+    return make_decoder(architecture, *ranges)
 
 
 @dataclass(frozen=True)
@@ -186,12 +158,13 @@ def _train(
             "Use fewer processes or a larger --batch-size."
         )
     torch.manual_seed(config.seed)
-    decoder = _new_decoder(index, config).to(device)
+    resumes = _has_checkpoint(stage)
+    decoder = _new_decoder(index, config, resumes=resumes).to(device)
     # preferred by tensor cores; 1.1 times as fast on a CPU (CPU time, widths 256-128-64-32, batch
     # size 100)
     decoder.to(memory_format=torch.channels_last)
     optimizer = make_adam(decoder, config)
-    history = _resume(stage, decoder, optimizer)
+    history = _resume(stage, decoder, optimizer) if resumes else []
     if len(history) == config.epochs:
         return _Trained(decoder, history, {})
     feed_kind, feed = open_feed(data, device, config.feed, config.batch_size)
@@ -382,20 +355,27 @@ def _write_history(stage: Stage, history: _History) -> None:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in history), "utf-8")
 
 
-def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> _History:
-    """Load the last checkpoint, if there is one, and return its history.
+def _has_checkpoint(stage: Stage) -> bool:
+    """Return whether there is a checkpoint to resume from; on all ranks what rank 0 sees.
 
     If the checkpoint is damaged, a warning is logged and training starts over.
+    """
+    path = stage.directory / CHECKPOINT
+    if not broadcast(path.is_file() if is_main() else None):
+        return False
+    if not broadcast(stage.is_intact(CHECKPOINT) if is_main() else None):
+        log.warning("%s is damaged: training starts over from the first epoch", path)
+        return False
+    return True
+
+
+def _resume(stage: Stage, decoder: Decoder, optimizer: torch.optim.Optimizer) -> _History:
+    """Load the last checkpoint and return its history.
 
     Raises:
         DamagedCacheError: The checkpoint is intact, but has unexpected content.
     """
     path = stage.directory / CHECKPOINT
-    if not broadcast(path.is_file() if is_main() else None):
-        return []
-    if not broadcast(stage.is_intact(CHECKPOINT) if is_main() else None):
-        log.warning("%s is damaged: training starts over from the first epoch", path)
-        return []
     # torch.load can raise many types of exceptions
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -76,7 +76,9 @@ def in_float64(monkeypatch):
     by 1e-6 to 1e-1 of what it has learnt, depending on seed and processor.
     """
     make = module._new_decoder
-    monkeypatch.setattr(module, "_new_decoder", lambda *arguments: make(*arguments).double())
+    monkeypatch.setattr(
+        module, "_new_decoder", lambda *given, **kind: make(*given, **kind).double()
+    )
 
 
 def train_by_the_formulas(run, config) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -267,6 +269,16 @@ def test_a_damaged_checkpoint_is_said_and_training_starts_over(
     assert tree(run / "decoder") == unbroken
 
 
+def test_a_resumed_training_takes_the_ranges_of_its_inputs_from_the_checkpoint(
+    run, unbroken, tree, monkeypatch
+):
+    stop_after(2, run, TrainConfig(**SMALL), monkeypatch)
+    # to compute them would fail
+    monkeypatch.setattr(module, "input_ranges", None)
+    train_decoder(run, CPU, TrainConfig(**SMALL))
+    assert tree(run / "decoder") == unbroken
+
+
 @pytest.mark.parametrize("state", [[], {}, {"fingerprint": "other"}, {"history": [1]}])
 def test_a_checkpoint_that_is_another_thing_is_one_line(run, monkeypatch, state):
     config = TrainConfig(**{**SMALL, "seed": 3})
@@ -410,7 +422,7 @@ def and_die(*arguments):
 
 
 module._save_checkpoint = and_die
-module._new_decoder = lambda *arguments: make(*arguments).double()
+module._new_decoder = lambda *given, **kind: make(*given, **kind).double()
 main(["train", *sys.argv[2:]])
 """
 
