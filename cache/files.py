@@ -24,6 +24,7 @@ from ood_heatmap.errors import OodHeatmapError
 log = logging.getLogger(__name__)
 
 _LOCK_NAME = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 # how HDF5, FAISS, PyTorch and safetensors quote an errno in the text of their own exceptions
 _QUOTED_ERRNO = re.compile(r"(?:errno ?=? ?|os error )(\d+)", re.IGNORECASE)
 _QUOTED_TEXT = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO)}
@@ -294,17 +295,21 @@ def locked(directory: Path) -> Iterator[None]:
 def _lock(descriptor: int, directory: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
+        # NFS passes the lock to the server, which may refuse it with either
         text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         raise OodHeatmapError(
             f"{directory} is being written by {text or 'another process'}. "
             "Wait for it, or use another directory."
         ) from None
     except OSError as error:
-        raise OodHeatmapError(
-            f"{directory} is on a file system without locks ({error.strerror}). "
-            "Choose a directory on another file system."
-        ) from error
+        if error.errno in _NO_LOCKS:
+            raise OodHeatmapError(
+                f"{directory} is on a file system without locks ({error.strerror}). Mount it with "
+                "locks (Lustre: -o flock; NFS: without nolock, with a running lockd), or choose a "
+                "directory on another file system."
+            ) from error
+        raise OodHeatmapError(f"cannot lock {directory}: {error.strerror}.") from error
 
 
 def _describe_holder(descriptor: int, text: str) -> None:

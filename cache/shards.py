@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -225,15 +226,22 @@ def _raise_if_refused(path: Path, error: Exception) -> None:
         raise read_error(path, refused) from error
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    """Return the C library with the types of what is called in it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
 def _map_file(path: Path) -> NDArray[np.uint8]:
     """Return the bytes of a file as a read-only memory map without an open file descriptor.
 
     Python's own mmap keeps a descriptor open for its lifetime, and the usual limit is 1,024.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc = _libc()
     with path.open("rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         address = libc.mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)

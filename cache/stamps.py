@@ -7,6 +7,7 @@ millisecond to open a file. What changes no time, such as a faulty disk, is foun
 """
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -14,13 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ood_heatmap.cache.files import write_bytes
-from ood_heatmap.cache.manifest import FileRecord, Manifest, check_files, hash_json
+from ood_heatmap.cache.manifest import FileRecord, Manifest, check_files
 from ood_heatmap.cache.shards import Header, read_header
 from ood_heatmap.errors import OodHeatmapError
 
 STAMPS = ".stamps.jsonl"
 # a change within a tick of the file system's clock leaves the time of a file as it was
 _TICK_NS = 20_000_000
+# before the checksum over the rest of a line
+_CHECKSUM = ', "checksum": "'
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Stamp:
             "header": None if self.header is None else self.header.to_json(),
             "source": self.source,
         }
-        return json.dumps({**content, "checksum": hash_json(content)}) + "\n"
+        text = json.dumps(content)
+        return f'{text[:-1]}{_CHECKSUM}{_hash(text[:-1])}"}}\n'
 
     @staticmethod
     def from_line(line: str) -> "Stamp":
@@ -69,13 +73,17 @@ class Stamp:
             ValueError, KeyError, TypeError: The line holds no record.
         """
         content = json.loads(line)
-        checksum = content.pop("checksum", None)
         record = FileRecord(str(content["sha256"]), int(content["num_bytes"]))
         stamp = Stamp(str(content["name"]), record)
-        if checksum != hash_json(content):
+        text, _, checksum = line.rpartition(_CHECKSUM)
+        if checksum.rstrip() != f'{_hash(text)}"}}':
             return stamp
         header = None if content["header"] is None else Header.from_json(content["header"])
         return replace(stamp, mtime_ns=content["mtime_ns"], header=header, source=content["source"])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_stamp(name: str, path: Path, *, source: str = "") -> Stamp:
@@ -122,11 +130,11 @@ def parse_stamps(text: str) -> Iterator[Stamp]:
 
 def current_stamps(directory: Path, manifest: Manifest) -> dict[str, Stamp]:
     """Return the stamps, by name, of files that are as they were when they matched the manifest."""
-    stamps = _read_stamps(directory, manifest)
+    stamps = read_stamps(directory, manifest)
     return {name: stamp for name, stamp in stamps.items() if stamp.fits(directory / name)}
 
 
-def _read_stamps(directory: Path, manifest: Manifest) -> dict[str, Stamp]:
+def read_stamps(directory: Path, manifest: Manifest) -> dict[str, Stamp]:
     """Return the stamps, by name, of files with the checksums that are in the manifest."""
     try:
         text = (directory / STAMPS).read_text("utf-8", "replace")
@@ -161,7 +169,7 @@ def check_unstamped(
     Raises:
         DamagedCacheError: A file is missing or changed; names the file.
     """
-    stamps = _read_stamps(directory, manifest)
+    stamps = read_stamps(directory, manifest)
     # before the files are hashed: one that changes meanwhile must not look unchanged
     modified = {
         name: _modified_ns(directory / name)

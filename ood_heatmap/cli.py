@@ -23,6 +23,7 @@ from ood_heatmap.options import (
     log_to_stderr,
     new_run,
     options,
+    raise_descriptor_limit,
     trust_option,
 )
 from ood_heatmap.pipeline.config import (
@@ -78,6 +79,7 @@ def main(context: click.Context) -> None:
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # a file name that is not UTF-8 is printed escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
+    raise_descriptor_limit()
     log_to_stderr(context)
 
 

@@ -1,5 +1,6 @@
 """Click options made from the settings dataclasses, and commands that list them by group."""
 
+import contextlib
 import errno
 import logging
 import math
@@ -224,6 +225,16 @@ class _LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files, often 1,024 or 256, to the hard one."""
+    # Windows has no such limit, macOS refuses its own hard limit
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def log_to_stderr(context: click.Context) -> None:

@@ -165,7 +165,12 @@ _Overwrite: TypeAlias = Annotated[
     Option("Rebuild a stage that was made from other inputs.", "Output", affects_result=False),
 ]
 _ShardMegabytes: TypeAlias = Annotated[
-    int, Option("Approximate size of a shard on disk, in megabytes.", "Output", min=1)
+    int,
+    Option(
+        "Approximate size of a shard on disk, in megabytes; more if there were over 20,000 shards.",
+        "Output",
+        min=1,
+    ),
 ]
 _AllowSuspicious: TypeAlias = Annotated[
     bool,

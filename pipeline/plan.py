@@ -31,6 +31,7 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import check_classes, columns_from_classifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
+from ood_heatmap.pipeline.stage import rows_per_shard
 from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
 from ood_heatmap.pipeline.targets import choose_rows, columns_from_index
 from ood_heatmap.pipeline.train import check_maps, decoder_config
@@ -77,10 +78,11 @@ def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) ->
     weights = sum(tensor.nbytes for tensor in classifier.network.state_dict().values())
     # index.faiss: built in memory, then written
     bank = len(images) * classifier.num_features * 4
+    row_bytes = bytes_per_row(columns_from_classifier(classifier))
     return Plan(
         rows=len(images),
-        disk=len(images) * bytes_per_row(columns_from_classifier(classifier)) + bank + weights,
-        host=_peak_host_bytes() + _SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
+        disk=len(images) * row_bytes + bank + weights,
+        host=_peak_host_bytes() + _shard_buffers(len(images), row_bytes, config.shard_mb) + bank,
         on_gpu=_peak_gpu_bytes(classifier.device),
         seconds=len(images) / rate,
         rate=rate,
@@ -101,10 +103,11 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
     rate = _measure_embedding_rate(images, rows, index.classifier(device), config)
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
     count = len(rows) + round(config.patched * len(rows))
+    row_bytes = bytes_per_row(columns_from_index(index))
     return Plan(
         rows=count,
-        disk=count * bytes_per_row(columns_from_index(index)),
-        host=_peak_host_bytes() + _SHARDS_IN_MEMORY * config.shard_mb * 1_000_000 + bank,
+        disk=count * row_bytes,
+        host=_peak_host_bytes() + _shard_buffers(count, row_bytes, config.shard_mb) + bank,
         on_gpu=_peak_gpu_bytes(device) + bank * on_gpu,
         # the search adds a few percent at most
         seconds=count / rate,
@@ -185,6 +188,12 @@ def _measure_training_rate(
     _, step = make_step(decoder, make_adam(decoder, config), config, example)
     num_steps = config.epochs * (len(data) // config.batch_size)
     return measure_ceiling(step, example, config.batch_size, num_steps)
+
+
+def _shard_buffers(num_rows: int, row_bytes: int, shard_mb: int) -> int:
+    """Return the bytes of the shards of a stage that are in memory at once."""
+    largest = max(shard_mb * 1_000_000, rows_per_shard(num_rows, row_bytes, shard_mb) * row_bytes)
+    return _SHARDS_IN_MEMORY * largest
 
 
 def _peak_host_bytes() -> int:

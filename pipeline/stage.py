@@ -60,10 +60,10 @@ from ood_heatmap.cache.shards import (
 )
 from ood_heatmap.cache.stamps import (
     Stamp,
-    current_stamps,
     make_stamp,
     match_stamp,
     parse_stamps,
+    read_stamps,
     write_stamps,
 )
 from ood_heatmap.distributed import broadcast, is_main, num_cores, rank, world_size
@@ -247,7 +247,7 @@ class Stage:
     def _reopen(self, manifest: Manifest) -> None:
         """Turn a complete stage into an unfinished one: intact files stay, damaged are rebuilt."""
         log.warning("%s is damaged: rebuilding its damaged files", self.directory)
-        known = current_stamps(self.directory, manifest)
+        known = read_stamps(self.directory, manifest)
         # without times: whatever is damaged may be so without another time
         stamps = [
             replace(known.get(name, Stamp(name, record)), mtime_ns=-1)
@@ -609,13 +609,15 @@ def _missing_shards(
 
 
 def _find_stamps(stage: Stage, manifest: Manifest, names: Sequence[str]) -> dict[str, Stamp]:
-    """Return the stamps of shards of a complete stage; the headers of others are read."""
-    found = current_stamps(stage.directory, manifest)
-    for name in names:
-        if name not in found and name in manifest.files:
+    """Return the stamps of shards of a complete stage; headers that are not known are read."""
+    found = read_stamps(stage.directory, manifest)
+    for name in manifest.files.keys() & set(names):
+        path, stamp = stage.directory / name, found.get(name, Stamp(name, manifest.files[name]))
+        if stamp.header is None or not stamp.fits(path):
+            header = None
             with contextlib.suppress(DamagedCacheError):
-                header = read_header(stage.directory / name)
-                found[name] = Stamp(name, manifest.files[name], header=header)
+                header = read_header(path)
+            found[name] = replace(stamp, header=header)
     return found
 
 

@@ -147,13 +147,26 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         hash_file(tmp_path / "missing")
 
 
-def test_a_lock_that_cannot_be_opened_or_held_is_one_line(tmp_path, monkeypatch):
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(OodHeatmapError, match=r"cannot write .*missing/\.lock"):
         locked(tmp_path / "missing").__enter__()
 
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOLCK, r"file system without locks \(No locks available\)\. Mount it with locks"),
+        (errno.ENOSYS, "file system without locks .* choose a directory on another file system"),
+        (errno.EOPNOTSUPP, "file system without locks"),
+        (errno.EACCES, "is being written by another process"),
+        (errno.EAGAIN, "is being written by another process"),
+        (errno.EIO, "cannot lock .*: Input/output error"),
+    ],
+)
+def test_a_refused_lock_is_one_line_with_the_way_out(tmp_path, monkeypatch, code, words):
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OodHeatmapError, match=r"file system without locks \(No locks available\)"):
+    with pytest.raises(OodHeatmapError, match=words):
         locked(tmp_path).__enter__()

@@ -306,3 +306,14 @@ def test_every_help_is_a_sentence_that_stands_alone(path, command):
 
 def test_settings_import_nothing_heavy():
     assert "import torch" not in Path(settings.__file__).read_text("utf-8")
+
+
+def test_a_command_may_open_as_many_files_as_the_system_allows(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        CliRunner().invoke(main, ["verify", str(tmp_path)])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,8 +1,10 @@
 """Shards: what was written is what is mapped; damage and a full disk leave no lie behind."""
 
+import ctypes
 import errno
 import mmap
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -20,6 +22,7 @@ from ood_heatmap.cache.shards import (
     map_shard,
     open_rows,
     read_attributes,
+    take_ascending,
     write_shard,
 )
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
@@ -117,6 +120,50 @@ def test_many_shards_are_mapped_without_a_descriptor_each(tmp_path):
     assert rows["row"].shape == (300,)
     with pytest.raises(ValueError, match="read-only"):
         rows["row"].arrays[0][0] = 1
+
+
+def test_more_shards_are_opened_than_files_may_be(tmp_path):
+    resource = pytest.importorskip("resource")
+    paths = [tmp_path / f"{number}.h5" for number in range(400)]
+    write_shard(paths[0], example())
+    for path in paths[1:]:
+        shutil.copy(paths[0], path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        rows = open_rows(paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(rows["row"].read(), np.tile(np.arange(6), 400))
+
+
+@pytest.mark.parametrize("num_shards", [10, 1000])
+def test_a_batch_touches_only_its_own_shards(num_shards):
+    class Counted(list):
+        touched = 0
+
+        def __getitem__(self, index):
+            Counted.touched += 1
+            return super().__getitem__(index)
+
+        def __iter__(self):
+            raise AssertionError("a loop over all shards")
+
+    whole = np.arange(num_shards * 3)
+    rows = Rows(np.split(whole, num_shards))
+    object.__setattr__(rows, "arrays", Counted(rows.arrays))
+    wanted, out = np.array([1, 2, 4, 12, 13, 29]), np.empty(6, np.int64)
+    take_ascending([rows], wanted, [out])
+    np.testing.assert_array_equal(out, wanted)
+    assert Counted.touched == 4
+
+
+def test_too_many_maps_are_named_with_the_way_out(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.h5", example())
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.ENOMEM)
+    monkeypatch.setattr(mmap, "MAP_SHARED", 0)
+    with pytest.raises(OodHeatmapError, match=r"a\.h5 cannot be mapped.*vm\.max_map_count"):
+        map_shard(tmp_path / "a.h5")
 
 
 def test_unequal_numbers_of_rows_are_refused(tmp_path):

@@ -2,18 +2,24 @@
 
 import json
 import os
+import shutil
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from ood_heatmap.cache import files, stamps
+from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.shards import map_shard, write_shard
 from ood_heatmap.cache.stamps import check_unstamped
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
@@ -346,6 +352,127 @@ def test_damaged_shards_of_an_unfinished_stage_are_made_again(
     path.write_bytes(bytes(content))
     build_index(tmp_path / "run", images, classifier, config)
     assert tree(tmp_path / "run") == tree(tmp_path / "unbroken")
+
+
+@pytest.fixture
+def ood(data, tmp_path):
+    """Return a folder of 50 images whose times are long past."""
+    folder = Path(shutil.copytree(data / "ood", tmp_path / "ood"))
+    for path in folder.iterdir():
+        os.utime(path, (10**9, 10**9))
+    return folder
+
+
+def counted(images: ImageSet) -> tuple[ImageSet, list[int]]:
+    """Return an image set, and the rows whose bytes are read to compare them, as they are read."""
+    rows: list[int] = []
+
+    class Reader:
+        def read(self, row):
+            return images.read(row)
+
+        def digest(self, row):
+            rows.append(row)
+            return images.digest(row)
+
+    return replace(images, reader=Reader()), rows
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_images_are_read_again_once_and_only_if_size_or_time_differ(
+    run, ood, finished, monkeypatch
+):
+    config = TargetsConfig(batch_size=16, patched=2.0, shard_mb=1, overwrite=True)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocol, "_MAX_SHARDS", 10)
+    build_targets(run, open_images(str(ood)), torch.device("cpu"), config)
+    if not finished:
+        manifest = read_manifest(run, "targets")
+        Stage(run, "targets", manifest.inputs)._reopen(manifest)
+        monkeypatch.setattr(protocol.Stage, "commit", stop)
+
+    def read_at_start() -> list[int]:
+        images, rows = counted(open_images(str(ood)))
+        with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+            build_targets(run, images, torch.device("cpu"), replace(config, overwrite=False))
+        return rows
+
+    assert read_at_start() == []
+    for path in ood.iterdir():
+        os.utime(path, (10**9 + 1, 10**9 + 1))
+    # the patched images are made from the same
+    assert sorted(read_at_start()) == list(range(50))
+    assert read_at_start() == []
+
+
+def test_finished_shards_are_not_hashed_again_unless_their_time_differs(
+    arrays, classifier, tmp_path, stop_after_first_shard, monkeypatch
+):
+    monkeypatch.setattr(stamps, "_TICK_NS", -1)
+    images, config = open_images(str(arrays)), IndexConfig(batch_size=64, shard_mb=1)
+    stop_after_first_shard()
+    with pytest.raises(KeyboardInterrupt):
+        build_index(tmp_path, images, classifier, config)
+    monkeypatch.undo()
+    hash_file, hashed = files.hash_file, []
+
+    def count(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(manifests, "hash_file", count)
+    stage = Stage(tmp_path, "index", {})
+    path = stage.directory / "images-00000.h5"
+    assert stage.is_intact(path.name)
+    assert hashed == []
+    os.utime(path)
+    assert stage.is_intact(path.name)
+    assert hashed == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_bytes", "wanted"),
+    [
+        (1000, 500_000, 256),
+        (1000, 10**9, 1),
+        # of 20,000 shards at most
+        (5_120_000, 500_000, 256),
+        (5_120_001, 500_000, 257),
+        (30_000_000, 510_000, 1500),
+    ],
+)
+def test_shards_grow_only_with_a_stage_that_would_have_too_many(num_rows, num_bytes, wanted):
+    assert protocol.rows_per_shard(num_rows, num_bytes, 128) == wanted
+    assert -(-num_rows // wanted) <= 20_000
+
+
+def test_the_space_for_the_index_is_required_too(arrays, classifier, tmp_path, monkeypatch):
+    # of an image: pixels, 8 features, row, prediction, label, two feature maps of float16
+    shards = 2500 * (3 * 16 * 16 + 4 * 8 + 8 + 4 + 4 + 2 * (8 * 4 * 4 + 6 * 8 * 8))
+    faiss = 2500 * 4 * 8
+    usage = shutil.disk_usage(tmp_path)
+    for free, words in ((shards + faiss, "the disk has"), (0, "the disk has")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with pytest.raises(OodHeatmapError, match=words):
+            build_index(tmp_path, open_images(str(arrays)), classifier, IndexConfig(shard_mb=1))
+
+
+def test_a_rank_that_does_not_see_the_run_of_rank_0_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "_SHARED_SECONDS", 0.0)
+    protocol._require_shared(start(tmp_path))
+    with pytest.raises(OodHeatmapError, match=r"does not see .*All nodes must share the run"):
+        protocol._require_shared(Stage(tmp_path / "elsewhere", "index", INPUTS))
+
+
+def test_a_shard_that_is_missing_at_the_end_is_named(tmp_path):
+    stage = start(tmp_path)
+    task = shard_of(stage, [2, 5, 7, 9], 0)
+    (stage.directory / task.name).unlink()
+    with pytest.raises(DamagedCacheError, match=r"a\.h5 is missing: .* does not share"):
+        require_rows(stage, [task])
 
 
 def test_changed_images_are_refused_and_overwrite_makes_the_stage_again(data, classifier, run):
