@@ -20,14 +20,24 @@ _NUMBER = re.compile(r"-?[0-9]{1,9}")
 _MAX_LABEL_LENGTH = 1000
 
 
-def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return size in bytes and modification time in ns of a file, -1 if it is missing."""
+def stamp_of(path: str | os.PathLike[str] | int) -> tuple[int, int]:
+    """Return size in bytes and modification time in ns of a file, -1 if it is missing.
+
+    Args:
+        path: The file, or the descriptor of an open one.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         # a name with a null character is no file
         return -1, -1
     return status.st_size, status.st_mtime_ns
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return what tells files apart, printable: their paths below the folder that all are in."""
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [printable(os.path.relpath(path, folder)) for path in paths]
 
 
 class _SequenceOfNames(Sequence[str]):
@@ -70,6 +80,18 @@ class Names(_SequenceOfNames):
         """Return a name as it was given, such as the path of a file."""
         start = self._ends[row - 1] if row else 0
         return self._text[start : self._ends[row]].decode("utf-8", "surrogatepass")
+
+    def to_arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the text of all names as bytes, and where each name ends."""
+        return np.frombuffer(bytes(self._text), np.uint8), np.array(self._ends, np.int64)
+
+    @staticmethod
+    def from_arrays(text: NDArray[np.uint8], ends: NDArray[np.int64]) -> "Names":
+        """Return the names of ``to_arrays``."""
+        names = Names()
+        names._text += text.tobytes()
+        names._ends.frombytes(ends.tobytes())
+        return names
 
     def _name(self, row: int) -> str:
         return printable(self.raw(row))

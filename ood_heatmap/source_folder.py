@@ -117,8 +117,8 @@ class _Walk:
     def _scan(self, folder: str) -> tuple[set[str], list[str]]:
         """Return the names of the folders and of the images in a folder."""
         folders, images = set(), []
-        for entry in _iter_visible(folder):
-            kind = _entry_kind(entry)
+        for entry in iter_visible(folder):
+            kind = entry_kind(entry)
             if kind == "folder":
                 folders.add(entry.name)
             elif kind == "other":
@@ -136,7 +136,7 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _iter_visible(folder: str) -> Iterator["os.DirEntry[str]"]:
+def iter_visible(folder: str) -> Iterator["os.DirEntry[str]"]:
     """Yield the entries of a folder that are not hidden."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -144,7 +144,7 @@ def _iter_visible(folder: str) -> Iterator["os.DirEntry[str]"]:
                 yield entry
 
 
-def _entry_kind(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
+def entry_kind(entry: "os.DirEntry[str]") -> Literal["folder", "file", "other"]:
     """Classify a directory entry, following symbolic links."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
@@ -200,7 +200,7 @@ def _subfolders(root: str) -> list[str]:
     """Return the names of possible class folders: not hidden, and not links to a parent."""
     resolved = Path(root).resolve()
     parents = {_identity(str(parent)) for parent in (resolved, *resolved.parents)}
-    folders = [entry for entry in _iter_visible(root) if _entry_kind(entry) == "folder"]
+    folders = [entry for entry in iter_visible(root) if entry_kind(entry) == "folder"]
     return sorted(entry.name for entry in folders if _identity(entry.path) not in parents)
 
 

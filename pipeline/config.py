@@ -138,8 +138,8 @@ def _workers(text: str) -> Option:
 
 def _source(images: str, flag: str) -> Option:
     text = (
-        f"{images}, which may be repeated: a folder, a .txt or .csv list of files, an .npy or .npz "
-        "file, or a torchvision NAME/SPLIT."
+        f"{images}, which may be repeated: a folder, .tar shards (also as 'x-{{000..147}}.tar'), a "
+        ".txt or .csv list of files, an .npy or .npz file, or a torchvision NAME/SPLIT."
     )
     return Option(text, "Data", flag=flag, metavar="SOURCE")
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.distributed import main_process_first
 from ood_heatmap.errors import UsageError
 from ood_heatmap.images import ClassOrder, ImageSet
+from ood_heatmap.patterns import is_pattern
 from ood_heatmap.pipeline.config import ClassifierOptions, DataOptions, TestData
 from ood_heatmap.sources import open_union
 
@@ -60,12 +62,21 @@ def open_ood_sets(data: TestData) -> dict[str, ImageSet]:
 
 
 def split_named_source(text: str) -> tuple[str, str]:
-    """Split ``NAME=SOURCE``; the name defaults to the stem of a path or the name of a data set."""
+    """Split ``NAME=SOURCE``.
+
+    The name defaults to the stem of a path, the beginning of a pattern of paths or the folder that
+    it is in, or the name of a data set.
+    """
     name, equals, source = text.partition("=")
     if equals and not Path(text).exists():
         return name, source
     path = Path(text)
-    return (path.stem if path.exists() else text.partition("/")[0]), text
+    if path.exists():
+        return path.stem, text
+    if is_pattern(text):
+        beginning = re.split(r"[*?\[{]", path.name)[0]
+        return Path(beginning).stem.rstrip("-_.") or path.parent.name, text
+    return text.partition("/")[0], text
 
 
 def near_names(near: tuple[str, ...], ood_sources: tuple[str, ...]) -> tuple[str, ...]:

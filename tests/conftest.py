@@ -70,9 +70,10 @@ def write_images(folder: Path, count: int, seed: int, *, size: int = SIZE) -> Pa
 
 @pytest.fixture(scope="session", autouse=True)
 def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what tests write of a user's trust in code out of the home directory."""
+    """Keep what tests write of trust in code and of listings out of the home directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

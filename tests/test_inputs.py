@@ -10,6 +10,13 @@ def test_names_of_sources(tmp_path, monkeypatch):
     assert split_named_source("x=photos") == ("x", "photos")
     assert split_named_source("svhn/test") == ("svhn", "svhn/test")
     assert split_named_source("x=svhn/test") == ("x", "svhn/test")
+    for pattern, name in {
+        "data/dtd-{00..12}.tar": "dtd",
+        "data/dtd_*.tar": "dtd",
+        "data/*.tar": "data",
+        "x=data/*.tar": "x",
+    }.items():
+        assert split_named_source(pattern) == (name, pattern.removeprefix("x="))
 
 
 def test_a_near_set_is_named_as_it_was_given(tmp_path, monkeypatch):
