@@ -484,7 +484,10 @@ class TrainConfig(Settings):
     ] = "auto"
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Option("Precision of the decoder; auto is bfloat16 on a GPU, else float32.", "Speed"),
+        Option(
+            "Precision of the decoder; auto is bfloat16 on a GPU that has it, else float32.",
+            "Speed",
+        ),
     ] = "auto"
     step: Annotated[
         Literal["auto", "eager", "compiled", "graph", "plain"],

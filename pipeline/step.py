@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ood_heatmap.devices import is_out_of_memory
+from ood_heatmap.devices import computes_in_bfloat16, is_out_of_memory
 from ood_heatmap.distributed import broadcast, world_size
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import region_weight, target_heatmap, weighted_squared_error
@@ -74,7 +74,9 @@ def _batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -
 
 def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """Return the context of a forward pass: bfloat16 with float32 weights, or float32."""
-    half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    half = config.precision == "bfloat16" or (
+        config.precision == "auto" and computes_in_bfloat16(device)
+    )
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 

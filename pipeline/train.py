@@ -74,7 +74,7 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
     if device.type == "cuda":
         # CUDA graphs and events are created on the current device
         torch.cuda.set_device(device)
-    with run_lock(run), kernel_selection(deterministic=config.deterministic):
+    with run_lock(run), kernel_selection(deterministic=config.deterministic, benchmark=True):
         index = open_index(run)
         targets = open_targets(run, index)
         data = TrainingSet(index.columns, targets.columns, config.feature_maps)

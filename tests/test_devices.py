@@ -2,13 +2,21 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from ood_heatmap import devices as module
 from ood_heatmap.classifier import load_classifier
-from ood_heatmap.devices import describe_environment, is_out_of_memory, kernel_selection
-from ood_heatmap.errors import OodHeatmapError
+from ood_heatmap.devices import (
+    choose_device,
+    computes_in_bfloat16,
+    describe_environment,
+    is_out_of_memory,
+    kernel_selection,
+)
+from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.pipeline.run import read_manifest
 
 
@@ -70,10 +78,13 @@ def deterministic_before():
 
 def test_kernels_are_chosen_by_timing_or_deterministic_and_then_all_is_as_before():
     before = modes()
-    with kernel_selection(deterministic=False):
+    assert not before[1]
+    with kernel_selection(deterministic=False, benchmark=True):
         assert modes() == (False, True, before[2])
+    with kernel_selection(deterministic=False):
+        assert modes() == (False, False, before[2])
     assert modes() == before
-    with kernel_selection(deterministic=True):
+    with kernel_selection(deterministic=True, benchmark=True):
         assert modes() == (True, False, False)
         # PyTorch's documentation, "Reproducibility": cuBLAS needs it
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
@@ -126,3 +137,60 @@ def test_all_four_stages_compute_deterministically_when_asked_to_and_a_cpu_does_
     for stage in ("index", "targets", "decoder", "evaluation"):
         (environment,) = read_manifest(run, stage).speed["environments"]
         assert environment == describe_environment(torch.device("cpu"), deterministic=True)
+
+
+@pytest.fixture
+def gpu_without_cuda(monkeypatch, tmp_path):
+    """Pretend to have a GPU that PyTorch cannot use; yields the file of the driver's version."""
+    driver = tmp_path / "version"
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+        "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
+    )
+    monkeypatch.setattr(module, "_DRIVER_FILE", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return driver
+
+
+def test_a_driver_that_is_too_old_is_named_with_the_way_out(gpu_without_cuda, caplog):
+    assert choose_device("auto") == torch.device("cpu")
+    assert "computing on the CPU: the NVIDIA driver 535.104.05 is too old" in caplog.text
+    assert "needs 580 or later. Update the driver, or install a PyTorch built" in caplog.text
+    with pytest.raises(UsageError, match=r"driver 535\.104\.05 is too old .* Use --device cpu\."):
+        choose_device("cuda")
+
+
+def test_other_reasons_why_a_gpu_is_not_used(gpu_without_cuda, caplog, monkeypatch):
+    gpu_without_cuda.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n"
+    )
+    choose_device("auto")
+    assert "cannot use the NVIDIA GPU (driver 580.159.04)" in caplog.text
+    gpu_without_cuda.unlink()
+    choose_device("auto")
+    assert "(driver unknown)" in caplog.text
+    monkeypatch.setattr(torch.version, "cuda", None)
+    choose_device("auto")
+    assert "is built without CUDA" in caplog.text
+
+
+def test_no_gpu_or_a_hidden_one_is_nothing_to_speak_of(gpu_without_cuda, caplog, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    choose_device("auto")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([]))
+    choose_device("auto")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, has_it):
+    def is_supported(including_emulation: bool = True) -> bool:
+        return has_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert computes_in_bfloat16(torch.device("cuda", 0)) is has_it
+    assert not computes_in_bfloat16(torch.device("cpu"))
