@@ -195,7 +195,7 @@ def _audit_images(
         [rows[start : start + _EMBED_CHUNK] for start in range(0, len(rows), _EMBED_CHUNK)],
         forward,
         meter,
-        workers=config.workers,
+        workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     ):
         positions = id_features.search(unit_length(chunk.features), k=1)[1][:, 0]

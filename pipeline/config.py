@@ -6,6 +6,7 @@ reads this module.
 """
 
 import math
+import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -133,7 +134,16 @@ def _seed(text: str, group: Group) -> Option:
 
 def _workers(text: str) -> Option:
     # more threads would only wait for each other, and the system limits their number
-    return Option(text, "Speed", min=1, max=256, affects_result=False)
+    return Option(text, "Speed", min=1, max=256, affects_result=False, unset="from the cores")
+
+
+def _workers_from_cores() -> int:
+    """Return one worker per core of this rank but one, which feeds the device; at most 32."""
+    is_known = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # each decodes some 500 photographs a second at 224 px and holds two batches in memory
+    return min(32, max(1, num_cores // num_ranks - 1))
 
 
 def _source(images: str, flag: str) -> Option:
@@ -342,10 +352,17 @@ class ReadConfig(Settings):
     """Settings of every command that runs image sets through the classifier."""
 
     batch_size: _BatchSize = 256
-    workers: Annotated[int, _workers("Threads that decode images; from 3 on, processes.")] = 2
+    workers: Annotated[
+        int | None, _workers("Threads that decode images; from 3 on, processes.")
+    ] = None
     skip_unreadable: Annotated[
         bool, Option("Skip images that cannot be read, and list them.", "Data")
     ] = False
+
+    @property
+    def num_workers(self) -> int:
+        """Number of threads or processes that decode images."""
+        return self.workers or _workers_from_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -611,9 +628,9 @@ class PredictConfig(Settings):
 
     batch_size: _BatchSize = 64
     workers: Annotated[
-        int,
+        int | None,
         _workers("Threads that decode images, and as many again that draw and write."),
-    ] = 2
+    ] = None
     format: Annotated[
         Literal["csv", "jsonl"],
         Option(
@@ -623,6 +640,11 @@ class PredictConfig(Settings):
     pictures: Annotated[
         bool, Option("Also write an overlay and the raw heatmap of each image.", "Output")
     ] = True
+
+    @property
+    def num_workers(self) -> int:
+        """Number of threads that decode images, and of those that draw and write."""
+        return self.workers or _workers_from_cores()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ def _embed_shards(
         [task.source_rows for task in tasks],
         forward,
         meter,
-        workers=config.workers,
+        workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     )
     columns = columns_from_classifier(forward.classifier)

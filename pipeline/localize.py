@@ -164,7 +164,7 @@ def _read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig)
             images,
             [rows[start : start + size] for start in range(0, count, size)],
             transform,
-            workers=config.workers,
+            workers=config.num_workers,
             skip_unreadable=config.skip_unreadable,
         )
     )

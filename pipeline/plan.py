@@ -164,7 +164,7 @@ def _measure_embedding_rate(
             [rows[start : start + size] for start in range(0, len(rows), size)],
             forward,
             meter,
-            workers=config.workers,
+            workers=config.num_workers,
             skip_unreadable=config.skip_unreadable,
         )
     ):

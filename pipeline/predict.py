@@ -157,7 +157,7 @@ def predict(
         images,
         chunks,
         detector.classifier.config.transform,
-        workers=config.workers,
+        workers=config.num_workers,
         skip_unreadable=True,
     )
     forward = BatchedClassifier(detector.classifier, config.batch_size)
@@ -186,7 +186,7 @@ def predict(
 
     with locked(out), replacing(results.table) as scratch, _open_table(scratch) as file:
         write_line = _line_writer(file, config.format)
-        for lines in prefetch(make_lines, iter_scored(), workers=config.workers):
+        for lines in prefetch(make_lines, iter_scored(), workers=config.num_workers):
             for line in lines:
                 write_line(line)
             results.num_images += len(lines)

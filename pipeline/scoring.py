@@ -345,7 +345,7 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethod
         [chunks[number] for number in assigned],
         BatchedClassifier(classifier, config.batch_size),
         meter,
-        workers=config.workers,
+        workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     )
     own = {

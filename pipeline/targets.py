@@ -152,7 +152,7 @@ def _pair_all(
         [task.source_rows for task in tasks],
         forward,
         meter,
-        workers=config.workers,
+        workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     )
     shards = zip(tasks, embedded, strict=True)
@@ -203,7 +203,7 @@ def _paste_all(
         [task.positions for task in tasks],
         forward,
         meter,
-        workers=config.workers,
+        workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
         # patched images are already at the input size
         transform=Transform(transform.size),

@@ -18,10 +18,12 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.options import Command, options
 from ood_heatmap.pipeline import config as settings
 from ood_heatmap.pipeline.config import (
+    AuditConfig,
     EvaluateConfig,
     IndexConfig,
     LocalizeConfig,
     Option,
+    PredictConfig,
     Rgb,
     Settings,
     TargetsConfig,
@@ -254,7 +256,7 @@ def test_numbers_that_are_none_are_usage_errors(run, arguments):
             "--workers",
             "Threads that decode images; from 3 on, processes.",
             "1<=x<=256",
-            2,
+            None,
         ),
         ("verify", "--samples", "Targets to recompute by brute force.", "x>=0", 200),
     ],
@@ -265,6 +267,22 @@ def test_options_of_the_commands_word_for_word(command, flag, help_text, kind, d
     assert kind in str(option.type)
     if default is not None:
         assert option.get_default(click.Context(main.commands[command])) == default
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(1, 1, 1), (2, 1, 1), (16, 1, 15), (128, 8, 15), (256, 1, 32)]
+)
+@pytest.mark.parametrize("kind", [IndexConfig, AuditConfig, PredictConfig])
+def test_as_many_workers_as_a_process_has_cores_but_one(monkeypatch, kind, cores, ranks, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert kind().num_workers == workers
+    assert kind(workers=2).num_workers == 2
+
+
+def test_help_says_where_the_number_of_workers_is_from():
+    result = CliRunner().invoke(main, ["targets", "--help"])
+    assert "[default: (from the cores); 1<=x<=256]" in " ".join(result.output.split())
 
 
 def test_choices_of_the_commands_word_for_word():
