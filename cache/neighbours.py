@@ -377,8 +377,8 @@ class FlatBank:
 
     Args:
         rows: ``(N, D)`` float32.
-        prepare: Applied to the rows of each block: centres them or makes their length 1, as FAISS
-            loses precision far from the origin.
+        prepare: Applied to the queries and to the rows of each block: centres them or makes their
+            length 1, as FAISS loses precision far from the origin.
         device: Device to search on.
     """
 
@@ -400,14 +400,14 @@ class FlatBank:
         """Search the k nearest rows.
 
         Args:
-            queries: ``(B, D)`` float32, prepared as the rows are.
+            queries: ``(B, D)`` float32.
             k: Number of neighbours; at most N are returned.
 
         Returns:
             Euclidean distance, ascending, and position among the rows, ``(B, k)`` each.
         """
         nearest = faiss.ResultHeap(len(queries), min(k, len(self.rows)))
-        found = self.blocks.search(self.starts, queries, k)
+        found = self.blocks.search(self.starts, self.prepare(queries), k)
         for start, (squared, positions) in zip(self.starts, found, strict=True):
             nearest.add_result(_to_numpy(squared), _to_numpy(positions) + start)
         nearest.finalize()

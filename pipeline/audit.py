@@ -198,7 +198,7 @@ def _audit_images(
         workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     ):
-        positions = id_features.search(unit_length(chunk.features), k=1)[1][:, 0]
+        positions = id_features.search(chunk.features, k=1)[1][:, 0]
         row.append(chunk.rows)
         pixel_hash.append(hash_pixels(chunk.images))
         nearest.append(positions)

@@ -15,14 +15,15 @@ from torch.nn.functional import interpolate
 
 from ood_heatmap.baselines import FitData, Score, ScoreInputs, choose_neighbours, fit_methods
 from ood_heatmap.cache.manifest import hash_json
-from ood_heatmap.cache.neighbours import Bank, FlatBank, k_nearest, unit_length
+from ood_heatmap.cache.neighbours import Bank, FlatBank, unit_length
+from ood_heatmap.cache.shards import Rows
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
-from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.detector import HeatmapDetector, decode_heatmap
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
 from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import pixel_score
+from ood_heatmap.heatmap import pixel_score, score
 from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
@@ -181,11 +182,9 @@ class _DetectionMethods:
             labels: ``(B,)`` classes, -1 where unknown.
         """
         heatmap_scores, max_pixel_score = self._decode(embedded)
-        distance, positions = self.id_features.search(
-            unit_length(embedded.features), self.neighbours
-        )
+        distance, positions = self.id_features.search(embedded.features, self.neighbours)
         inputs = ScoreInputs(embedded.features, embedded.logits, distance[:, -1])
-        scores = {name: score(inputs) for name, score in self.by_name.items()}
+        scores = {name: method(inputs) for name, method in self.by_name.items()}
         nearest = positions[:, 0]
         return ScoredSet(
             {**heatmap_scores, **scores},
@@ -210,13 +209,19 @@ class _DetectionMethods:
         ]
         scores, max_pixel_score = {}, np.empty(0, np.float32)
         for number, detector in enumerate(self.detectors):
-            results = [detector.decode(batch) for batch in batches]
-            scores[name_of_run(number)] = np.concatenate([result.score for result in results])
+            means, maxima = zip(*(_score_images(detector, batch) for batch in batches), strict=True)
+            scores[name_of_run(number)] = np.concatenate(means)
             if number == 0:
-                max_pixel_score = np.concatenate(
-                    [result.pixel_score.max(axis=(1, 2)) for result in results]
-                )
+                max_pixel_score = np.concatenate(maxima)
         return scores, max_pixel_score
+
+
+@torch.inference_mode()
+def _score_images(detector: HeatmapDetector, output: Output) -> tuple[_Float32, _Float32]:
+    """Return the mean and the maximum pixel score of each heatmap, which stays on the device."""
+    heatmap = decode_heatmap(detector.decoder, output, output.logits.argmax(dim=1))
+    pixels = pixel_score(heatmap)
+    return score(heatmap).cpu().numpy(), pixels.amax(dim=(1, 2)).cpu().numpy()
 
 
 def _to_output(embedded: Embedded, rows: slice, device: torch.device) -> Output:
@@ -372,8 +377,7 @@ class LocalizationMethods:
         decoder: Trained decoder, in eval mode.
         forward: The classifier; returns at least one feature map if its network has any.
         shuffled: The classifier with the elements of each weight shuffled.
-        locations: ``(M, C)`` features of locations in ID training images; None without feature
-            maps.
+        locations: Features of locations in ID training images; None without feature maps.
         batch_size: Images per forward pass of the decoder.
     """
 
@@ -382,7 +386,7 @@ class LocalizationMethods:
     decoder: Decoder
     forward: BatchedClassifier
     shuffled: BatchedClassifier
-    locations: _Float32 | None
+    locations: FlatBank | None
     batch_size: int
 
     def __call__(self, pixels: _UInt8) -> PixelScores:
@@ -431,10 +435,7 @@ class LocalizationMethods:
         Source: after Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022.
         """
         assert self.locations is not None
-        # FAISS loses precision far from the origin
-        centre = self.locations.mean(axis=0)
-        queries = _locations(maps).reshape(-1, maps.shape[1]) - centre
-        distance, _ = k_nearest(np.ascontiguousarray(queries), self.locations - centre, k=1)
+        distance, _ = self.locations.search(_locations(maps).reshape(-1, maps.shape[1]), k=1)
         coarse = torch.from_numpy(distance).view(len(maps), 1, *maps.shape[2:])
         fine: _Float32 = interpolate(coarse, (size, size), mode="bilinear")[:, 0].numpy()
         return fine
@@ -453,13 +454,18 @@ def make_localization_methods(
     shuffled = index.classifier(device, num_maps)
     _shuffle_weights(shuffled, config.seed)
     forward = BatchedClassifier(classifier, config.batch_size)
+    locations = None
+    if classifier.map_names:
+        drawn = _draw_locations(index, forward, config)
+        centre = drawn.mean(axis=0)
+        locations = FlatBank(Rows([drawn]), lambda rows: rows - centre, device)
     return LocalizationMethods(
         index,
         index.bank(device),
         decoder,
         forward,
         BatchedClassifier(shuffled, config.batch_size),
-        _draw_locations(index, forward, config) if classifier.map_names else None,
+        locations,
         config.batch_size,
     )
 

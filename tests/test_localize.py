@@ -129,7 +129,7 @@ def test_the_feature_distance_is_brute_force_to_the_id_places(measured, data):
     maps = methods.forward.classifier(torch.from_numpy(index.columns["images"].read())).maps[0]
     # so few images that every place is taken
     places = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).numpy()
-    assert methods.locations.shape == places.shape
+    assert methods.locations.rows.shape == places.shape
     asked = methods.forward.classifier(torch.from_numpy(images)).maps[0].permute(0, 2, 3, 1).numpy()
     distance = np.sqrt(((asked[..., None, :] - places) ** 2).sum(axis=-1).min(axis=-1))
     wanted = interpolate(torch.from_numpy(distance)[:, None], (16, 16), mode="bilinear")[:, 0]

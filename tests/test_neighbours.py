@@ -321,12 +321,12 @@ def test_all_rows_are_prepared_block_by_block_and_kept_up_to_a_limit(monkeypatch
     monkeypatch.setattr(neighbours, "_max_cached_bytes", lambda: 4 * 40 * 2100)
     searched = FlatBank(Rows([bank]), prepare, CPU)
     for _ in range(2):
-        distance, _ = searched.search(unit_length(bank[:30]), 3)
+        distance, _ = searched.search(bank[:30], 3)
     np.testing.assert_array_equal(distance, neighbours.k_nearest(
         unit_length(bank[:30]), unit_length(bank), 3
     )[0])  # fmt: skip
     # two blocks fit, the other three are made again
-    assert sizes == [1024, 1024, 1024, 1024, 904, 1024, 1024, 904]
+    assert sizes == [30, 1024, 1024, 1024, 1024, 904, 30, 1024, 1024, 904]
 
 
 def test_two_faiss_packages_are_refused_with_the_way_out(monkeypatch):
