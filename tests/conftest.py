@@ -145,7 +145,8 @@ def make_run(data: Path, spec: str) -> Callable[..., Path]:
         build_index(run, open_images(str(data / "id")), classifier, IndexConfig(**shared))
         build_targets(run, ood, device, TargetsConfig(**shared, patched=0.0))
         train: dict[str, Any] = {"epochs": 2, "batch_size": 32, "width": 32, "feature_maps": 0}
-        train_decoder(run, device, TrainConfig(**train, **settings))
+        train |= {name: value for name, value in settings.items() if name != "workers"}
+        train_decoder(run, device, TrainConfig(**train))
         evaluate(
             run,
             open_images(str(data / "test")),
