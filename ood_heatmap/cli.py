@@ -24,6 +24,7 @@ from ood_heatmap.options import (
     new_run,
     options,
     raise_descriptor_limit,
+    share_cores,
     trust_option,
 )
 from ood_heatmap.pipeline.config import (
@@ -80,6 +81,7 @@ def main(context: click.Context) -> None:
         # a file name that is not UTF-8 is printed escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     raise_descriptor_limit()
+    share_cores()
     log_to_stderr(context)
 
 

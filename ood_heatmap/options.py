@@ -237,6 +237,28 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def share_cores() -> None:
+    """Give each rank its share of the cores, unless the user has set ``OMP_NUM_THREADS``.
+
+    torchrun sets it to 1, which leaves most cores idle: PyTorch, BLAS and FAISS all follow it. They
+    read it when they are loaded, so this comes before.
+    """
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and not _is_set_in_parent():
+        num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+def _is_set_in_parent() -> bool:
+    """Return whether torchrun itself was started with ``OMP_NUM_THREADS``, or nobody can tell."""
+    try:
+        # as of the start of the process: what it sets for its children is not in there
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return True
+    return b"\0OMP_NUM_THREADS=" in b"\0" + environment
+
+
 def log_to_stderr(context: click.Context) -> None:
     """Send log records to stderr: this package's from INFO on, or as set by -v and -q."""
     handler = logging.StreamHandler(sys.stderr)

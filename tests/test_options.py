@@ -1,7 +1,10 @@
 """Options of the commands: made from the dataclasses of settings, which are the only place."""
 
 import errno
+import os
 import re
+import subprocess
+import sys
 from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -335,3 +338,40 @@ def test_a_command_may_open_as_many_files_as_the_system_allows(tmp_path):
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def cores_under_torchrun(ranks: int, *, user: dict[str, str]) -> str:
+    """Return OMP_NUM_THREADS of one of several ranks on 12 cores, by two processes.
+
+    The first stands for torchrun: it sets the variable for its children unless the user has.
+    """
+    child = (
+        "import os; os.sched_getaffinity = lambda _: range(12)\n"
+        "from ood_heatmap.options import share_cores\n"
+        "share_cores(); print(os.environ['OMP_NUM_THREADS'])"
+    )
+    parent = (
+        "import os, subprocess, sys\n"
+        f"os.environ['LOCAL_WORLD_SIZE'] = '{ranks}'\n"
+        "os.environ.setdefault('OMP_NUM_THREADS', '1')\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", parent],
+        env={**others, **user},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="not Linux")
+def test_ranks_share_the_cores_unless_the_user_says_otherwise():
+    assert cores_under_torchrun(4, user={}) == "3"
+    assert cores_under_torchrun(5, user={}) == "2"
+    assert cores_under_torchrun(16, user={}) == "1"
+    assert cores_under_torchrun(4, user={"OMP_NUM_THREADS": "1"}) == "1"
+    assert cores_under_torchrun(4, user={"OMP_NUM_THREADS": "2"}) == "2"
+    assert cores_under_torchrun(1, user={}) == "1"
