@@ -69,7 +69,9 @@ class Stages:
         """Decode all images, with nothing beside it."""
         pieces = np.array_split(np.arange(len(self.ood_images)), len(self.ood_images) // BATCH)
         transform = self.classifier.config.transform
-        for _ in iter_batches(self.ood_images, pieces, transform, workers=IndexConfig.workers):
+        for _ in iter_batches(
+            self.ood_images, pieces, transform, workers=IndexConfig().num_workers
+        ):
             pass
         return len(self.ood_images)
 

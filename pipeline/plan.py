@@ -33,7 +33,7 @@ from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
 from ood_heatmap.pipeline.stage import rows_per_shard
 from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
-from ood_heatmap.pipeline.targets import choose_rows, columns_from_index
+from ood_heatmap.pipeline.targets import choose_rows, columns_from_index, max_pending_bytes
 from ood_heatmap.pipeline.train import check_maps, decoder_config
 
 _PROBE_SECONDS = 2.0
@@ -104,10 +104,12 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
     count = len(rows) + round(config.patched * len(rows))
     row_bytes = bytes_per_row(columns_from_index(index))
+    buffers = _shard_buffers(count, row_bytes, config.shard_mb)
+    buffers += min(len(rows) * row_bytes, max_pending_bytes())
     return Plan(
         rows=count,
         disk=count * row_bytes,
-        host=_peak_host_bytes() + _shard_buffers(count, row_bytes, config.shard_mb) + bank,
+        host=_peak_host_bytes() + buffers + bank,
         on_gpu=_peak_gpu_bytes(device) + bank * on_gpu,
         # the search adds a few percent at most
         seconds=count / rate,

@@ -200,7 +200,7 @@ def test_shards_wait_for_enough_queries_or_until_memory_is_full(
 ):
     monkeypatch.setattr(module, "bytes_per_row", lambda _: 1_000_000 // 32)
     monkeypatch.setattr(module, "_QUERIES_PER_CLASS", per_class)
-    monkeypatch.setattr(module, "_PENDING_BYTES", waiting_bytes)
+    monkeypatch.setattr(module, "max_pending_bytes", lambda: waiting_bytes)
     sizes, pair = [], module._pair
 
     def counting(shards, index, bank, config):
@@ -216,6 +216,19 @@ def test_shards_wait_for_enough_queries_or_until_memory_is_full(
     index, columns = columns_of(run)
     found = index.bank(CPU).nearest(columns["features"].read(), columns["prediction"].read())
     np.testing.assert_array_equal(columns["nearest"].read(), found.row)
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks", "queries"),
+    # a rank of eight on a machine of 2 TB: 40 queries of each of 1,000 classes
+    [(2 << 40, 8, 40_000), (256 << 30, 1, 40_000), (4 << 30, 1, 1_400)],
+)
+def test_a_search_waits_for_as_many_images_as_the_memory_allows(monkeypatch, free, ranks, queries):
+    monkeypatch.setattr(module, "available_memory", lambda _: free)
+    monkeypatch.setattr(module, "local_world_size", lambda: ranks)
+    # bytes at 224 px: the image, 2,048 features, 1,000 logits, a map of 2,048 x 7 x 7, the row
+    row_bytes = 3 * 224**2 + 4 * 2048 + 4 * 1000 + 2 * 2048 * 49 + 8
+    assert queries * row_bytes <= module.max_pending_bytes() <= max(free // 16 // ranks, 512 << 20)
 
 
 def build_patched(run, images, **options) -> dict[str, np.ndarray]:
