@@ -8,12 +8,11 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -385,8 +384,8 @@ def _untimed_event() -> torch.cuda.Event:
 class _Slot:
     """One ring-buffer slot: a pinned host batch and its device copy.
 
-    On a CPU both are the same memory. On a GPU two events guard it: the reader waits for
-    ``copied`` before it fills the host batch again, the copy stream for ``used`` before it
+    On a CPU both are the same memory. On a GPU two events guard it: the readers wait for
+    ``copied`` before they fill the host batch again, the copy stream for ``used`` before it
     overwrites the device copy.
     """
 
@@ -394,34 +393,36 @@ class _Slot:
         self.host, self.on_gpu = host, device.type == "cuda"
         self.arrays = {name: item.numpy() for name, item in host.items()}
         self.row_bytes = sum(item[0].nbytes for item in host.values())
-        self.device, self.count = host, 0
-        self.reads: list[Future[None]] = []
+        self.device, self.count, self.num_reads = host, 0, 0
         if self.on_gpu:
             self.device = {name: item.to(device) for name, item in self.host.items()}
             self.copied, self.used = _untimed_event(), _untimed_event()
 
-    def start_reading(
-        self, reader: _BatchReader, rows: _Int64, executor: ThreadPoolExecutor
-    ) -> None:
-        """Start to read a batch, in parts; only the scheduling thread blocks here, not the step."""
+    def start(self, rows: _Int64) -> "list[_Read]":
+        """Return the reads that fill the slot; waits until it was copied."""
         if self.on_gpu:
             self.copied.synchronize()
         self.count = len(rows)
-        num_parts = min(len(rows), len(rows) * self.row_bytes // _BYTES_PER_READ) or 1
-        edges = np.linspace(0, len(rows), num_parts + 1).astype(int).tolist()
-        self.reads = [
-            executor.submit(
-                reader.read,
+        # an entry for each finished read: its error, or None. A new queue: reads of a loop that was
+        # left early may still finish
+        self.finished: SimpleQueue[BaseException | None] = SimpleQueue()
+        self.num_reads = min(len(rows), len(rows) * self.row_bytes // _BYTES_PER_READ) or 1
+        edges = np.linspace(0, len(rows), self.num_reads + 1).astype(int).tolist()
+        return [
+            _Read(
                 rows[first:last],
                 {name: item[first:last] for name, item in self.arrays.items()},
+                self.finished,
             )
             for first, last in pairwise(edges)
         ]
 
     def to_device(self, stream: torch.cuda.Stream | None) -> TrainingBatch:
         """Wait for the reads and return the batch on the device, copied on a separate stream."""
-        for read in self.reads:
-            read.result()
+        errors = [self.finished.get() for _ in range(self.num_reads)]
+        for error in errors:
+            if error is not None:
+                raise error
         if stream is not None:
             stream.wait_event(self.used)
             with torch.cuda.stream(stream):
@@ -457,6 +458,24 @@ def _allocate_ring(data: TrainingSet, device: torch.device, size: int) -> list[d
     return allocate(pinned=False)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Rows that one thread reads into a part of a slot."""
+
+    rows: _Int64
+    arrays: Mapping[str, NDArray[Any]]
+    finished: "SimpleQueue[BaseException | None]"
+
+    def run(self, reader: _BatchReader) -> None:
+        """Read, and hand over the error if there is one."""
+        try:
+            reader.read(self.rows, self.arrays)
+        except BaseException as error:
+            self.finished.put(error)
+        else:
+            self.finished.put(None)
+
+
 class _StreamingFeed:
     """Batches from shards or RAM: threads prefetch into a ring buffer."""
 
@@ -477,17 +496,20 @@ class _StreamingFeed:
 
     def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:
         """Yield a batch for each array of rows."""
-        free: Queue[_Slot] = Queue()
-        full: Queue[_Slot | BaseException | None] = Queue()
+        free: SimpleQueue[_Slot] = SimpleQueue()
+        full: SimpleQueue[_Slot | BaseException | None] = SimpleQueue()
         for slot in self.slots:
             free.put(slot)
-        stopped = threading.Event()
-        executor = ThreadPoolExecutor(self.num_readers, "reader")
-        arguments = (batches, free, full, stopped, executor)
-        # a daemon: it waits for ever if the process ends while this generator is suspended
-        scheduler = threading.Thread(target=self._schedule, args=arguments, daemon=True)
+        stopped, lock = threading.Event(), threading.Lock()
+        reads = _iter_reads(batches, free, full, stopped)
+        # daemons: they wait for ever if the process ends while this generator is suspended
+        threads = [
+            threading.Thread(target=self._run, args=(reads, lock), name="reader", daemon=True)
+            for _ in range(self.num_readers)
+        ]
         try:
-            scheduler.start()
+            for thread in threads:
+                thread.start()
             while (item := full.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
@@ -497,31 +519,42 @@ class _StreamingFeed:
         finally:
             stopped.set()
             free.put(self.slots[0])
-            if scheduler.is_alive():
-                scheduler.join()
-            executor.shutdown(cancel_futures=True)
+            for thread in threads:
+                # not before it was started
+                if thread.is_alive():
+                    thread.join()
             for slot in self.slots:
                 slot.mark_used(self.device)
 
-    def _schedule(
-        self,
-        batches: Iterable[_Int64],
-        free: "Queue[_Slot]",
-        full: "Queue[_Slot | BaseException | None]",
-        stopped: threading.Event,
-        executor: ThreadPoolExecutor,
-    ) -> None:
-        """Start to read into free slots, batch after batch; the body of a thread."""
-        try:
-            for rows in batches:
-                slot = free.get()
+    def _run(self, reads: Iterator[_Read], lock: threading.Lock) -> None:
+        """Run reads until there are none; the body of a thread."""
+        while True:
+            with lock:
+                read = next(reads, None)
+            if read is None:
+                return
+            read.run(self.reader)
+
+
+def _iter_reads(
+    batches: Iterable[_Int64],
+    free: "SimpleQueue[_Slot]",
+    full: "SimpleQueue[_Slot | BaseException | None]",
+    stopped: threading.Event,
+) -> Iterator[_Read]:
+    """Yield the reads of all batches as slots become free; put the slots into ``full`` in order."""
+    try:
+        for rows in batches:
+            slot = free.get()
+            reads = slot.start(rows)
+            full.put(slot)
+            for read in reads:
                 if stopped.is_set():
                     return
-                slot.start_reading(self.reader, rows, executor)
-                full.put(slot)
-            full.put(None)
-        except BaseException as error:
-            full.put(error)
+                yield read
+        full.put(None)
+    except BaseException as error:
+        full.put(error)
 
 
 def _choose_num_readers() -> int:
