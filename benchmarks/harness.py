@@ -110,7 +110,10 @@ class Times:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], int]], windows: int, device: torch.device
+    variants: Mapping[str, Callable[[], int]],
+    windows: int,
+    device: torch.device,
+    prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
     """Time variants in turn, A B A B, so that a busy machine is busy for all of them.
 
@@ -119,10 +122,12 @@ def interleaved(
             it did. Each is called once more before the first window, untimed.
         windows: How often each is timed.
         device: Waited for at the end of each window.
+        prepare: Called before each window, untimed.
     """
     times = {name: Times() for name in variants}
     for window in range(-1, windows):
         for name, work in variants.items():
+            prepare()
             wall, cpu = time.perf_counter(), time.process_time()
             units = work()
             if device.type == "cuda":
