@@ -11,11 +11,14 @@ import data
 import numpy as np
 import torch
 from harness import Row, Setting, interleaved, quotients
+from PIL import Image
 
+from ood_heatmap import decoding
 from ood_heatmap.cache.neighbours import Bank, Nearest
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.decoding import iter_batches
-from ood_heatmap.images import ImageSet
+from ood_heatmap.distributed import num_cores
+from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import build_index
@@ -41,6 +44,7 @@ def rows(setting: Setting) -> Iterator[Row]:
     files = [open_images(str(folder)) for folder in folders]
     yield from compare(setting, "PNG files", Stages(setting, classifier, *files), about)
     yield search_share(setting, Stages(setting, classifier, *arrays), about)
+    yield processes_against_threads(setting)
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,37 @@ def search_share(setting: Setting, stages: Stages, about: str) -> Row:
         f"with building it, and {NUM_OOD_OF_PAPER:,} OOD images: {np.median(whole):.3g}"
     )
     return Row("targets: share of the search in the wall time", shares, BAR_SEARCH, note, True)
+
+
+def processes_against_threads(setting: Setting) -> Row:
+    """Decode photographs in processes, against as many threads, of which one runs Python."""
+    folder = setting.scratch / "photographs"
+    count = setting.pick(quick=8, cpu=256)
+    for number, image in enumerate(data.random_images(count, seed=3)):
+        photograph = Image.fromarray(image.transpose(1, 2, 0)).resize((500, 375))
+        folder.mkdir(exist_ok=True)
+        photograph.save(folder / f"{number:03d}.jpg", quality=90)
+    images, workers = open_images(str(folder)), max(3, num_cores() - 1)
+    chunks = np.array_split(np.tile(np.arange(count), workers), 4 * workers)
+
+    def decode() -> int:
+        for _ in iter_batches(images, chunks, Transform(224), workers=workers):
+            pass
+        return count * workers
+
+    def decode_in_threads() -> int:
+        with patch.object(decoding, "_use_processes", lambda *_: False):
+            return decode()
+
+    variants = {"processes": decode, "threads": decode_in_threads}
+    times = interleaved(variants, setting.windows, torch.device("cpu"))
+    seconds = float(np.median(times["processes"].wall))
+    note = (
+        f"{count * workers} JPEG files of 500 x 375 px to 224, {workers} workers on {num_cores()} "
+        f"cores, start of the processes included; {1 / seconds:.0f} images/s in processes"
+    )
+    ratios = quotients(times["threads"].wall, times["processes"].wall)
+    return Row("decoding: threads / processes, time per image", ratios, 1, note)
 
 
 def large_bank(index: Index, num_bank: int, device: torch.device) -> Bank:
