@@ -194,14 +194,19 @@ class HeatmapDetector:
         return self.decode(output), output
 
     @torch.inference_mode()
-    def decode(self, output: "Output") -> Result:
-        """Compute heatmaps, scores and decisions from the classifier's output."""
+    def decode(self, output: "Output", *, heatmaps: bool = True) -> Result:
+        """Compute heatmaps, scores and decisions from the classifier's output.
+
+        Args:
+            output: On the detector's device.
+            heatmaps: Return the heatmaps; without, they stay on the device and the result has none.
+        """
         prediction = output.logits.argmax(dim=1)
         heatmap = decode_heatmap(self.decoder, output, prediction)
         scores = score(heatmap).cpu().numpy()
         return Result(
             scores,
-            heatmap.cpu().numpy(),
+            heatmap[: len(heatmap) * heatmaps].cpu().numpy(),
             prediction.cpu().numpy(),
             self.p_value(scores),
             scores > self.threshold if self.decides else None,

@@ -165,7 +165,7 @@ def predict(
     def iter_scored() -> Iterator[_Scored]:
         for batch, outputs in iter_outputs(batches, forward, meter, None):
             _skip(batch.skipped, results)
-            for scored in _decode_outputs(detector, batch, outputs):
+            for scored in _decode_outputs(detector, batch, outputs, heatmaps=config.pictures):
                 rows = scored.rows[~scored.is_finite].tolist()
                 reason = "the classifier returns NaN or infinity"
                 _skip([Unreadable(row, images.names[row], reason) for row in rows], results)
@@ -221,13 +221,14 @@ class _Scored:
 
 
 def _decode_outputs(
-    detector: HeatmapDetector, batch: Batch, outputs: Sequence[Output]
+    detector: HeatmapDetector, batch: Batch, outputs: Sequence[Output], *, heatmaps: bool
 ) -> Iterator[_Scored]:
     """Decode the heatmaps of a batch, in the chunks processed by the classifier."""
+    device = detector.classifier.device
     start = 0
     for output in outputs:
         chunk = slice(start, start + len(output.features))
-        result = detector.decode(_to_device(output, detector.classifier.device))
+        result = detector.decode(_to_device(output, device), heatmaps=heatmaps)
         is_finite = np.isfinite(result.score)
         for values in (output.features, output.logits):
             is_finite &= values.isfinite().all(dim=1).cpu().numpy()

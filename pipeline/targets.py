@@ -107,9 +107,11 @@ def build_targets(
         )
         if schedule.manifest is not None:
             return schedule.manifest
+        # a random pairing does not search
+        search_device = torch.device("cpu") if config.pairing == "random" else device
         # rank 0 first: a missing index.faiss is rebuilt only once
         with main_process_first():
-            classifier, bank = index.classifier(device), index.bank(device)
+            classifier, bank = index.classifier(device), index.bank(search_device)
         meter = Meter(schedule.num_own_rows, "targets")
         forward = BatchedClassifier(classifier, config.batch_size)
         _pair_all(stage, schedule.own[_PAIRED], images, forward, index, bank, config, meter)

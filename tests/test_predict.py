@@ -184,6 +184,24 @@ def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
     np.testing.assert_array_equal(shown, np.asarray(own)[:4, :4])
 
 
+def test_without_pictures_the_heatmaps_stay_on_the_device(detector, paths, tmp_path, monkeypatch):
+    decode, shapes = detector.decode, []
+
+    def watched(output, **settings):
+        result = decode(output, **settings)
+        shapes.append(result.heatmap.shape)
+        return result
+
+    monkeypatch.setattr(detector, "decode", watched)
+    predict(detector, paths[:4], tmp_path / "with", PredictConfig())
+    predict(detector, paths[:4], tmp_path / "without", PredictConfig(pictures=False))
+    assert shapes == [(4, 3, 16, 16), (0, 3, 16, 16)]
+    for line, other in zip(
+        read_csv(tmp_path / "with"), read_csv(tmp_path / "without"), strict=True
+    ):
+        assert line["score"] == other["score"]
+
+
 def test_missing_places_are_named(tmp_path):
     with pytest.raises(OodHeatmapError, match=r"no image or folder .*nowhere\.png"):
         list_images([tmp_path / "nowhere.png"], tmp_path / "out")

@@ -4,6 +4,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from simulated_cuda import CUDA, simulated_cuda
 
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.pipeline import targets as module
@@ -229,6 +230,27 @@ def test_a_search_waits_for_as_many_images_as_the_memory_allows(monkeypatch, fre
     # bytes at 224 px: the image, 2,048 features, 1,000 logits, a map of 2,048 x 7 x 7, the row
     row_bytes = 3 * 224**2 + 4 * 2048 + 4 * 1000 + 2 * 2048 * 49 + 8
     assert queries * row_bytes <= module.max_pending_bytes() <= max(free // 16 // ranks, 512 << 20)
+
+
+@pytest.mark.parametrize(("pairing", "kind"), [("nearest", "cuda"), ("random", "cpu")])
+def test_a_bank_that_is_not_searched_stays_in_host_memory(run, data, monkeypatch, pairing, kind):
+    devices, bank = [], Index.bank
+
+    def watched(index, device):
+        devices.append(device.type)
+        return bank(index, device)
+
+    monkeypatch.setattr(Index, "bank", watched)
+    config = TargetsConfig(pairing=pairing, patched=0.0, batch_size=16, overwrite=True)
+    images = open_images(str(data / "ood"))
+    (run / "targets" / "manifest.json").unlink()
+    build_targets(run, images, CPU, config)
+    wanted = columns_of(run)[1]["nearest"].read()
+    (run / "targets" / "manifest.json").unlink()
+    with simulated_cuda():
+        build_targets(run, images, CUDA, config)
+    assert devices == ["cpu", kind]
+    np.testing.assert_array_equal(columns_of(run)[1]["nearest"].read(), wanted)
 
 
 def build_patched(run, images, **options) -> dict[str, np.ndarray]:
