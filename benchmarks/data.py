@@ -1,4 +1,4 @@
-"""Random data in the shape of the real: images, classifiers, finished caches."""
+"""Random data in the shape of real data: images, classifiers, finished caches."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +19,13 @@ from ood_heatmap.pipeline.config import _SHARD_MEGABYTES
 from ood_heatmap.pipeline.feed import TrainingSet
 
 SIZE, NUM_CLASSES, NUM_FEATURES = 32, 10, 512
-MAP_SHAPE = (64, 8, 8)  # of a feature map
+# of a feature map
+MAP_SHAPE = (64, 8, 8)
 SMALL, RESNET18 = "small", "cifar-resnet18"
 
 
 def random_images(count: int, seed: int) -> NDArray[np.uint8]:
-    """Return ``(count, 3, 32, 32)`` uint8: coarse colours with noise, so that they differ."""
+    """Return distinct images ``(count, 3, 32, 32)`` uint8: coarse colours with noise."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 216, (count, 3, 4, 4), np.uint8)
     fine = generator.integers(0, 40, (count, 3, SIZE, SIZE), np.uint8)
@@ -33,7 +34,7 @@ def random_images(count: int, seed: int) -> NDArray[np.uint8]:
 
 
 def write_pngs(folder: Path, count: int, seed: int, *, distinct: int | None = None) -> Path:
-    """Write ``count`` PNG files; only ``distinct`` of them differ, the others are links."""
+    """Write ``count`` PNG files; ``distinct`` of them differ, the others are hard links."""
     folder.mkdir(parents=True)
     kinds = min(count, distinct or count)
     for number, image in enumerate(random_images(kinds, seed)):
@@ -52,7 +53,7 @@ def make_classifier(kind: str, scratch: Path) -> Classifier:
         spec, net = RESNET18, cifar_resnet18(NUM_CLASSES)
     path = scratch / f"{kind}.safetensors"
     classifier = load_with(spec, net, path)
-    # random networks say the same class of everything: take the mean out of the logits
+    # random networks predict one class for everything: subtract the mean logits
     features = classifier(torch.from_numpy(random_images(256, seed=99))).features
     head: nn.Linear = net.linear  # type: ignore[assignment]
     with torch.no_grad():
@@ -67,21 +68,21 @@ def load_with(spec: str, net: nn.Module, path: Path) -> Classifier:
 
 
 def write_columns(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Rows]:
-    """Write arrays as shards of the size that the stages make, and open them."""
+    """Write arrays as shards of the stages' default size, and open them."""
     folder.mkdir(parents=True)
     num_rows = len(next(iter(arrays.values())))
     row_bytes = sum(array[0].nbytes for array in arrays.values())
     size = max(1, _SHARD_MEGABYTES * 1_000_000 // row_bytes)
     for number, start in enumerate(range(0, num_rows, size)):
-        pieces = {name: array[start : start + size] for name, array in arrays.items()}
-        write_shard(folder / f"part-{number:05d}.h5", pieces)
+        rows = {name: array[start : start + size] for name, array in arrays.items()}
+        write_shard(folder / f"part-{number:05d}.h5", rows)
     return open_rows(sorted(folder.glob("*.h5")))
 
 
 def shared_columns(
     count: int, generator: np.random.Generator, num_maps: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """Return what ID and OOD rows both have."""
+    """Return the columns that ID and OOD rows share."""
     return {
         "features": generator.random((count, NUM_FEATURES), np.float32),
         "prediction": generator.integers(0, NUM_CLASSES, count, np.int32),
@@ -100,7 +101,7 @@ def heatmaps(count: int, generator: np.random.Generator) -> NDArray[np.int16]:
 
 
 def training_set(folder: Path, num_id: int, num_ood: int, num_maps: int = 0) -> TrainingSet:
-    """Return ID and OOD rows in memory-mapped shards, as stages 1 and 2 leave them."""
+    """Return ID and OOD rows in memory-mapped shards, as written by stages 1 and 2."""
     generator = np.random.default_rng(0)
     id_columns = write_columns(folder / "id", shared_columns(num_id, generator, num_maps))
     ood = shared_columns(num_ood, generator, num_maps) | {"heatmap": heatmaps(num_ood, generator)}

@@ -1,4 +1,4 @@
-"""Random batches out of shards: against RAM, against the disk's own rate, and against h5py."""
+"""Random batches from shards: against RAM, against the throughput of the disk, and against h5py."""
 
 import gc
 import mmap
@@ -247,11 +247,11 @@ class Readers:
         self.out = np.empty((BATCH, *column.shape[1:]), column.dtype)
 
     def cache(self, batch: Int64) -> None:
-        """Gather out of the memory-mapped shards."""
+        """Gather from the memory-mapped shards."""
         self.column.take(batch, out=self.out)
 
     def ram(self, batch: Int64) -> None:
-        """Gather out of an array; ``clip`` spares NumPy a second copy, so this is its fastest."""
+        """Gather from an array; fastest with ``mode="clip"``, where NumPy makes no second copy."""
         np.take(self.array, batch, axis=0, out=self.out, mode="clip")
 
 
@@ -276,13 +276,13 @@ def streaming(
 
 
 def orders(kind: str, num_rows: int, size: int = BATCH) -> Iterator[list[Int64]]:
-    """Yield the batches of one epoch after the other."""
-    # so few rows would be one group, that is a plain shuffle: here a group is a single chunk
+    """Yield the batches of each epoch."""
+    # so few rows are one group, which is a full shuffle: use groups of a single chunk here
     group = 1 if kind == "shard order" else pipeline_feed._GROUP
     for epoch in count():
         with patch.object(pipeline_feed, "_GROUP", group):
             order = np.concatenate(list(_iter_groups(num_rows, 0, epoch)))
-        # ascending in a batch, as the training takes them
+        # ascending in each batch, as in training
         starts = range(0, num_rows - size + 1, size)
         yield [np.sort(order[start : start + size]) for start in starts]
 
@@ -297,7 +297,7 @@ def against_ram(
     num_rows: int,
     note: str,
 ) -> Row:
-    """Compare one gather with the same from RAM, in the same order."""
+    """Compare a gather with the same gather from RAM, in the same order."""
     epochs = setting.pick(quick=1, cpu=20)
     variants = {
         "ours": epoch_of(ours, orders(order, num_rows), epochs),
@@ -313,7 +313,7 @@ def against_ram(
 
 
 def epoch_of(work_on: Gather, batches: Iterator[list[Int64]], epochs: int) -> Callable[[], int]:
-    """Return a function that gathers a few epochs and says how many rows that were."""
+    """Return a function that gathers a few epochs and returns the number of rows."""
 
     def work() -> int:
         done = 0
@@ -360,7 +360,8 @@ def some_of(dataset: h5py.Dataset, num_batches: int) -> Callable[[], int]:
 
     def work() -> int:
         for batch in next(epochs)[:num_batches]:
-            ascending = np.argsort(batch)  # h5py takes nothing else
+            # h5py supports only ascending indices
+            ascending = np.argsort(batch)
             out = np.empty((BATCH, *dataset.shape[1:]), dataset.dtype)
             out[ascending] = dataset[batch[ascending]]
         return num_batches * BATCH

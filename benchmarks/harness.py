@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved windows, rows of a table, and what it was measured on."""
+"""Shared parts of the benchmarks: interleaved timing, the result table, hardware and versions."""
 
 import json
 import os
@@ -30,10 +30,10 @@ class Setting:
     """How a benchmark is run.
 
     Args:
-        device: Where to compute.
-        scratch: A directory for what is made on the way; removed at the end.
-        quick: Small sizes, to see that everything runs; the figures then mean little.
-        windows: How often each variant is timed.
+        device: Device to compute on.
+        scratch: A directory for temporary data; removed at the end.
+        quick: Use small sizes, to test that everything runs; results are then not meaningful.
+        windows: Number of timing windows of each variant.
     """
 
     device: torch.device
@@ -42,7 +42,7 @@ class Setting:
     windows: int = 5
 
     def pick(self, *, quick: int, cpu: int, gpu: int | None = None) -> int:
-        """Return the size that fits this run."""
+        """Return the size for this device, or for a quick run."""
         if self.quick:
             return quick
         return gpu if gpu is not None and self.device.type == "cuda" else cpu
@@ -50,14 +50,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Args:
         name: What is compared.
-        ratios: One for each window.
-        bar: What the median should reach, or stay below.
-        note: Sizes, and what else one has to know to read the figure.
-        at_most: The bar is an upper one.
+        ratios: The ratio of each window.
+        bar: Required minimum of the median; the maximum if ``at_most``.
+        note: Sizes, and whatever is needed to interpret the ratio.
+        at_most: The bar is an upper bound.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Row:
         return "pass" if reached else "miss"
 
     def to_markdown(self) -> str:
-        """Return the line of a Markdown table."""
+        """Format as a row of a Markdown table."""
         sign = "at most" if self.at_most else "at least"
         spread = f"{figure(min(self.ratios))} to {figure(max(self.ratios))}"
         cells = (
@@ -92,18 +92,18 @@ class Row:
         return "| " + " | ".join(cells) + " |"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as JSON can hold it."""
+        """Return all fields as JSON-serializable values."""
         return {**asdict(self), "median": self.median, "verdict": self.verdict}
 
 
 def figure(value: float) -> str:
-    """Return a number with three digits that mean something."""
+    """Format a number with three significant digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 @dataclass
 class Times:
-    """Seconds per unit of work, one entry for each window."""
+    """Seconds per unit of work, one entry per window."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -115,13 +115,13 @@ def interleaved(
     device: torch.device,
     prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
-    """Time variants in turn, A B A B, so that a busy machine is busy for all of them.
+    """Time variants in turn, A B A B, so that other load on the machine affects all of them.
 
     Args:
-        variants: Name to a function that works and returns how many units (images, rows, queries)
-            it did. Each is called once more before the first window, untimed.
-        windows: How often each is timed.
-        device: Waited for at the end of each window.
+        variants: Maps a name to a function that does some work and returns the number of units
+            (images, rows, queries). Each is called once before the first window, untimed.
+        windows: Number of timing windows of each.
+        device: Synchronized at the end of each window.
         prepare: Called before each window, untimed.
     """
     times = {name: Times() for name in variants}
@@ -139,17 +139,17 @@ def interleaved(
 
 
 def quotients(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Return the ratio of each window."""
+    """Return the ratio of two timings in each window."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def cpu_note(above: Times, below: Times) -> str:
-    """Return the same ratio by the CPU time of the process, which other jobs disturb less."""
+    """Format the ratio of CPU times of the process, which depend less on other load."""
     return f"by CPU time {figure(float(np.median(quotients(above.cpu, below.cpu))))}"
 
 
 def versions() -> dict[str, str]:
-    """Return the installed version of each package that matters."""
+    """Return the installed versions of the packages that affect the results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -170,7 +170,7 @@ def cpu_model() -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Describe the machine."""
     on_gpu = device.type == "cuda"
     return {
         "cpu": cpu_model(),
@@ -185,10 +185,10 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def to_markdown(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Return the whole table with what it was measured on."""
+    """Format the whole table with hardware, versions and command."""
     lines = ["# Benchmarks", ""]
     if about["quick"]:
-        lines += ["**Quick run: sizes too small for the figures to mean much.**", ""]
+        lines += ["**Quick run: sizes too small for meaningful ratios.**", ""]
     for name in ("hardware", "versions"):
         facts = ", ".join(f"{key} {value}" for key, value in about[name].items() if value)
         lines.append(f"- {name}: {facts}")
@@ -206,7 +206,7 @@ def to_markdown(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def write(out: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write ``OUT.md`` and ``OUT.json``; called after each row, so that a stopped run keeps its."""
+    """Write ``OUT.md`` and ``OUT.json``; called after each row, to keep those of a stopped run."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(to_markdown(about, rows), "utf-8")
     content = {**about, "rows": [row.to_json() for row in rows]}

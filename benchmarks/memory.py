@@ -1,7 +1,6 @@
 """Peak host memory of stage 2 with 1 and 10 times as many OOD images.
 
-Started as a program, it runs stage 2 once and prints its peak: ``memory.py RUN FOLDER SHARD_MB
-DEVICE``.
+Run as a script, it runs stage 2 once and prints the peak: ``memory.py RUN FOLDER SHARD_MB DEVICE``.
 """
 
 import json
@@ -27,7 +26,7 @@ BAR = 1.10
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare the peak of two processes, again and again."""
+    """Compare the peak memory of two processes, several times."""
     run = setting.scratch / "memory-run"
     classifier = data.make_classifier(data.SMALL, setting.scratch)
     build_index(run, from_array(data.random_images(1_000, seed=1)), classifier, IndexConfig())
@@ -40,21 +39,20 @@ def rows(setting: Setting) -> Iterator[Row]:
     ratios, growths, bases = [], [], []
     for _ in range(setting.windows):
         (_, small), (base, large) = (
-            peak_of(run, folder, shard_mb, setting.device.type) for folder in folders
+            measure_peak(run, folder, shard_mb, setting.device.type) for folder in folders
         )
         ratios.append(large / small)
         growths.append((large - small) / 1e6)
         bases.append(base / 1e6)
     note = (
         f"{few:,} and {10 * few:,} PNG files, small classifier, shards of {shard_mb} MB; "
-        f"{np.median(growths):+.0f} MB, where a process holds {np.median(bases):.0f} MB before "
-        f"the stage"
+        f"{np.median(growths):+.0f} MB, compared with {np.median(bases):.0f} MB before the stage"
     )
     yield Row("targets: peak memory with 10 times the images", ratios, BAR, note, True)
 
 
-def peak_of(run: Path, folder: Path, shard_mb: int, device: str) -> tuple[int, int]:
-    """Return the bytes a process held before stage 2, and at its peak."""
+def measure_peak(run: Path, folder: Path, shard_mb: int, device: str) -> tuple[int, int]:
+    """Run stage 2 in a process of its own; return its bytes before the stage and at the peak."""
     shutil.rmtree(run / "targets", ignore_errors=True)
     command = [sys.executable, __file__, str(run), str(folder), str(shard_mb), device]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -63,9 +61,10 @@ def peak_of(run: Path, folder: Path, shard_mb: int, device: str) -> tuple[int, i
 
 
 def peak() -> int:
-    """Return the most bytes this process has held in memory so far."""
+    """Return the peak resident memory of this process so far."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux hands ru_maxrss of the parent on to a child
+    # on Linux a child inherits ru_maxrss of its parent
+    if status.is_file():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -73,7 +72,7 @@ def peak() -> int:
 
 
 def main(run: str, folder: str, shard_mb: str, device: str) -> None:
-    """Run stage 2 and print the peak before and after it."""
+    """Run stage 2 and print the peak memory before and after it."""
     keep_freed_memory()
     chosen = choose_device(device)
     images = open_images(folder)

@@ -6,7 +6,7 @@ INPUT_SIZE, NUM_CLASSES = 32, 10
 
 
 class Network(nn.Module):
-    """Four convolutions and a linear layer: 256 features, about 60 MFLOP an image."""
+    """Four convolutions and a linear layer: 256 features, about 60 MFLOP per image."""
 
     input_size = INPUT_SIZE
 
@@ -26,5 +26,5 @@ class Network(nn.Module):
 
 
 def network(num_classes: int = NUM_CLASSES) -> nn.Module:
-    """Return it with random weights."""
+    """Return the network with random weights."""
     return Network(num_classes)

@@ -1,10 +1,10 @@
-"""Does the pairing matter? The same decoder and seeds on four ways to choose a partner.
+"""Does the pairing matter? The same decoder and seeds with four ways to pair OOD with ID images.
 
 python benchmarks/pairing.py RUN --ood-train DIR --id DIR --ood NAME=DIR --ood NAME=DIR
 
-RUN has a finished index, with a feature map to compare decoders with and without. It is not written
-into. Detection: AUROC; localisation: pixel AUROC of pasted patches of all sizes; both the mean over
-the OOD sets.
+RUN has a finished index with a feature map, to compare decoders with and without it. RUN is not
+modified. Detection: AUROC; localization: pixel AUROC of pasted patches of all sizes; both averaged
+over the OOD sets.
 """
 
 import argparse
@@ -42,18 +42,18 @@ UInt8 = NDArray[np.uint8]
 Pairing: TypeAlias = Literal["nearest", "random", "any", "scrambled"]
 Target: TypeAlias = Literal["magnitude", "signed"]
 PAIRINGS: tuple[Pairing, ...] = ("nearest", "random", "any", "scrambled")
-IN_WORDS = {
+LABELS = {
     "nearest": "nearest of the class",
     "random": "random of the class",
     "any": "nearest of all classes",
-    "scrambled": "confused as in the released code",
+    "scrambled": "scrambled as in the released code",
 }
 TARGETS: tuple[Target, ...] = ("magnitude", "signed")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table; a figure for each seed, AUROC in [0, 1]."""
+    """One row of the table; AUROC in [0, 1] for each seed."""
 
     pairing: str
     target: str
@@ -67,26 +67,26 @@ class Line:
             f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}"
             for values in (self.detection, self.localization)
         )
-        what = (IN_WORDS[self.pairing], self.target, str(self.feature_maps))
+        what = (LABELS[self.pairing], self.target, str(self.feature_maps))
         return f"| {' | '.join((*what, *figures))} |"
 
 
-HEAD = "| partner | target | feature maps | detection | localisation |\n|---|---|---|---|---|"
+HEAD = "| pairing | target | feature maps | detection | localization |\n|---|---|---|---|---|"
 
 
 def main() -> None:
-    """Train and measure every combination, and print a line for each."""
+    """Train and evaluate every combination, and print a row for each."""
     options = parse()
     keep_freed_memory()
     device = choose_device(options.device)
     ood_train = open_images(options.ood_train)
-    samples = samples_of(options)
+    samples = read_samples(options)
     lines: list[Line] = []
     print(HEAD, flush=True)
     for pairing in options.pairing or PAIRINGS:
         with tempfile.TemporaryDirectory(prefix="pairing-", dir=options.scratch) as scratch:
             run = Path(scratch) / "run"
-            # links: an index is large, and nobody writes into it
+            # hard links: an index is large, and it is only read
             shutil.copytree(options.run / "index", run / "index", copy_function=os.link)
             config = TargetsConfig(limit=options.limit, pairing=pairing, patched=options.patched)
             build_targets(run, ood_train, device, config)
@@ -101,15 +101,15 @@ def main() -> None:
                 write(options.out, lines, device)
 
 
-def samples_of(options: argparse.Namespace) -> dict[str, UInt8]:
-    """Return some images of the ID test set, and of each OOD set, at the input size."""
+def read_samples(options: argparse.Namespace) -> dict[str, UInt8]:
+    """Read some images of the ID test set and of each OOD set, at the input size."""
     index = open_index(options.run)
     transform = index.classifier(torch.device("cpu")).config.transform
     sample = LocalizeConfig(count=options.count)
     sources = {"": options.id, **dict(map(split_named_source, options.ood))}
     return {
-        name: _read_sample(open_images(place), transform, sample).pixels
-        for name, place in sources.items()
+        name: _read_sample(open_images(source), transform, sample).pixels
+        for name, source in sources.items()
     }
 
 
@@ -131,32 +131,32 @@ def configs(options: argparse.Namespace, target: Target, num_maps: int) -> list[
 def measure(
     run: Path, samples: Mapping[str, UInt8], device: torch.device, config: TrainConfig
 ) -> tuple[float, float]:
-    """Train one decoder; return its mean AUROC and its mean pixel AUROC."""
+    """Train one decoder; return its mean AUROC and mean pixel AUROC."""
     train_decoder(run, device, config)
     detector = HeatmapDetector.load(run, str(device))
     id_pixels, *ood_sets = samples.values()
-    id_scores = strengths_of(detector, id_pixels).mean(axis=(1, 2))
+    id_scores = pixel_scores(detector, id_pixels).mean(axis=(1, 2))
     detection, localization = [], []
     for pixels in ood_sets:
-        scores = strengths_of(detector, pixels).mean(axis=(1, 2))
+        scores = pixel_scores(detector, pixels).mean(axis=(1, 2))
         detection.append(detection_metrics(id_scores, scores).auroc)
         count = min(len(id_pixels), len(pixels))
         patches = [draw_patch(pixels.shape[-1], 0, row) for row in range(count)]
         images, masks = paste_all(id_pixels[:count], pixels[:count], patches)
-        strengths = strengths_of(detector, images)
-        localization.append(localization_metrics(strengths, masks).pixel_auroc)
+        metrics = localization_metrics(pixel_scores(detector, images), masks)
+        localization.append(metrics.pixel_auroc)
     return float(np.mean(detection)), float(np.mean(localization))
 
 
-def strengths_of(detector: HeatmapDetector, pixels: UInt8) -> NDArray[np.float32]:
-    """Return how OOD each pixel is, batch by batch."""
+def pixel_scores(detector: HeatmapDetector, pixels: UInt8) -> NDArray[np.float32]:
+    """Compute pixel scores ``(N, H, W)``, batch by batch."""
     size = LocalizeConfig.batch_size
     starts = range(0, len(pixels), size)
     return np.concatenate([detector(pixels[start : start + size]).pixel_score for start in starts])
 
 
 def write(out: Path, lines: list[Line], device: torch.device) -> None:
-    """Write all lines so far as JSON and as a Markdown table."""
+    """Write all rows so far as JSON and as a Markdown table."""
     content = {
         "command": shlex.join(["python", *sys.argv]),
         "hardware": harness.hardware(device),
@@ -169,7 +169,7 @@ def write(out: Path, lines: list[Line], device: torch.device) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Return the options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,13 +180,13 @@ def parse() -> argparse.Namespace:
         "--ood", required=True, action="append", help="[NAME=]SOURCE, may be repeated"
     )
     parser.add_argument(
-        "--pairing", action="append", choices=PAIRINGS, help="this one alone; may be repeated"
+        "--pairing", action="append", choices=PAIRINGS, help="only this one; may be repeated"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="decoders of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="number of decoders of each kind")
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--width", type=int, default=TrainConfig.width)
-    parser.add_argument("--feature-maps", type=int, default=1, help="beside decoders without any")
-    parser.add_argument("--limit", type=int, help="OOD training images")
+    parser.add_argument("--feature-maps", type=int, default=1, help="compared with 0 feature maps")
+    parser.add_argument("--limit", type=int, help="number of OOD training images")
     parser.add_argument("--patched", type=float, default=TargetsConfig.patched)
     parser.add_argument("--count", type=int, default=1000, help="test images of each set")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -26,7 +26,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Run what was asked for; a missed bar is said, it is no failure."""
+    """Run the selected benchmarks; a missed bar is reported, but is not a failure."""
     options = parse()
     keep_freed_memory()
     device = choose_device(options.device)
@@ -51,11 +51,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Return the options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
     parser.add_argument(
-        "--only", action="append", choices=BENCHMARKS, help="this one alone; may be repeated"
+        "--only", action="append", choices=BENCHMARKS, help="only this one; may be repeated"
     )
     parser.add_argument(
         "--out",
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
         help="write OUT.md and OUT.json (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--windows", type=int, default=5, help="times each variant is timed")
+    parser.add_argument("--windows", type=int, default=5, help="timing windows of each variant")
     parser.add_argument("--scratch", type=Path, help="a directory for temporary data (1 GB)")
     return parser.parse_args()
 

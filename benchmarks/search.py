@@ -1,4 +1,4 @@
-"""The nearest ID image of the same predicted class, against the released code's way."""
+"""Search of the nearest ID image of the same predicted class, against the released code."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -18,7 +18,7 @@ Int64 = NDArray[np.int64]
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare at 10, 100 and 1000 classes; on a GPU as well where there is one."""
+    """Compare at 10, 100 and 1000 classes, on the CPU and on the GPU if there is one."""
     devices = dict.fromkeys((torch.device("cpu"), setting.device))
     for num_classes in (10, 100, 1000):
         for device in devices:
@@ -77,7 +77,7 @@ def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
 
 
 def clusters(num_classes: int, count: int) -> tuple[Float32, Int64]:
-    """Return features like those behind a ReLU, in clusters of few dimensions, and their class."""
+    """Return features like those after a ReLU, in low-dimensional clusters, and their classes."""
     generator = np.random.default_rng(num_classes)
     centres = generator.normal(0, 1, (num_classes, WIDTH)).astype(np.float32)
     mix = generator.normal(0, LATENT**-0.5, (LATENT, WIDTH)).astype(np.float32)
@@ -89,9 +89,9 @@ def clusters(num_classes: int, count: int) -> tuple[Float32, Int64]:
 def reference_nearest(
     queries: Float32, label: Int64, by_class: dict[int, tuple[Float32, Int64]]
 ) -> list[int]:
-    """Return each query's nearest row: a distance call and a full argsort for every query.
+    """Return the nearest row of each query, with a distance call and a full argsort per query.
 
-    Its structure is that of the released code, but the rows of each class are looked up for free.
+    The structure is that of the released code, but looking up the rows of a class is not timed.
     """
     nearest = []
     for query, each in zip(queries, label.tolist(), strict=True):

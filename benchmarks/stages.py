@@ -1,4 +1,4 @@
-"""Stages 1 and 2 as a whole, against what no pipeline can be faster than: the classifier alone."""
+"""Stages 1 and 2 as a whole, against their upper bound: the throughput of the classifier."""
 
 import shutil
 import time
@@ -33,7 +33,7 @@ NUM_OOD_OF_PAPER = 10_000
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Compare decoded arrays, then PNG files; then the share of the search in stage 2."""
+    """Measure with arrays and with PNG files, then the share of the search in stage 2."""
     kind = data.SMALL if setting.quick else data.RESNET18
     classifier = data.make_classifier(kind, setting.scratch).to(setting.device)
     num_images = setting.pick(quick=2 * BATCH, cpu=6 * BATCH, gpu=192 * BATCH)
@@ -49,7 +49,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Stages:
-    """What is timed, each a function that returns how many images it did."""
+    """The timed functions, each of which returns the number of images it processed."""
 
     setting: Setting
     classifier: Classifier
@@ -58,11 +58,11 @@ class Stages:
 
     @property
     def run(self) -> Path:
-        """The run that stage 2 works in."""
+        """The run directory."""
         return self.setting.scratch / "run"
 
     def forward(self) -> int:
-        """Run the classifier on images that are on its device, as the stages run it."""
+        """Run the classifier as the stages do, on images that are already on its device."""
         forward = BatchedClassifier(self.classifier, BATCH)
         batch = torch.from_numpy(data.random_images(forward.size, seed=0))
         images, passes = batch.to(self.classifier.device), len(self.ood_images) // forward.size
@@ -70,23 +70,23 @@ class Stages:
         return passes * forward.size
 
     def decode(self) -> int:
-        """Decode all images, with nothing beside it."""
-        pieces = np.array_split(np.arange(len(self.ood_images)), len(self.ood_images) // BATCH)
+        """Decode all images, without the classifier."""
+        chunks = np.array_split(np.arange(len(self.ood_images)), len(self.ood_images) // BATCH)
         transform = self.classifier.config.transform
         for _ in iter_batches(
-            self.ood_images, pieces, transform, workers=IndexConfig().num_workers
+            self.ood_images, chunks, transform, workers=IndexConfig().num_workers
         ):
             pass
         return len(self.ood_images)
 
     def index(self) -> int:
-        """Run stage 1 from nothing; its run is what stage 2 works in."""
+        """Run stage 1 from scratch; stage 2 uses its run."""
         shutil.rmtree(self.run, ignore_errors=True)
         build_index(self.run, self.id_images, self.classifier, IndexConfig())
         return len(self.id_images)
 
     def targets(self, patched: float = 0.5) -> int:
-        """Run stage 2 from nothing; count the patched images as well."""
+        """Run stage 2 from scratch; patched images count as well."""
         shutil.rmtree(self.run / "targets", ignore_errors=True)
         config = TargetsConfig(patched=patched)
         build_targets(self.run, self.ood_images, self.setting.device, config)
@@ -97,7 +97,7 @@ def compare(setting: Setting, kind: str, stages: Stages, about: str) -> Iterator
     """Compare both stages with the slower of decoding and classifier (arrays: the classifier)."""
     variants: dict[str, Callable[[], int]] = {"forward": stages.forward, "decode": stages.decode}
     variants |= {"index": stages.index, "targets": stages.targets}
-    # a stage ends with a measurement of the classifier, a second or two: much of so short a run
+    # each stage ends with 1 to 2 seconds of measuring the classifier, too much of so short a run
     with patch.object(BatchedClassifier, "rate", lambda *_: 0.0):
         times = interleaved(variants, setting.windows, setting.device)
     forward, decode = (np.array(times[name].wall) for name in ("forward", "decode"))
@@ -114,14 +114,14 @@ def compare(setting: Setting, kind: str, stages: Stages, about: str) -> Iterator
 
 
 class Stopwatch:
-    """A search that counts its seconds."""
+    """Wraps the search and accumulates its wall time."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.nearest = Bank.nearest
 
     def __call__(self, bank: Bank, *arguments: object) -> Nearest:
-        """Search, and add the seconds."""
+        """Search, and add the wall time."""
         start = time.perf_counter()
         try:
             return self.nearest(bank, *arguments)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ class Stopwatch:
 
 
 def search_share(setting: Setting, stages: Stages, about: str) -> Row:
-    """Measure how much of stage 2 is the search, with a bank of the size of CIFAR-10."""
+    """Measure the share of the search in stage 2, with a bank of the size of CIFAR-10."""
     stages.index()
     num_bank = setting.pick(quick=5_000, cpu=50_000)
     start = time.perf_counter()
@@ -145,7 +145,8 @@ def search_share(setting: Setting, stages: Stages, about: str) -> Row:
             patch.object(Bank, "nearest", timed),
         ):
             start = time.perf_counter()
-            stages.targets(patched=0.0)  # the share is larger without them
+            # without patched images the share is largest
+            stages.targets(patched=0.0)
             seconds = time.perf_counter() - start
         factor = NUM_OOD_OF_PAPER / len(stages.ood_images)
         shares.append(watch.seconds / seconds)
@@ -189,7 +190,7 @@ def processes_against_threads(setting: Setting) -> Row:
 
 
 def large_bank(index: Index, num_bank: int, device: torch.device) -> Bank:
-    """Return a bank of ``num_bank`` rows whose row numbers are those of a smaller index."""
+    """Return a bank of ``num_bank`` rows, made from a smaller index by repetition with noise."""
     features, prediction = (index.columns[name].read() for name in ("features", "prediction"))
     generator = np.random.default_rng(0)
     chosen = np.sort(generator.integers(0, len(features), num_bank))

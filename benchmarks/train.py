@@ -1,4 +1,4 @@
-"""The training loop against its own ceiling, and against the released code's loop."""
+"""The training loop against its throughput ceiling, and against the released code's loop."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def fresh_decoder(config: TrainConfig, device: torch.device) -> Decoder:
-    """Return a fresh decoder for 32-pixel heatmaps."""
+    """Return an untrained decoder for 32-pixel heatmaps."""
     torch.manual_seed(config.seed)
     shape = DecoderConfig(
         data.NUM_FEATURES,
@@ -69,10 +69,10 @@ def fresh_decoder(config: TrainConfig, device: torch.device) -> Decoder:
     return make_decoder(shape).to(device).train()
 
 
-def prepared(
+def prepare_step(
     config: TrainConfig, training_set: TrainingSet, device: torch.device
 ) -> tuple[str, Step, TrainingBatch, Decoder]:
-    """Return the step that stage 3 takes, its kind, a batch on the device, and the decoder."""
+    """Return the kind of step that stage 3 uses, the step, a batch on the device, the decoder."""
     decoder = fresh_decoder(config, device)
     decoder.to(memory_format=torch.channels_last)
     rows = next(iter_batches(len(training_set), config.batch_size, config.seed, [0]))
@@ -83,12 +83,12 @@ def prepared(
     return kind, step, batch, decoder
 
 
-def looping(
+def make_loop(
     feed: Feed, step: Step, decoder: Decoder, config: TrainConfig, steps: int, num_rows: int
 ) -> Callable[[], int]:
-    """Return a function that trains for some steps of the next epochs, as stage 3 does.
+    """Return a function that trains for some steps, as stage 3 does.
 
-    As there, one stream of batches goes over all epochs, and so over all windows.
+    One iterator of batches continues over all epochs, and so over all windows.
     """
     size, device = config.batch_size, decoder.feature_range.device
     batches = feed.batches(iter_batches(num_rows, size, 0, count()))
@@ -113,7 +113,7 @@ def against_ceiling(
     steps = setting.pick(quick=8, cpu=8, gpu=200)
     width = setting.pick(quick=64, cpu=256, gpu=0)
     config = replace(config, batch_size=size, width=width)
-    step_kind, step, fixed, decoder = prepared(config, training_set, device)
+    step_kind, step, fixed, decoder = prepare_step(config, training_set, device)
 
     def ceiling() -> int:
         total = torch.zeros((), device=device)
@@ -125,7 +125,7 @@ def against_ceiling(
     variants = {"ceiling": ceiling}
     for kind in BARS:
         _, feed = open_feed(training_set, device, kind, size)
-        variants[kind] = looping(feed, step, decoder, config, steps, num_rows)
+        variants[kind] = make_loop(feed, step, decoder, config, steps, num_rows)
     times = interleaved(variants, setting.windows, device)
     widths = "-".join(map(str, decoder.config.widths))
     for kind, bar in BARS.items():
@@ -144,10 +144,10 @@ def against_reference(setting: Setting, training_set: TrainingSet) -> Row:
     steps = setting.pick(quick=1, cpu=1, gpu=20)
     config = replace(PAPER, batch_size=size, width=setting.pick(quick=64, cpu=0))
     device, num_rows = setting.device, len(training_set)
-    step_kind, step, _, decoder = prepared(config, training_set, device)
+    step_kind, step, _, decoder = prepare_step(config, training_set, device)
     _, feed = open_feed(training_set, device, "resident", size)
     variants = {
-        "ours": looping(feed, step, decoder, config, 4 * steps, num_rows),
+        "ours": make_loop(feed, step, decoder, config, 4 * steps, num_rows),
         "reference": reference_loop(setting, config, size, steps),
     }
     times = interleaved(variants, setting.windows, setting.device)
@@ -165,7 +165,7 @@ def against_reference(setting: Setting, training_set: TrainingSet) -> Row:
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """An image and its nearest ID image, two PNG files decoded anew for each item."""
+    """An image and its nearest ID image, two PNG files decoded again for each item."""
 
     def __init__(self, images: Path, nearest: Path) -> None:
         self.paths = list(zip(sorted(images.iterdir()), sorted(nearest.iterdir()), strict=True))
@@ -188,9 +188,9 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 def reference_loop(
     setting: Setting, config: TrainConfig, size: int, steps: int
 ) -> Callable[[], int]:
-    """Return the released code's loop, written anew: the classifier runs in every step.
+    """Return a reimplementation of the released code's loop: the classifier runs in every step.
 
-    One process decodes; float32; Adam parameter by parameter; the loss is fetched in each step.
+    Decoding in the main process, float32, Adam without foreach or fused, ``loss.item()`` each step.
     """
     folder = setting.scratch / "pairs"
     pairs = Pairs(
@@ -223,7 +223,7 @@ def reference_loop(
 
 
 def split_classifier(device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Return a random cifar-resnet18 up to its features, and its last layer."""
+    """Return a random cifar-resnet18, split into backbone and last layer."""
     torch.manual_seed(0)
     backbone = cifar_resnet18(data.NUM_CLASSES).eval().requires_grad_(False)
     head: nn.Module = backbone.linear  # type: ignore[assignment]
