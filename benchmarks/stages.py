@@ -16,8 +16,8 @@ from PIL import Image
 from ood_heatmap import decoding
 from ood_heatmap.cache.neighbours import Bank, Nearest
 from ood_heatmap.classifier import Classifier
+from ood_heatmap.cores import num_cores
 from ood_heatmap.decoding import iter_batches
-from ood_heatmap.distributed import num_cores
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.forward import BatchedClassifier

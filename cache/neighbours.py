@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.shards import Rows
+from ood_heatmap.cores import local_world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 # after torch: the reverse order crashes where both ship a CUDA runtime; imported only here
@@ -503,8 +504,7 @@ class _Blocks:
 
 def _max_cached_bytes() -> int:
     """Return how much one rank may cache: a quarter of the RAM for all ranks of this machine."""
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // num_ranks
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // local_world_size()
 
 
 def _open_gpu(index: int) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ood_heatmap.distributed import local_world_size, process_group
+from ood_heatmap.cores import local_world_size
+from ood_heatmap.distributed import process_group
 from ood_heatmap.errors import OodHeatmapError, UsageError
 
 log = logging.getLogger(__name__)

@@ -33,17 +33,6 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def local_world_size() -> int:
-    """Return the number of ranks on this machine, 1 without torchrun."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def num_cores() -> int:
-    """Return the cores for this process: its share of those that the system grants, at least 1."""
-    granted = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    return max(1, len(granted) // local_world_size())
-
-
 def is_main() -> bool:
     """Return whether this is rank 0, which logs and writes for all ranks."""
     return rank() == 0

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from ood_heatmap.cores import local_world_size, num_cores
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, option_fields
 
@@ -243,10 +244,12 @@ def share_cores() -> None:
     torchrun sets it to 1, which leaves most cores idle: PyTorch, BLAS and FAISS all follow it. They
     read it when they are loaded, so this comes before.
     """
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if num_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1" and not _is_set_in_parent():
-        num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    if (
+        local_world_size() > 1
+        and os.environ.get("OMP_NUM_THREADS") == "1"
+        and not _is_set_in_parent()
+    ):
+        os.environ["OMP_NUM_THREADS"] = str(num_cores())
 
 
 def _is_set_in_parent() -> bool:

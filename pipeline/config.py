@@ -6,11 +6,11 @@ reads this module.
 """
 
 import math
-import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+from ood_heatmap.cores import num_cores
 from ood_heatmap.errors import UsageError
 
 Group: TypeAlias = Literal[
@@ -139,11 +139,8 @@ def _workers(text: str) -> Option:
 
 def _workers_from_cores() -> int:
     """Return one worker per core of this rank but one, which feeds the device; at most 32."""
-    is_known = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # each decodes some 500 photographs a second at 224 px and holds two batches in memory
-    return min(32, max(1, num_cores // num_ranks - 1))
+    return min(32, max(1, num_cores() - 1))
 
 
 def _source(images: str, flag: str) -> Option:

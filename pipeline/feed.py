@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ood_heatmap.cache.reader import RowReader
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.distributed import broadcast, local_world_size, num_cores, rank, world_size
+from ood_heatmap.cores import local_world_size, num_cores
+from ood_heatmap.distributed import broadcast, rank, world_size
 
 log = logging.getLogger(__name__)
 _Int64 = NDArray[np.int64]

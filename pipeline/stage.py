@@ -66,7 +66,8 @@ from ood_heatmap.cache.stamps import (
     read_stamps,
     write_stamps,
 )
-from ood_heatmap.distributed import broadcast, is_main, num_cores, rank, world_size
+from ood_heatmap.cores import num_cores
+from ood_heatmap.distributed import broadcast, is_main, rank, world_size
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.meter import Meter

@@ -23,12 +23,12 @@ from ood_heatmap.cache.neighbours import (
     squared_distances,
 )
 from ood_heatmap.cache.shards import Column, bytes_per_row
+from ood_heatmap.cores import local_world_size
 from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import (
     barrier,
     broadcast,
     is_main,
-    local_world_size,
     main_process_first,
 )
 from ood_heatmap.duplicates import find_overlaps
