@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,15 +159,69 @@ def test_a_killed_process_is_started_again_and_the_run_ends_the_same(
 
 def kill_once_it_has_begun(process: subprocess.Popen[str], run: Path) -> None:
     """Kill the second of a launcher's processes as soon as the stage has begun."""
-    children: list[str] = []
+    children: list[int] = []
     while len(children) < 2:  # looked up before: the stage is over in a moment
-        asked = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-        children = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+        children = children_of(process)
         assert process.poll() is None
     while not (run / "index" / "unfinished.json").exists():
         assert process.poll() is None
         time.sleep(0.005)
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children[1], signal.SIGKILL)
+
+
+@contextmanager
+def two_nodes(command: list[str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start a command as torchrun does on two machines; each has a group of processes."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2"]
+    nodes = []
+    for node in ("0", "1"):
+        with (folder / node).open("w") as log:
+            started = [*launcher, *address, "--node-rank", node, *command]
+            nodes.append(subprocess.Popen(started, env=ENVIRONMENT, stdout=log, stderr=log))
+    try:
+        yield nodes
+    finally:
+        for process in nodes:
+            kill_node(process)
+
+
+def children_of(process: subprocess.Popen[Any]) -> list[int]:
+    """Return the processes that a launcher has started."""
+    asked = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    return [int(pid) for pid in subprocess.run(asked, capture_output=True).stdout.split()]
+
+
+def kill_node(launcher: subprocess.Popen[bytes]) -> None:
+    """Kill a launcher and its processes at once, as a machine without power."""
+    for pid in (*children_of(launcher), launcher.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_dies_make_what_one_process_makes(
+    alone, arrays, data, spec, tmp_path, tree
+):
+    run = tmp_path / "run"
+    index, targets = commands(run, arrays, data, spec)
+    with two_nodes(index, tmp_path / "killed") as nodes:
+        while not (run / "index" / "unfinished.json").exists():
+            assert nodes[0].poll() is None
+            time.sleep(0.005)
+        kill_node(nodes[1])
+        assert nodes[0].wait(timeout=100) != 0
+    assert "rank 0 of 2 lost contact with the other ranks" in (tmp_path / "killed/0").read_text()
+    assert not (run / "index" / "manifest.json").exists()
+    for name, command in (("index", index), ("targets", targets)):
+        with two_nodes(command, tmp_path / name) as nodes:
+            codes = [node.wait(timeout=300) for node in nodes]
+        assert codes == [0, 0], (tmp_path / name / "0").read_text()
+    assert tree(run) == tree(alone)
 
 
 def test_one_process_exchanges_nothing():
