@@ -6,6 +6,7 @@ Without torchrun the world size is 1 and every function here returns at once.
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -52,18 +53,36 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun keeps one store, with the addresses of dead processes in it, over all restarts:
-    # without a prefix per restart the restarted ranks would wait for the dead ones forever
-    store, own_rank, size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = distributed.PrefixStore(restart, store)  # type: ignore[attr-defined]
-    distributed.init_process_group(
-        backend, store=store, rank=own_rank, world_size=size, timeout=_TIMEOUT
-    )
+    _connect(backend)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _connect(backend: str) -> None:
+    """Initialise the process group from the environment of torchrun.
+
+    Raises:
+        OodHeatmapError: The other ranks cannot be reached.
+    """
+    try:
+        # torchrun keeps one store, with the addresses of dead processes in it, over all restarts:
+        # without a prefix per restart the restarted ranks would wait for the dead ones forever
+        store, own_rank, size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(restart, store)  # type: ignore[attr-defined]
+        distributed.init_process_group(
+            backend, store=store, rank=own_rank, world_size=size, timeout=_TIMEOUT
+        )
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OodHeatmapError(
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()} cannot reach the other ranks "
+            f"({reason:.200}). On several nodes, give torchrun a --master-addr that all reach, and "
+            "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface, such as "
+            "eth0, if a node's name resolves to 127.0.1.1."
+        ) from error
 
 
 def barrier() -> None:

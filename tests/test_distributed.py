@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from ood_heatmap import HeatmapDetector, devices, distributed
 from ood_heatmap.cli import main
 from ood_heatmap.devices import choose_device, stage_device
-from ood_heatmap.errors import UsageError
+from ood_heatmap.errors import OodHeatmapError, UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -222,6 +222,22 @@ def test_two_nodes_of_which_one_dies_make_what_one_process_makes(
             codes = [node.wait(timeout=300) for node in nodes]
         assert codes == [0, 0], (tmp_path / name / "0").read_text()
     assert tree(run) == tree(alone)
+
+
+def test_ranks_that_cannot_be_reached_are_one_line_with_the_way_out(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with ... Connection refused\nframe #0")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "rendezvous", refuse)
+    with (
+        pytest.raises(
+            OodHeatmapError, match=r"cannot reach .*refused\)\..*GLOO_SOCKET_IFNAME"
+        ) as error,
+        distributed.process_group(torch.device("cpu")),
+    ):
+        pass
+    assert "\n" not in str(error.value)
 
 
 def test_one_process_exchanges_nothing():
