@@ -20,12 +20,8 @@ _NUMBER = re.compile(r"-?[0-9]{1,9}")
 _MAX_LABEL_LENGTH = 1000
 
 
-def stamp_of(path: str | os.PathLike[str] | int) -> tuple[int, int]:
-    """Return size in bytes and modification time in ns of a file, -1 if it is missing.
-
-    Args:
-        path: The file, or the descriptor of an open one.
-    """
+def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return size in bytes and modification time in ns of a file, -1 if it is missing."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -14,58 +14,94 @@ from numpy.typing import NDArray
 from ood_heatmap.encoded import EncodedReader
 from ood_heatmap.errors import OodHeatmapError, printable
 from ood_heatmap.images import ImageSet
-from ood_heatmap.listing import ChainedNames, Labelling, Names, short_names, stamp_of
+from ood_heatmap.listing import ChainedNames, Labelling, Names, short_names
 
 _MAX_OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
-class PackedFile:
-    """A file and the images in it.
+class Shard:
+    """A file that holds many images.
 
     Args:
         path: The file.
         stamp: Its size and modification time as of the listing.
         names: Name of each image, within the file.
-        offset: ``(N,)`` int64 position of its bytes.
-        num_bytes: ``(N,)`` int64 number of its bytes.
+        sizes: int64, what is known of the sizes of the images without reading them.
     """
 
     path: str
     stamp: tuple[int, int]
     names: Names
+    sizes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackedFile(Shard):
+    """A file in which every image is a range of bytes; ``sizes`` is ``(N,)``, the bytes of each.
+
+    Args:
+        offset: ``(N,)`` int64 position of the bytes of each image.
+    """
+
     offset: NDArray[np.int64]
-    num_bytes: NDArray[np.int64]
 
 
 def set_of_packed(files: Sequence[PackedFile], labelling: Labelling, *, source: str) -> ImageSet:
-    """Make an image set from images inside larger files.
+    """Make an image set of files in which images are ranges of bytes, see ``set_of_shards``."""
+    return set_of_shards(files, _PackedReader(files).fetch, labelling, source=source)
+
+
+def set_of_shards(
+    shards: Sequence[Shard], fetch: Callable[[int], bytes], labelling: Labelling, *, source: str
+) -> ImageSet:
+    """Make an image set of files that hold many images each.
 
     Args:
-        files: The files, in the order of their rows.
+        shards: The files, in the order of their rows.
+        fetch: Row to bytes, as for ``EncodedReader``.
         labelling: Labels and classes.
         source: Name for messages.
     """
-    counts = [len(file.names) for file in files]
-    prefixes = [f"{name}/" for name in short_names([file.path for file in files])]
-    names = [file.names for file in files]
-    full_names = ChainedNames([(f"{file.path}/", file.names) for file in files])
+    prefixes = [f"{name}/" for name in short_names([shard.path for shard in shards])]
+    names = [shard.names for shard in shards]
+    full_names = ChainedNames([(f"{shard.path}/", shard.names) for shard in shards])
     listing = hashlib.sha256()
-    for prefix, file in zip(prefixes, files, strict=True):
-        listing.update(f"{prefix}\0{len(file.names)}\n".encode())
-        for array in (*file.names.to_arrays(), file.num_bytes):
+    for prefix, shard in zip(prefixes, shards, strict=True):
+        listing.update(f"{prefix}\0{len(shard.names)}\n".encode())
+        for array in (*shard.names.to_arrays(), shard.sizes):
             listing.update(array.tobytes())
     labelling.update(listing)
+    stamps = np.array([shard.stamp for shard in shards])
     return ImageSet(
         source=printable(source),
         names=ChainedNames(list(zip(prefixes, names, strict=True))),
         labels=labelling.labels,
         classes=labelling.classes,
-        reader=EncodedReader(_PackedReader(files).fetch, full_names.__getitem__),
+        reader=EncodedReader(fetch, full_names.__getitem__),
         listing=listing.hexdigest(),
         has_class_names=labelling.has_class_names,
-        stamps=np.repeat(np.array([file.stamp for file in files]), counts, axis=0),
+        stamps=np.repeat(stamps, [len(shard.names) for shard in shards], axis=0),
     )
+
+
+def check_unchanged(path: str, stamp: tuple[int, int], descriptor: int | None = None) -> None:
+    """Check that a file is still the one that was listed.
+
+    Args:
+        path: The file.
+        stamp: Its size and modification time as of the listing.
+        descriptor: Of the file, if it is open.
+
+    Raises:
+        OSError: It is missing.
+        OodHeatmapError: It has changed.
+    """
+    status = os.stat(path if descriptor is None else descriptor)
+    if (status.st_size, status.st_mtime_ns) != stamp:
+        raise OodHeatmapError(
+            f"{printable(path)} has changed since it was listed. Run the command again."
+        )
 
 
 class _PackedReader:
@@ -92,7 +128,7 @@ class _PackedReader:
         number = bisect_right(self._ends, row)
         file = self._files[number]
         local_row = row - self._ends[number] + len(file.names)
-        num_bytes, offset = int(file.num_bytes[local_row]), int(file.offset[local_row])
+        num_bytes, offset = int(file.sizes[local_row]), int(file.offset[local_row])
         # the reference keeps the file open, also when another thread evicts it meanwhile
         opened = self._open(file.path, file.stamp)
         content = os.pread(opened.descriptor, num_bytes, offset)
@@ -116,10 +152,7 @@ class _OpenFile:
 
     def __init__(self, path: str, stamp: tuple[int, int]) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if stamp_of(self.descriptor) != stamp:
-            raise OodHeatmapError(
-                f"{printable(path)} has changed since it was listed. Run the command again."
-            )
+        check_unchanged(path, stamp, self.descriptor)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

@@ -67,7 +67,7 @@ def _choices(inside: str) -> Iterator[str]:
         yield f"{number:0{len(bounds[1])}}"
 
 
-def find_shards(folder: str, is_shard: Callable[[str], bool]) -> list[str]:
+def find_shards(folder: str, is_shard: Callable[[str], object]) -> list[str]:
     """Return the shards in a folder, sorted; none if there are images or subfolders beside them."""
     found = []
     try:

@@ -1,5 +1,6 @@
 """Open the image sets that a user names: folders, files of several kinds, torchvision data sets."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +9,19 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ClassOrder, ImageSet
 from ood_heatmap.patterns import find_files, find_shards, is_pattern
 from ood_heatmap.source_array import open_array_file
-from ood_heatmap.source_folder import open_folder
+from ood_heatmap.source_arrow import find_saved_files, open_arrow
+from ood_heatmap.source_folder import open_folder, suffix_of
 from ood_heatmap.source_list import TABLES, open_list
+from ood_heatmap.source_parquet import open_parquet
 from ood_heatmap.source_tar import open_tars
 from ood_heatmap.source_torchvision import open_torchvision
 from ood_heatmap.union import SEPARATOR, unite
 
 # compressed ones are refused with the reason
 _TAR = re.compile(r".*\.(tar|tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)
+_OPENERS = {".tar": open_tars, ".parquet": open_parquet, ".arrow": open_arrow}
+# how Hugging Face names the files of a split
+_SPLIT = re.compile(r"(.*)-[0-9]+-of-[0-9]+\.(?:parquet|arrow)")
 
 
 def open_images(
@@ -42,7 +48,7 @@ def open_images(
     if is_pattern(source):
         return _open_shards(find_files(source), source, class_order)
     if path.is_dir():
-        shards = find_shards(str(path), _is_shard)
+        shards = find_saved_files(source) or find_shards(source, _shard_kind)
         if shards:
             return _open_shards(shards, source, class_order)
         return open_folder(path, class_order=class_order)
@@ -55,23 +61,34 @@ def open_images(
     return open_torchvision(source, data_root, download)
 
 
-def _is_shard(name: str) -> bool:
-    return _TAR.fullmatch(name) is not None
+def _shard_kind(path: str) -> str:
+    """Return the suffix of a shard's kind, empty for any other file."""
+    suffix = ".tar" if _TAR.fullmatch(path) else suffix_of(path)
+    return suffix if suffix in _OPENERS else ""
 
 
 def _open_shards(paths: Sequence[str], source: str, class_order: ClassOrder) -> ImageSet:
     """Open files of one kind as one image set.
 
     Raises:
-        UsageError: They are not shards.
+        UsageError: They are not shards, or of several kinds or splits.
     """
-    other = next((path for path in paths if not _is_shard(path)), None)
-    if other is not None:
+    kinds = {_shard_kind(path): path for path in paths}
+    if "" in kinds:
         raise UsageError(
-            f"{other} is not an image set: use a folder, .tar files, a .txt or .csv list, an .npy "
-            "or .npz file, or a torchvision NAME/SPLIT."
+            f"{kinds['']} is not an image set: use a folder, .tar, .parquet or .arrow files, a "
+            ".txt or .csv list, an .npy or .npz file, or a torchvision NAME/SPLIT."
         )
-    return open_tars(paths, source=source, class_order=class_order)
+    if len(kinds) > 1:
+        raise UsageError(f"{source} has files of several kinds: {', '.join(sorted(kinds))}.")
+    splits = {match[1] for match in map(_SPLIT.fullmatch, paths) if match}
+    if len(splits) > 1:
+        first, second, *_ = sorted(splits)
+        raise UsageError(
+            f"{source} has several splits, {os.path.basename(first)} and "
+            f"{os.path.basename(second)}: name one, such as '{first}-*'."
+        )
+    return _OPENERS[next(iter(kinds))](paths, source=source, class_order=class_order)
 
 
 def open_union(

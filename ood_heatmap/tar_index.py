@@ -135,7 +135,7 @@ def _list_samples(file: BinaryIO, path: str, stamp: tuple[int, int]) -> TarIndex
             text = _read(sample["txt"], file, _MAX_TEXT_BYTES)
             add_text(class_texts, label, (text or b"").decode(errors="replace").strip())
     images = PackedFile(
-        path, stamp, names, np.array(offset, np.int64), np.array(num_bytes, np.int64)
+        path, stamp, names, np.array(num_bytes, np.int64), np.array(offset, np.int64)
     )
     return TarIndex(images, labels, class_texts, num_without_image)
 
@@ -301,7 +301,7 @@ def _load_index(path: str, stamp: tuple[int, int]) -> TarIndex | None:
         labels, texts = Labels(printable(path)), json.loads(arrays["texts"].tobytes())
         labels.extend(arrays["codes"], texts["labels"])
         names = Names.from_arrays(arrays["names"], arrays["name_ends"])
-        images = PackedFile(path, stamp, names, arrays["offset"], arrays["num_bytes"])
+        images = PackedFile(path, stamp, names, arrays["num_bytes"], arrays["offset"])
         index = TarIndex(images, labels, texts["class_texts"], texts["num_without_image"])
         fits = arrays["stamp"].tolist() == [_FORMAT, *stamp]
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -327,7 +327,7 @@ def _save_index(path: str, index: TarIndex) -> None:
             "names": names,
             "name_ends": name_ends,
             "offset": index.images.offset,
-            "num_bytes": index.images.num_bytes,
+            "num_bytes": index.images.sizes,
             "codes": np.array(index.labels.codes, np.int32),
             "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
         }

@@ -145,8 +145,9 @@ def _workers_from_cores() -> int:
 
 def _source(images: str, flag: str) -> Option:
     text = (
-        f"{images}, which may be repeated: a folder, .tar shards (also as 'x-{{000..147}}.tar'), a "
-        ".txt or .csv list of files, an .npy or .npz file, or a torchvision NAME/SPLIT."
+        f"{images}, which may be repeated: a folder, WebDataset shards ('x-{{000..147}}.tar'), "
+        "Parquet or Arrow files of Hugging Face datasets, a .txt or .csv list of files, an .npy or "
+        ".npz file, or a torchvision NAME/SPLIT."
     )
     return Option(text, "Data", flag=flag, metavar="SOURCE")
 
