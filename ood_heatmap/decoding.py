@@ -1,8 +1,8 @@
-"""Decoding of image sets in batches, ahead of their use: in threads, or in processes.
+"""Prefetched decoding of image sets in batches, in threads or in processes.
 
-Threads are at hand at once and copy nothing, but between decoding and resizing an image Python
-holds its global lock: on an Intel Xeon with 16 cores four threads decoded 1,200 photographs a
-second at 224 px and fourteen 1,000; of 32-px PNG files one thread decoded 8,400 and fourteen 2,600.
+Threads start immediately and copy nothing, but Python holds the GIL between decoding and resizing:
+on an Intel Xeon with 16 cores, four threads decoded 1,200 photographs per second at 224 px and
+fourteen 1,000; one thread decoded 8,400 PNG files of 32 px per second and fourteen 2,600.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ from ood_heatmap.images import (
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 _Done = TypeVar("_Done")
-# so few batches are decoded before processes have started
+# fewer batches are decoded before processes have started
 _MIN_CHUNKS = 4
 _MIN_PROCESSES = 3
 _SHARED_MEMORY = "/dev/shm"
@@ -164,15 +164,15 @@ def iter_batches(
 ) -> Iterator[Batch]:
     """Decode images ahead of their use, in order.
 
-    In processes if there are at least three workers and enough batches, else in threads; the
+    Uses processes if there are at least three workers and enough batches, otherwise threads; the
     batches are the same.
 
     Args:
         images: The set.
         chunks: Rows of each batch, ascending.
         transform: The transform of all images.
-        workers: Number of threads or processes; as many batches are decoded ahead, or twice as
-            many.
+        workers: Number of threads or processes; one batch is prefetched per thread, two per
+            process.
         skip_unreadable: Skip unreadable images instead of raising.
 
     Raises:
@@ -196,7 +196,7 @@ def _use_processes(
     """Return whether decoding in processes is possible and worth their start."""
     in_memory = images.array is not None and transform.keeps(*images.array.shape[2:])
     worth_it = workers >= _MIN_PROCESSES and len(chunks) >= _MIN_CHUNKS and not in_memory
-    # a forked process has the image set without a copy, which only Linux does safely
+    # a forked process shares the image set without a copy; fork is safe on Linux only
     if not worth_it or sys.platform != "linux":
         return False
     batch_bytes = max(map(len, chunks)) * 3 * transform.size**2
@@ -213,12 +213,12 @@ def _use_processes(
     return needed <= free
 
 
-# the pixels, which travel in shared memory, and the rest of a batch; or what went wrong
+# the pixels, in shared memory, and the rest of a batch; or an error
 _Sent: TypeAlias = tuple[Tensor, Batch] | Exception
 
 
 class _Chunks(Dataset[_Sent]):
-    """Batches of an image set, decoded when asked for."""
+    """Batches of an image set as a map-style dataset, decoded on access."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ def _iter_in_processes(dataset: _Chunks, workers: int) -> Iterator[Batch]:
         except StopIteration:
             return
         except RuntimeError as error:
-            # how a DataLoader says that a worker has died
+            # DataLoader raises RuntimeError if a worker has died
             raise OodHeatmapError(
                 "a process that decodes images was killed: memory or the space of "
                 f"{_SHARED_MEMORY} may be exhausted. Use fewer --workers."
@@ -282,9 +282,9 @@ def _iter_in_processes(dataset: _Chunks, workers: int) -> Iterator[Batch]:
 
 @contextmanager
 def _forking() -> Iterator[None]:
-    """Silence what is said of a fork with threads, and of more workers than cores.
+    """Silence warnings about a fork with threads, and about more workers than cores.
 
-    The processes only decode: they take no lock that another thread may hold, use no CUDA, and end
+    The processes only decode: they take no lock that another thread may hold, use no CUDA, and exit
     without clean-up.
     """
     with warnings.catch_warnings():
@@ -298,7 +298,7 @@ def _unchanged(sent: Any) -> Any:
 
 
 def _end_with_parent(_: int) -> None:
-    """Make this process end at once when its parent is killed: it holds the parent's run lock."""
+    """Kill this process when its parent is killed: it shares the parent's run lock."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Images as the bytes of image files, wherever the bytes are."""
+"""Reader of encoded images: bytes from any storage, decoded with Pillow."""
 
 import hashlib
 import io
@@ -19,8 +19,8 @@ class EncodedReader:
     """Reads images from the bytes of image files; thread-safe if ``fetch`` is.
 
     Args:
-        fetch: Row to bytes; raises ``OSError`` or ``ValueError`` where that fails.
-        name_of: Row to the name of the image in errors.
+        fetch: Maps a row to bytes; raises ``OSError`` or ``ValueError`` on failure.
+        name_of: Maps a row to the name of the image, for messages.
     """
 
     fetch: Callable[[int], bytes]

@@ -53,10 +53,10 @@ class _SequenceOfNames(Sequence[str]):
 
 
 class Names(_SequenceOfNames):
-    """Names in one block of bytes: ten million strings in a list would take a gigabyte.
+    """Names in one block of bytes: a list of ten million strings would take a gigabyte.
 
     Args:
-        names: The names; they may contain what is not printable, see ``printable``.
+        names: The names; they may contain unprintable characters, see ``printable``.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -78,12 +78,12 @@ class Names(_SequenceOfNames):
         return self._text[start : self._ends[row]].decode("utf-8", "surrogatepass")
 
     def to_arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Return the text of all names as bytes, and where each name ends."""
+        """Return the text of all names as bytes, and the end of each name."""
         return np.frombuffer(bytes(self._text), np.uint8), np.array(self._ends, np.int64)
 
     @staticmethod
     def from_arrays(text: NDArray[np.uint8], ends: NDArray[np.int64]) -> "Names":
-        """Return the names of ``to_arrays``."""
+        """Return the names from ``to_arrays``."""
         names = Names()
         names._text += text.tobytes()
         names._ends.frombytes(ends.tobytes())
@@ -94,7 +94,7 @@ class Names(_SequenceOfNames):
 
 
 class ChainedNames(_SequenceOfNames):
-    """The names of several parts, one after the other.
+    """The concatenated names of several parts.
 
     Args:
         parts: Prefix and names of each part.
@@ -128,7 +128,7 @@ class Labelling(NamedTuple):
 
 
 class Labels:
-    """Labels as a source has them, as text: class numbers or class names.
+    """Labels of a source as text: class numbers or class names.
 
     Args:
         source: Name for messages.
@@ -161,7 +161,7 @@ class Labels:
         code = self._code_of.setdefault(text, len(self._code_of))
         if len(text) > _MAX_LABEL_LENGTH or code > MAX_LABEL:
             raise OodHeatmapError(
-                f"{self.source} has a label that is no class ({printable(text[:40])!r}). "
+                f"{self.source} has a label that is not a class ({printable(text[:40])!r}). "
                 "Correct the labels, or remove them."
             )
         return code
@@ -173,10 +173,10 @@ class Labels:
 
         Args:
             names: Class names by number, if they are known.
-            order: Order in which class names are numbered where ``names`` does not say it.
+            order: Order in which class names are numbered if ``names`` is empty.
 
         Raises:
-            OodHeatmapError: A number is no class.
+            OodHeatmapError: A number is not a class.
         """
         texts, codes = self.texts, np.frombuffer(self.codes, np.int32)
         if not all(_NUMBER.fullmatch(text) for text in texts):

@@ -1,4 +1,4 @@
-"""Image files that lie inside larger files: each is a range of bytes, read by position."""
+"""Encoded images inside larger files: each is a range of bytes, read by its offset."""
 
 import hashlib
 import os
@@ -105,7 +105,7 @@ def check_unchanged(path: str, stamp: tuple[int, int], descriptor: int | None = 
 
 
 class _PackedReader:
-    """Reads in any order, from several threads, with few files open at a time.
+    """Reads images in any order, from several threads, with few files open at a time.
 
     Args:
         files: The files.

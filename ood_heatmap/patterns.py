@@ -1,4 +1,4 @@
-"""Find the files of a source that has several: a folder of shards, or a pattern of names."""
+"""Find the files of a source with several files: a folder of shards, or a pattern of names."""
 
 import glob
 import os
@@ -20,13 +20,13 @@ def is_pattern(source: str) -> bool:
 
 
 def find_files(pattern: str) -> list[str]:
-    """Return the files that a pattern names: in the order of its braces, otherwise sorted.
+    """Return the files that match a pattern: in the order of its braces, otherwise sorted.
 
-    ``{000..147}`` stands for all numbers of a range, ``{a,b}`` for alternatives, as in a shell, and
-    ``*``, ``?`` and ``[...]`` for whatever is there.
+    As in a shell, ``{000..147}`` expands to all numbers of a range, ``{a,b}`` to alternatives, and
+    ``*``, ``?`` and ``[...]`` match existing files.
 
     Raises:
-        OodHeatmapError: A file is missing, or none fits.
+        OodHeatmapError: A file is missing, or no file matches.
         UsageError: There are too many.
     """
     names = list(islice(_expand_braces(pattern), _MAX_FILES + 1))
@@ -46,7 +46,7 @@ def find_files(pattern: str) -> list[str]:
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """Yield what the braces of a pattern stand for, the last ones first to change."""
+    """Yield the expansions of the braces of a pattern; the last braces vary fastest."""
     braces = _BRACES.search(pattern)
     if braces is None:
         yield pattern
@@ -57,7 +57,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _choices(inside: str) -> Iterator[str]:
-    """Yield what stands for one pair of braces; numbers are as wide as the first."""
+    """Yield the choices of one pair of braces; numbers are padded to the width of the first."""
     bounds = _RANGE.fullmatch(inside)
     if bounds is None:
         yield from inside.split(",")
@@ -77,6 +77,6 @@ def find_shards(folder: str, is_shard: Callable[[str], object]) -> list[str]:
             if is_shard(entry.name):
                 found.append(entry.path)
     except OSError:
-        # whoever opens it as a folder of images says why
+        # reported when it is opened as a folder of images
         return []
     return sorted(found)

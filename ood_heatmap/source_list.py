@@ -1,4 +1,4 @@
-"""Image sets listed in a file: a path a line (``.txt``), or a table of paths and labels."""
+"""Image sets listed in a file: one path per line (``.txt``), or a table of paths and labels."""
 
 import csv
 import hashlib

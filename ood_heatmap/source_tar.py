@@ -15,7 +15,7 @@ from ood_heatmap.tar_index import TarIndex, add_text, index_tar
 
 log = logging.getLogger(__name__)
 
-# they wait for the disk
+# more than cores: they wait for the disk
 _LISTING_THREADS = 8
 
 

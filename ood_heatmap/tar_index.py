@@ -1,7 +1,7 @@
-"""Where the images of a WebDataset shard are: listed once from its headers, kept in a cache.
+"""Index of the images in a WebDataset shard: read once from its headers, then cached.
 
-Members of the same name up to its first dot, one after the other, are a sample. Nothing is ever
-extracted to disk, and no member but a label is read.
+Consecutive members whose names are equal up to the first dot are a sample. Nothing is extracted to
+disk, and only labels are read.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _BLOCK, _NAME, _PREFIX = tarfile.BLOCKSIZE, slice(100), slice(345, 500)
 _OCTAL = re.compile(rb"[0-7]+")
 _MAX_JSON_BYTES, _MAX_TEXT_BYTES = 2**20, 1000
-# keys of a sample's JSON that may hold its class, the first that is there
+# keys of a sample's JSON that may contain its class; the first that exists is used
 _JSON_KEYS = ("label", "cls", "class", "target")
-# webdataset keeps its own notes under such names
+# names of webdataset's own metadata
 _NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
 
 
@@ -74,7 +74,7 @@ class TarIndex:
 
 
 def add_text(texts: dict[str, str], label: str, text: str) -> None:
-    """Note the text of a sample, or of several, of a class."""
+    """Record the text of samples of a class; "" if samples of a class differ."""
     if texts.setdefault(label, text) != text:
         texts[label] = ""
 
@@ -94,7 +94,7 @@ def index_tar(path: str) -> TarIndex:
     try:
         _save_index(path, index)
     except OSError as error:
-        log.debug("the index of %s is not kept: %s", path, error)
+        log.debug("the index of %s is not cached: %s", path, error)
     return index
 
 
@@ -177,7 +177,7 @@ def _iter_members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _read_header(tar: tarfile.TarFile, file: BinaryIO, position: int) -> _Member | None:
-    """Read the header of a member, None where there is none."""
+    """Read the header of a member; None at the end."""
     file.seek(position)
     # a global header has fields of all members after it
     member = None if tar.pax_headers else _parse_plain(file.read(_BLOCK), position)
@@ -188,15 +188,15 @@ def _read_header(tar: tarfile.TarFile, file: BinaryIO, position: int) -> _Member
         info = tarfile.TarInfo.fromtarfile(tar)
     except tarfile.HeaderError:
         return None
-    # the bytes of a sparse file are not in one place
+    # the bytes of a sparse file are not contiguous
     is_plain = info.isreg() and not info.issparse()
     return _Member(info.name if is_plain else "", info.offset_data, info.size, tar.offset)
 
 
 def _parse_plain(header: bytes, position: int) -> _Member | None:
-    """Parse the header of a regular file; None for any other header, which is left to tarfile.
+    """Parse the header of a regular file; None for any other header, which tarfile parses.
 
-    Takes a fraction of the time of tarfile, which reads all fields: there may be millions.
+    Much faster than tarfile, which parses all fields: there may be millions of headers.
     """
     octal = header[124:136].strip(b" \0"), header[148:156].strip(b" \0")
     if header[156:157] not in (b"0", b"\0") or not all(map(_OCTAL.fullmatch, octal)):
@@ -288,14 +288,14 @@ def _label_from_json(content: bytes) -> str | None:
 
 
 def _read(member: _Member, file: BinaryIO, limit: int) -> bytes | None:
-    """Return the content of a member, None if there is more of it than a label can have."""
+    """Return the content of a member; None if it is larger than ``limit``."""
     if member.num_bytes > limit:
         return None
     return os.pread(file.fileno(), member.num_bytes, member.offset)
 
 
 def _load_index(path: str, stamp: tuple[int, int]) -> TarIndex | None:
-    """Return the index of a shard from the cache, None if there is none that fits."""
+    """Return the cached index of a shard; None if there is no current one."""
     try:
         arrays = load(_cache_path(path).read_bytes())
         labels, texts = Labels(printable(path)), json.loads(arrays["texts"].tobytes())
@@ -310,7 +310,7 @@ def _load_index(path: str, stamp: tuple[int, int]) -> TarIndex | None:
 
 
 def _save_index(path: str, index: TarIndex) -> None:
-    """Keep the index of a shard; it is whole or not there.
+    """Cache the index of a shard; the file is written atomically.
 
     Raises:
         OSError: It cannot be written.
@@ -334,7 +334,7 @@ def _save_index(path: str, index: TarIndex) -> None:
     )
     target = _cache_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own: several processes may list the same shard
+    # a unique name: several processes may list the same shard
     descriptor, scratch = tempfile.mkstemp(prefix=".", dir=target.parent)
     try:
         with open(descriptor, "wb") as file:
@@ -347,7 +347,7 @@ def _save_index(path: str, index: TarIndex) -> None:
 
 
 def _cache_path(path: str) -> Path:
-    """Return the file that keeps the index of a shard.
+    """Return the cache file of a shard.
 
     Raises:
         OSError: There is no home directory.

@@ -1,4 +1,4 @@
-"""Several image sets as one, one after the other."""
+"""Concatenation of several image sets."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ClassOrder, Decoded, ImageReader, ImageSet, relabel, sort_classes
 from ood_heatmap.listing import ChainedNames, Labelling
 
-# between the sources in the name of a union
+# separates the sources in the name of a union
 SEPARATOR = " + "
 
 
 @dataclass(frozen=True)
 class _UnionReader:
-    """Reads from the set that has the row.
+    """Reads from the set that contains the row.
 
     Args:
-        readers: Of each set.
+        readers: Reader of each set.
         ends: Row after the last one of each set.
     """
 
@@ -45,10 +45,10 @@ class _UnionReader:
 def unite(
     sets: Sequence[ImageSet], *, class_order: ClassOrder = "name", need_labels: bool = True
 ) -> ImageSet:
-    """Return the union of sets, in their order; a single set as it is.
+    """Concatenate sets; a single set is returned unchanged.
 
     Classes are matched by name. They are numbered as in the set that has all of them, otherwise in
-    ``class_order``; in sets without class names as they are.
+    ``class_order``; without class names, numbers are kept.
 
     Args:
         sets: The sets.
@@ -78,7 +78,7 @@ def unite(
 
 
 def _prefix(images: ImageSet) -> str:
-    """Return what makes the names of a set those of one source among others."""
+    """Return the prefix that distinguishes the names of a set from those of other sources."""
     prefix = f"{images.source}/"
     return "" if images.names[0].startswith(prefix) else prefix
 
@@ -109,7 +109,7 @@ def _unite_labels(
 def _unite_classes(
     sets: Sequence[ImageSet], class_order: ClassOrder, need_labels: bool
 ) -> tuple[str, ...]:
-    """Return the class names of sets that have some, by label."""
+    """Return the class names of the union of sets with class names, by label."""
     largest = max(sets, key=lambda images: len(images.classes)).classes
     union = {name for images in sets for name in images.classes}
     if union == set(largest):

@@ -1,8 +1,8 @@
 """Ranges of the decoder's inputs: mean and deviation of the ID features and feature maps.
 
-Stage 1 sums them up while the maps are on the device, shard by shard, and adds the shards in order:
-the result does not depend on ranks or restarts. Reading all maps again would cost stage 3 as much
-as an epoch before its first step.
+Stage 1 computes their moments while the maps are on the device, shard by shard, and adds the shards
+in order, so that the result does not depend on ranks or restarts. Reading all maps again would cost
+stage 3 as much as an epoch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +18,16 @@ from torch import Tensor
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.pipeline.run import Index, map_column, read_file
 
-# number, sum and sum of squares of vectors, (3, N)
+# count, sum and sum of squares of vectors, (3, N)
 Moments: TypeAlias = NDArray[np.float64]
 _Float32: TypeAlias = NDArray[np.float32]
 Range: TypeAlias = tuple[_Float32, _Float32]
 
 STATISTICS = "statistics.safetensors"
-# standard deviations of the deepest feature map over its locations, which are inputs too
+# standard deviations of the deepest feature map over its locations, also inputs of the decoder
 _MAP_STD = f"{map_column(0)}.std"
 _ROWS_PER_CHUNK = 4096
-# rows that an index without statistics is sampled by
+# number of rows sampled from an index without statistics
 _SAMPLE = 20_000
 _CHUNK_BYTES = 64 << 20
 
@@ -39,8 +39,8 @@ def spatial_statistics(maps: Tensor) -> Tensor:
         maps: ``(B, C, h, w)``.
 
     Returns:
-        ``(B, 2, C)`` float32, on the same device. Deviations from the mean lose no digits where a
-        sum of squares would, and are 0 for a constant channel.
+        ``(B, 2, C)`` float32, on the same device. Deviations from the mean keep the precision that
+        a sum of squares would lose, and are 0 for a constant channel.
     """
     values = maps.flatten(2).to(torch.float32, copy=True)
     mean = values.mean(2)
@@ -81,14 +81,14 @@ def _vector_moments(vectors: _Float32) -> Moments:
 
 
 def input_ranges(index: Index, num_maps: int) -> tuple[Range, list[Range]]:
-    """Return the ranges of the plain decoder's inputs and of the feature maps that it takes.
+    """Return the ranges of the plain decoder's inputs and of the feature maps that it uses.
 
-    Each range is the mean, and the mean plus one standard deviation, over all ID training images;
-    over a sample of an index that an earlier version made.
+    Each range is the mean, and the mean plus one standard deviation, over all ID training images,
+    or over a sample of them for an index made by an earlier version.
 
     Args:
         index: The index.
-        num_maps: Number of feature maps, the deepest first.
+        num_maps: Number of feature maps, deepest first.
 
     Raises:
         DamagedCacheError: The statistics are damaged.
@@ -154,14 +154,14 @@ def moments_of_arrays(
         features: ``(B, D)``.
         maps: ``(B, C, h, w)`` each.
     """
-    # a copy: PyTorch warns of read-only memory maps
+    # a copy: PyTorch warns about read-only memory maps
     tensors = [torch.from_numpy(values.astype(np.float32)) for values in maps]
     spatial = [spatial_statistics(item).numpy() for item in tensors]
     return shard_moments(features, spatial, [values.shape[1:] for values in maps])
 
 
 def sum_moments(parts: Iterator[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """Return the sum of moments by name, added in the order given; at least one."""
+    """Sum moments by name, in the given order; there must be at least one."""
     total = {name: values.copy() for name, values in next(parts).items()}
     for part in parts:
         for name, values in part.items():

@@ -83,5 +83,5 @@ def test_a_label_that_is_no_class_is_refused(text, names, message):
 
 
 def test_a_label_of_any_length_is_refused():
-    with pytest.raises(OodHeatmapError, match=r"here has a label that is no class \('xx"):
+    with pytest.raises(OodHeatmapError, match=r"here has a label that is not a class \('xx"):
         labels_of("x" * 1001)

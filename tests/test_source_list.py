@@ -107,7 +107,7 @@ def test_class_names_in_natural_order(folder):
         ("l.csv", "path,label\na.png,0\nb c.png\n", "line 3 of .*l.csv has 1 columns"),
         ("l.csv", f"path\n{'x' * 200_000}\n", "l.csv cannot be read as a list of images"),
         ("l.txt", "x.png\ny.png\n", "none of the 2 files that .*l.txt lists exists, x.png first"),
-        ("l.txt", f"a.png\t{'x' * 1001}\n", "l.txt has a label that is no class"),
+        ("l.txt", f"a.png\t{'x' * 1001}\n", "l.txt has a label that is not a class"),
         ("l.txt", "a.png\t-7\n", "l.txt has the label -7"),
     ],
 )
