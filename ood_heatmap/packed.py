@@ -27,7 +27,7 @@ class Shard:
         path: The file.
         stamp: Its size and modification time as of the listing.
         names: Name of each image, within the file.
-        sizes: int64, what is known of the sizes of the images without reading them.
+        sizes: int64 sizes that are known without reading the images, for the hash of the listing.
     """
 
     path: str

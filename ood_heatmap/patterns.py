@@ -68,7 +68,7 @@ def _choices(inside: str) -> Iterator[str]:
 
 
 def find_shards(folder: str, is_shard: Callable[[str], object]) -> list[str]:
-    """Return the shards in a folder, sorted; none if there are images or subfolders beside them."""
+    """Return the shards in a folder, sorted; none if it also has images or subfolders."""
     found = []
     try:
         for entry in iter_visible(folder):
