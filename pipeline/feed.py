@@ -35,7 +35,7 @@ _FeedChoice: TypeAlias = Literal["auto", _FeedKind, "pinned"]
 _CHUNK, _GROUP = 4096, 64
 # slots of the ring buffer: batches that are prefetched
 _NUM_SLOTS = 4
-# bytes of a batch that a reader thread reads at once
+# bytes of a batch that are worth a thread of their own
 _BYTES_PER_READ = 4 << 20
 # at most so many reader threads copy out of the page cache, and so many only wait for the disk
 _MAX_READERS, _NUM_DIRECT_READERS = 8, 16
@@ -399,15 +399,16 @@ class _Slot:
             self.device = {name: item.to(device) for name, item in self.host.items()}
             self.copied, self.used = _untimed_event(), _untimed_event()
 
-    def start(self, rows: _Int64) -> "list[_Read]":
-        """Return the reads that fill the slot; waits until it was copied."""
+    def start(self, rows: _Int64, num_readers: int) -> "list[_Read]":
+        """Return the reads that fill the slot, for each reader one; waits until it was copied."""
         if self.on_gpu:
             self.copied.synchronize()
         self.count = len(rows)
         # an entry for each finished read: its error, or None. A new queue: reads of a loop that was
         # left early may still finish
         self.finished: SimpleQueue[BaseException | None] = SimpleQueue()
-        self.num_reads = min(len(rows), len(rows) * self.row_bytes // _BYTES_PER_READ) or 1
+        num_large = len(rows) * self.row_bytes // _BYTES_PER_READ
+        self.num_reads = min(num_readers, len(rows), num_large) or 1
         edges = np.linspace(0, len(rows), self.num_reads + 1).astype(int).tolist()
         return [
             _Read(
@@ -502,7 +503,7 @@ class _StreamingFeed:
         for slot in self.slots:
             free.put(slot)
         stopped, lock = threading.Event(), threading.Lock()
-        reads = _iter_reads(batches, free, full, stopped)
+        reads = self._iter_reads(batches, free, full, stopped)
         # daemons: they wait for ever if the process ends while this generator is suspended
         threads = [
             threading.Thread(target=self._run, args=(reads, lock), name="reader", daemon=True)
@@ -536,26 +537,26 @@ class _StreamingFeed:
                 return
             read.run(self.reader)
 
-
-def _iter_reads(
-    batches: Iterable[_Int64],
-    free: "SimpleQueue[_Slot]",
-    full: "SimpleQueue[_Slot | BaseException | None]",
-    stopped: threading.Event,
-) -> Iterator[_Read]:
-    """Yield the reads of all batches as slots become free; put the slots into ``full`` in order."""
-    try:
-        for rows in batches:
-            slot = free.get()
-            reads = slot.start(rows)
-            full.put(slot)
-            for read in reads:
-                if stopped.is_set():
-                    return
-                yield read
-        full.put(None)
-    except BaseException as error:
-        full.put(error)
+    def _iter_reads(
+        self,
+        batches: Iterable[_Int64],
+        free: "SimpleQueue[_Slot]",
+        full: "SimpleQueue[_Slot | BaseException | None]",
+        stopped: threading.Event,
+    ) -> Iterator[_Read]:
+        """Yield the reads of all batches as slots become free; put the slots in order."""
+        try:
+            for rows in batches:
+                slot = free.get()
+                reads = slot.start(rows, self.num_readers)
+                full.put(slot)
+                for read in reads:
+                    if stopped.is_set():
+                        return
+                    yield read
+            full.put(None)
+        except BaseException as error:
+            full.put(error)
 
 
 def _choose_num_readers() -> int:
