@@ -138,10 +138,8 @@ def _embed_shards(
     columns = columns_from_classifier(forward.classifier)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            # first: a shard that is taken over from a killed process has its moments
-            write_moments = partial(_write_moments, stage, task, shard)
-            arrays = _arrays(shard, images)
-            writer.write(task, arrays, columns, content=shard.content, before=write_moments)
+            make_arrays = partial(_make_arrays, stage, task, shard, images)
+            writer.write(task, make_arrays, columns, content=shard.content)
 
 
 def _moments_name(task: ShardTask) -> str:
@@ -188,8 +186,12 @@ def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig)
         )
 
 
-def _arrays(shard: Embedded, images: ImageSet) -> dict[str, NDArray[Any]]:
-    """Return the datasets of one shard."""
+def _make_arrays(
+    stage: Stage, task: ShardTask, shard: Embedded, images: ImageSet
+) -> dict[str, NDArray[Any]]:
+    """Return the datasets of one shard, after its moments are written."""
+    # so that each shard that is taken over from a killed process has them
+    _write_moments(stage, task, shard)
     return {
         "images": shard.images,
         "features": shard.features,

@@ -758,44 +758,41 @@ class BackgroundWriter:
     def write(
         self,
         task: ShardTask,
-        arrays: Mapping[str, NDArray[Any]],
+        make_arrays: Callable[[], Mapping[str, NDArray[Any]]],
         columns: Mapping[str, Column],
         *,
         content: str,
-        before: Callable[[], None] | None = None,
     ) -> None:
         """Enqueue one shard; waits for the oldest pending one if all threads are busy.
 
         Args:
             task: The shard.
-            arrays: Maps dataset name to array.
+            make_arrays: Returns array by dataset name; called in the thread, so that the device
+                gets its next batch meanwhile.
             columns: Expected dtype and shape of each dataset.
             content: Hash of the shard's images.
-            before: Called in the thread before the shard is written.
         """
+        self._wait(self._num_threads - 1)
+        self._pending.append(
+            self._executor.submit(self._write_now, task, make_arrays, columns, content)
+        )
+
+    def _write_now(
+        self,
+        task: ShardTask,
+        make_arrays: Callable[[], Mapping[str, NDArray[Any]]],
+        columns: Mapping[str, Column],
+        content: str,
+    ) -> float:
+        """Write one shard and return the seconds that it took."""
+        started = time.perf_counter()
+        arrays = make_arrays()
         attributes: dict[str, str | int] = {
             "fingerprint": self.stage.fingerprint,
             "content": content,
             "rows": task.rows_hash,
             "num_skipped": len(task.positions) - len(arrays["row"]),
         }
-        self._wait(self._num_threads - 1)
-        self._pending.append(
-            self._executor.submit(self._write_now, task, arrays, columns, attributes, before)
-        )
-
-    def _write_now(
-        self,
-        task: ShardTask,
-        arrays: Mapping[str, NDArray[Any]],
-        columns: Mapping[str, Column],
-        attributes: Mapping[str, str | int],
-        before: Callable[[], None] | None,
-    ) -> float:
-        """Write one shard and return the seconds that it took."""
-        started = time.perf_counter()
-        if before is not None:
-            before()
         write_shard(
             self.stage.directory / task.name,
             arrays,

@@ -7,6 +7,7 @@ images are pasted into ID images; the target of such an image is the change made
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,8 @@ def _pair_all(
             with meter.waiting("search"):
                 pairs = _pair([shard for _, shard in group], index, bank, config)
             for (task, shard), found in zip(group, pairs, strict=True):
-                arrays = _arrays(shard, shard.rows, found, index, patched=False)
-                writer.write(task, arrays, columns_from_index(index), content=shard.content)
+                make_arrays = partial(_make_arrays, shard, shard.rows, found, index, patched=False)
+                writer.write(task, make_arrays, columns_from_index(index), content=shard.content)
 
 
 def max_pending_bytes() -> int:
@@ -231,11 +232,8 @@ def _paste_all(
     )
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            row = index.row[paste_plan.position[shard.rows]]
-            same_class = np.ones(len(row), dtype=bool)
-            pairs = Nearest(row, _distances_to(index, row, shard), same_class)
-            arrays = _arrays(shard, paste_plan.row[shard.rows], pairs, index, patched=True)
-            writer.write(task, arrays, columns_from_index(index), content=shard.content)
+            make_arrays = partial(_make_patched_arrays, shard, paste_plan, index)
+            writer.write(task, make_arrays, columns_from_index(index), content=shard.content)
 
 
 def _pair(
@@ -275,7 +273,16 @@ def _distances_to(index: Index, row: NDArray[np.int64], shard: Embedded) -> NDAr
     return np.sqrt(squared_distances(shard.features, features))
 
 
-def _arrays(
+def _make_patched_arrays(
+    shard: Embedded, paste_plan: PastePlan, index: Index
+) -> dict[str, NDArray[Any]]:
+    """Return the datasets of one shard of patched images, each paired with the ID image in it."""
+    row = index.row[paste_plan.position[shard.rows]]
+    pairs = Nearest(row, _distances_to(index, row, shard), np.ones(len(row), dtype=bool))
+    return _make_arrays(shard, paste_plan.row[shard.rows], pairs, index, patched=True)
+
+
+def _make_arrays(
     shard: Embedded, row: NDArray[np.int64], pairs: Nearest, index: Index, *, patched: bool
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard; ``row`` is a row of the OOD set."""

@@ -1,5 +1,7 @@
 """Stage 2: each OOD image with its own nearest ID image, exactly, and what the stage refuses."""
 
+import threading
+
 import h5py
 import numpy as np
 import pytest
@@ -230,6 +232,20 @@ def test_a_search_waits_for_as_many_images_as_the_memory_allows(monkeypatch, fre
     # bytes at 224 px: the image, 2,048 features, 1,000 logits, a map of 2,048 x 7 x 7, the row
     row_bytes = 3 * 224**2 + 4 * 2048 + 4 * 1000 + 2 * 2048 * 49 + 8
     assert queries * row_bytes <= module.max_pending_bytes() <= max(free // 16 // ranks, 512 << 20)
+
+
+def test_targets_are_computed_beside_the_loop_that_feeds_the_device(run, data, monkeypatch):
+    difference, threads = module.difference, []
+
+    def watched(*arrays):
+        threads.append(threading.current_thread())
+        return difference(*arrays)
+
+    monkeypatch.setattr(module, "difference", watched)
+    config = TargetsConfig(patched=1.0, batch_size=16, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
 
 
 @pytest.mark.parametrize(("pairing", "kind"), [("nearest", "cuda"), ("random", "cpu")])
