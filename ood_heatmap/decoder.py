@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from ood_heatmap.distributed import world_size
@@ -412,10 +411,29 @@ def _all_reduce_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = torch.full_like(mean[:1], x.numel() // x.shape[1])
     # in float64 the squares lose no digits, and these are a few numbers per channel
     parts = torch.cat([count, count * mean, count * (variance + mean.square())])
-    sums: Tensor = all_reduce(parts)  # type: ignore[no-untyped-call]
+    sums: Tensor = _AllReduce.apply(parts)
     count, mean, square = sums[:1], *sums[1:].view(2, -1)
     mean, square = mean / count, square / count
     return count[0].float(), mean.float(), (square - mean.square()).float()
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all ranks, also of the gradients: what every rank returns depends on all inputs.
+
+    PyTorch's own differentiable ``all_reduce`` is deprecated and fails under ``torch.compile``.
+    """
+
+    @staticmethod
+    def forward(_: Any, input: Tensor) -> Tensor:
+        """Return the sum of the inputs of all ranks, of the same shape."""
+        total = input.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the sum of the gradients of all ranks."""
+        return _AllReduce.forward(ctx, gradient)
 
 
 def _norm_block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:

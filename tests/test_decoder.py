@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
+from torch import distributed
 
 from ood_heatmap import decoder as decoder_module
 from ood_heatmap.decoder import (
@@ -138,10 +139,10 @@ def test_batch_norm_of_two_processes_is_that_of_their_batches_together(monkeypat
     parts = [x[:2], x[2:]]
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(decoder_module, "world_size", lambda: 2)
-    monkeypatch.setattr(decoder_module, "all_reduce", lambda mine: sent.append(mine) or mine)
+    monkeypatch.setattr(distributed, "all_reduce", lambda mine: sent.append(mine.clone()))
     for part in parts:
         decoder_module._BatchNorm(4)(part)
-    monkeypatch.setattr(decoder_module, "all_reduce", lambda mine: sum(sent))
+    monkeypatch.setattr(distributed, "all_reduce", lambda mine: mine.copy_(sum(sent)))
     tolerance = 1e-5 + 2e-6 * offset
     for part, value in zip(parts, wanted.split([2, 3]), strict=True):
         ours = decoder_module._BatchNorm(4)
@@ -149,6 +150,20 @@ def test_batch_norm_of_two_processes_is_that_of_their_batches_together(monkeypat
         for name, item in whole.state_dict().items():
             found = ours.state_dict()[name].to(item.dtype)
             torch.testing.assert_close(found, item, rtol=1e-5, atol=tolerance)
+
+
+def test_gradients_flow_through_the_statistics_of_all_processes(monkeypatch):
+    """Two processes with the same images: a sum over both doubles what one of them has."""
+    monkeypatch.setattr(decoder_module, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda mine: mine.mul_(2))
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    (decoder_module._BatchNorm(3)(x) * weight).sum().backward()
+    other = x.detach().double().requires_grad_()
+    both = torch.cat([other, other.detach()])
+    whole = torch.nn.BatchNorm2d(3).double()
+    (whole(both) * torch.cat([weight, weight])).sum().backward()
+    torch.testing.assert_close(x.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_the_plain_decoder_sees_where_a_map_is_high_its_deviation_and_noise():
