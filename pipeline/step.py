@@ -1,5 +1,6 @@
 """The training step: eager, compiled, or replayed as a CUDA graph; and its throughput ceiling."""
 
+import inspect
 import logging
 import math
 import time
@@ -118,7 +119,12 @@ def wrap_ddp(decoder: nn.Module) -> nn.Module:
     if world_size() == 1:
         return decoder
     # the decoder's batch norm already computes its running statistics over all ranks
-    return DistributedDataParallel(decoder, broadcast_buffers=False)
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    # PyTorch 2.14 renames it and warns of its former name
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    options: dict[str, Any] = {new if new in arguments else old: False}
+    # gradients are not copied from the exchanged buckets in every step
+    return DistributedDataParallel(decoder, gradient_as_bucket_view=True, **options)
 
 
 def make_step(
@@ -142,7 +148,8 @@ def make_step(
     if config.step == "compiled":
         return "compiled", _make_compiled_step(decoder, optimizer, config, example)
     eager = _make_eager_step(decoder, optimizer, config)
-    single_gpu = example.features.device.type == "cuda" and world_size() == 1
+    on_gpu, num_ranks = example.features.device.type == "cuda", world_size()
+    single_gpu = on_gpu and num_ranks == 1
     if config.step == "graph":
         if not single_gpu:
             raise UsageError("--step graph is for one process on a GPU: use --step auto.")
@@ -154,6 +161,12 @@ def make_step(
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         return kind, step
+    if on_gpu and num_ranks > 1:
+        log.info(
+            "step: eager, as a CUDA graph is for one process; of --batch-size %d each of %d GPUs "
+            "takes about %d images, and the more the better its throughput",
+            *(config.batch_size, num_ranks, config.batch_size // num_ranks),
+        )
     return "eager", eager
 
 

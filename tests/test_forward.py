@@ -40,7 +40,7 @@ def limited(classifier, monkeypatch, limit: int) -> list[int]:
     return sizes
 
 
-def _tolerance(device: torch.device) -> dict[str, float]:
+def _tolerance(device: torch.device) -> dict[str, Any]:
     """Return how far apart features may be: a GPU rounds the inputs of convolutions to TF32."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return {"rtol": 1e-2, "atol": 1e-2} if on_gpu else {"rtol": 1e-5, "atol": 1e-6}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_cuda import CUDA, refuse_waiting, simulated_cuda
+from torch import distributed
 
 from ood_heatmap.decoder import Decoder, DecoderConfig, make_decoder
 from ood_heatmap.errors import UsageError
@@ -24,6 +25,7 @@ from ood_heatmap.pipeline.step import (
     measure_ceiling,
     set_lr,
     snapshot,
+    wrap_ddp,
 )
 
 CPU = torch.device("cpu")
@@ -310,6 +312,24 @@ def test_a_deterministic_step_is_not_chosen_by_timing():
     on_gpu: Any = SimpleNamespace(features=SimpleNamespace(device=torch.device("cuda", 0)))
     decoder, optimizer = plain_stack()
     assert make_step(decoder, optimizer, replace(CONFIG, deterministic=True), on_gpu)[0] == "eager"
+
+
+def test_with_several_processes_gradients_lie_where_they_are_exchanged(tmp_path, monkeypatch):
+    """A process group of one: its sums over all processes change nothing."""
+    _, _, step = fresh()
+    wanted = losses(step)
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        decoder, optimizer, _ = fresh()
+        step = _make_eager_step(wrap_ddp(decoder), optimizer, CONFIG)
+        monkeypatch.setattr(module, "world_size", lambda: 1)
+        assert losses(step) == wanted
+        places = {item.grad.untyped_storage().data_ptr() for item in decoder.parameters()}
+        assert len(places) < len(list(decoder.parameters()))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [4, 6])
