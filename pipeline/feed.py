@@ -23,7 +23,9 @@ from torch import Tensor
 from ood_heatmap.cache.reader import RowReader
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.cores import local_world_size, num_cores
+from ood_heatmap.devices import is_out_of_memory
 from ood_heatmap.distributed import broadcast, rank, world_size
+from ood_heatmap.errors import OodHeatmapError
 
 log = logging.getLogger(__name__)
 _Int64 = NDArray[np.int64]
@@ -249,19 +251,44 @@ def open_feed(
 
     Args:
         data: The training set.
-        device: Device of this rank.
+        device: Of this rank.
         choice: ``auto``, ``resident``, ``memory`` or ``streaming``.
-        size: Number of images of the largest batch.
+        size: Images of the largest batch.
+
+    Raises:
+        OodHeatmapError: There is not even memory for the ring buffer of the streaming feed.
     """
     kind: _FeedKind = broadcast(choose_feed(data, device, choice))
     try:
         if kind == "resident":
+            _require_memory(data, device)
             return kind, _ResidentFeed(data, device)
         if kind == "memory":
+            _require_memory(data, torch.device("cpu"))
             return kind, _StreamingFeed(_load_into_memory(data), device, size)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         log.warning("no memory for the %s feed on %s: falling back to streaming", kind, device)
-    return "streaming", _StreamingFeed(data, device, size)
+    try:
+        return "streaming", _StreamingFeed(data, device, size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OodHeatmapError(
+            f"{device} has no memory for a ring buffer of {_NUM_SLOTS} batches of {size} images. "
+            "Use a smaller --batch-size."
+        ) from error
+
+
+def _require_memory(data: TrainingSet, device: torch.device) -> None:
+    """Raise before a copy in host memory ends this process, which Linux does without an error.
+
+    Raises:
+        MemoryError: The copies of all ranks do not fit.
+    """
+    if device.type == "cpu" and data.num_bytes * local_world_size() > available_memory(device):
+        raise MemoryError
 
 
 def _empty(column: Rows, count: int, device: torch.device, *, pinned: bool = False) -> Tensor:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from simulated_cuda import refuse_waiting
 
 from ood_heatmap.cache.shards import Rows, open_rows, write_shard
+from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.pipeline import feed
 from ood_heatmap.pipeline.feed import (
     TrainingSet,
@@ -394,3 +395,37 @@ def test_what_does_not_fit_after_all_is_streamed(monkeypatch, caplog, kind):
     assert name == "streaming"
     assert isinstance(found, _StreamingFeed)
     assert f"no memory for the {kind} feed on cpu: falling back to streaming" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["resident", "memory"])
+def test_a_copy_that_would_end_the_process_is_not_made(monkeypatch, caplog, kind):
+    data = example()
+    monkeypatch.setattr(feed, "available_memory", lambda _: data.num_bytes)
+    assert open_feed(data, CPU, kind, 4)[0] == kind
+    # two ranks make two copies
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert open_feed(data, CPU, kind, 4)[0] == "streaming"
+    assert f"no memory for the {kind} feed" in caplog.text
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(feed, "_StreamingFeed", fail)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_ring_buffer_that_does_not_fit_is_one_line(monkeypatch, error):
+    failing(monkeypatch, error)
+    with pytest.raises(OodHeatmapError, match="no memory for a ring buffer of 4 batches of 9 im"):
+        open_feed(example(), CPU, "streaming", 9)
+
+
+@pytest.mark.parametrize("kind", ["memory", "streaming"])
+def test_another_error_is_not_taken_for_missing_memory(monkeypatch, kind):
+    failing(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        open_feed(example(), CPU, kind, 4)
