@@ -1,10 +1,12 @@
 """Find images that the image sets of a run have in common with each other and with further sets."""
 
+import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,31 +22,65 @@ from ood_heatmap.pipeline.config import AuditConfig
 from ood_heatmap.pipeline.embed import embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets
+from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets, read_file
 from ood_heatmap.sanity import Finding
 from ood_heatmap.sources import reopen_images
 
 _Float32 = NDArray[np.float32]
 _UInt64 = NDArray[np.uint64]
+# fields of an ``AuditedSet`` that are computed from all of its images
+_Measured = Mapping[str, NDArray[Any]]
+_MEASURED = ("pixel_hash", "nearest", "difference")
 
-# images in memory at once, in each of two threads
+# file of the targets that holds them for both training sets
+AUDIT = "audit.npz"
+# images in memory at once, in each thread
 _CHUNK = 64
+_NUM_THREADS = min(16, max(2, os.cpu_count() or 1))
 _EMBED_CHUNK = 1024
 # ID training images that are compared with all others
 _NUM_SAMPLES = 1000
 
 
-def audit_index(index: Index) -> AuditedSet:
-    """Prepare the ID training set; all of its images are read once."""
+def audit_training_sets(index: Index, targets: Targets) -> list[AuditedSet]:
+    """Prepare the ID and the OOD training set.
+
+    Without ``AUDIT``, as in runs of earlier versions, all of their images are read again.
+    """
+    stored: dict[str, _Measured] = {}
+    if AUDIT in targets.manifest.files:
+        content = read_file(targets.run, targets.manifest, AUDIT)
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            for kind in ("ID", "OOD"):
+                stored[kind] = {field: file[f"{kind}_{field}"] for field in _MEASURED}
+    return [
+        audit_index(index, stored.get("ID")),
+        audit_open_targets(targets, index, stored.get("OOD")),
+    ]
+
+
+def save_audit(path: Path, sets: Sequence[AuditedSet]) -> None:
+    """Save what was computed from the images of both training sets; not atomic."""
+    arrays = {f"{item.kind}_{field}": getattr(item, field) for item in sets for field in _MEASURED}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def audit_index(index: Index, measured: _Measured | None = None) -> AuditedSet:
+    """Prepare the ID training set; all of its images are read once if they are not measured."""
     row, source = index.columns["row"].read(), index.results.source
+    if measured is None:
+        measured = {
+            "pixel_hash": _hash_all(index.columns["images"]),
+            "nearest": np.arange(len(row)),
+            "difference": _difference_within(index),
+        }
     return AuditedSet(
         f"the ID training set ({source})",
         kind="ID",
         fitted=True,
         name_of=lambda position: _name_of_row(index.manifest, source, int(row[position])),
-        pixel_hash=_hash_all(index.columns["images"]),
-        nearest=np.arange(len(row)),
-        difference=_difference_within(index),
+        **measured,
     )
 
 
@@ -76,7 +112,11 @@ def _difference_within(index: Index) -> _Float32:
 
 
 def audit_targets(
-    columns: Mapping[str, Rows], index: Index, source: str, name_of_row: Callable[[int], str]
+    columns: Mapping[str, Rows],
+    index: Index,
+    source: str,
+    name_of_row: Callable[[int], str],
+    measured: _Measured | None = None,
 ) -> AuditedSet:
     """Prepare the OOD training set; its images are recovered from their targets.
 
@@ -85,9 +125,23 @@ def audit_targets(
         index: Index of the run.
         source: The OOD training set, as named by the user.
         name_of_row: Maps a row of the OOD training set to the name of the image.
+        measured: Computed from the images before; None to read them.
     """
     paired = np.flatnonzero(columns["patched"].read() == 0)
     row = columns["row"].read()[paired]
+    return AuditedSet(
+        f"the OOD training set ({source})",
+        kind="OOD",
+        fitted=True,
+        name_of=lambda position: name_of_row(int(row[position])),
+        **(measured or _measure_targets(columns, index, paired)),
+    )
+
+
+def _measure_targets(
+    columns: Mapping[str, Rows], index: Index, paired: NDArray[np.int64]
+) -> _Measured:
+    """Hash the OOD images and compare them with their nearest ID images."""
     positions = index.positions(columns["nearest"].read()[paired])
 
     def compare(start: int) -> tuple[_UInt64, _Float32]:
@@ -96,24 +150,26 @@ def audit_targets(
         images = (id_images - columns["heatmap"].take(paired[chunk])).astype(np.uint8)
         return hash_pixels(images), relative_difference(images, id_images)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
         chunks = list(pool.map(compare, range(0, len(paired), _CHUNK)))
-    return AuditedSet(
-        f"the OOD training set ({source})",
-        kind="OOD",
-        fitted=True,
-        name_of=lambda position: name_of_row(int(row[position])),
-        pixel_hash=np.concatenate([pixel_hash for pixel_hash, _ in chunks]),
-        nearest=positions,
-        difference=np.concatenate([difference for _, difference in chunks]),
-    )
+    return {
+        "pixel_hash": np.concatenate([pixel_hash for pixel_hash, _ in chunks]),
+        "nearest": positions,
+        "difference": np.concatenate([difference for _, difference in chunks]),
+    }
 
 
-def audit_open_targets(targets: Targets, index: Index) -> AuditedSet:
+def audit_open_targets(
+    targets: Targets, index: Index, measured: _Measured | None = None
+) -> AuditedSet:
     """Prepare the OOD training set of finished targets."""
     source = targets.results.source
     return audit_targets(
-        targets.columns, index, source, lambda row: _name_of_row(targets.manifest, source, row)
+        targets.columns,
+        index,
+        source,
+        lambda row: _name_of_row(targets.manifest, source, row),
+        measured,
     )
 
 
@@ -122,7 +178,7 @@ def _hash_all(images: Rows) -> _UInt64:
     chunks = [
         shard[start : start + _CHUNK] for shard in images for start in range(0, len(shard), _CHUNK)
     ]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return np.concatenate(list(pool.map(hash_pixels, chunks)))
 
 
@@ -165,9 +221,10 @@ def audit(
         OodHeatmapError: The cache is damaged, or an image is unreadable.
     """
     index = open_index(run)
-    sets = [audit_index(index)]
     if (run / "targets" / MANIFEST).is_file():
-        sets.append(audit_open_targets(open_targets(run, index), index))
+        sets = audit_training_sets(index, open_targets(run, index))
+    else:
+        sets = [audit_index(index)]
     forward = BatchedClassifier(index.classifier(device, num_maps=0), config.batch_size)
     id_features = FlatBank(index.columns["features"], unit_length, device)
     kinds: tuple[Literal["ID", "OOD"], ...] = ("ID", "OOD")

@@ -22,7 +22,7 @@ from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.duplicates import AuditedSet, find_overlaps
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet
-from ood_heatmap.pipeline.audit import audit_index, audit_open_targets
+from ood_heatmap.pipeline.audit import audit_training_sets
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
 from ood_heatmap.pipeline.results import EvaluationResults
@@ -202,7 +202,7 @@ def _find_overlaps(
     """Check that no image is in two sets that must not share one."""
     titles = {_HELD_OUT: "the held-out ID images", ID: "the ID test set"}
     titles |= {name: f"the OOD test set {name}" for name in scored if name not in titles}
-    sets = [audit_index(index), audit_open_targets(targets, index)]
+    sets = audit_training_sets(index, targets)
     for name, title in titles.items():
         if name in scored:
             sets.append(_to_audited(name, title, scored[name], subsets[name].images, index))

@@ -36,7 +36,7 @@ from ood_heatmap.duplicates import find_overlaps
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import ImageSet, Transform
-from ood_heatmap.pipeline.audit import audit_index, audit_targets
+from ood_heatmap.pipeline.audit import AUDIT, audit_index, audit_targets, save_audit
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.feed import available_memory
@@ -124,7 +124,8 @@ def build_targets(
         manifest = None
         if results is not None:
             content = stage_content(stage, schedule.names)
-            manifest = stage.commit(results, schedule.names, content=content, speed=speed)
+            names = [*schedule.names, AUDIT]
+            manifest = stage.commit(results, names, content=content, speed=speed)
         return broadcast(manifest)
 
 
@@ -315,10 +316,15 @@ def _collect(
     paired = columns["patched"].read() == 0
     kept = columns["row"].read()[paired]
     wanted = np.concatenate([task.source_rows for task in schedule.tasks[_PAIRED]])
-    ood = audit_targets(columns, index, images.source, lambda row: images.names[row])
+    sets = [
+        audit_index(index),
+        audit_targets(columns, index, images.source, lambda row: images.names[row]),
+    ]
+    with stage.writing(AUDIT) as scratch:
+        save_audit(scratch, sets)
     findings = [
         *check_ood_names(images.source, images.class_names, index.results.classes),
-        *find_overlaps([audit_index(index), ood]),
+        *find_overlaps(sets),
     ]
     return TargetsResults(
         source=images.source,

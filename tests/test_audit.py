@@ -12,7 +12,15 @@ from PIL import Image
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.cli import main
 from ood_heatmap.duplicates import hash_pixels, relative_difference
-from ood_heatmap.pipeline.audit import audit, audit_index, audit_open_targets
+from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.pipeline import audit as audits
+from ood_heatmap.pipeline.audit import (
+    AUDIT,
+    audit,
+    audit_index,
+    audit_open_targets,
+    audit_training_sets,
+)
 from ood_heatmap.pipeline.config import AuditConfig, EvaluateConfig, IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
@@ -50,6 +58,34 @@ def test_the_hashes_of_a_run_are_those_of_the_images_themselves(data, run):
     np.testing.assert_allclose(found.difference, wanted)
     names = sorted(path.name for path in (data / "ood").iterdir())
     assert [found.name_of(number) for number in range(30)] == [names[row] for row in rows]
+
+
+def test_what_targets_store_of_the_images_is_what_reading_them_again_gives(run, monkeypatch):
+    index = open_index(run)
+    targets = open_targets(run, index)
+    computed = [audit_index(index), audit_open_targets(targets, index)]
+    files = {name: item for name, item in targets.manifest.files.items() if name != AUDIT}
+    without = replace(targets, manifest=replace(targets.manifest, files=files))
+
+    def fail(*_):
+        raise AssertionError("the images are read again")
+
+    with monkeypatch.context() as patched:
+        for name in ("_hash_all", "_difference_within", "_measure_targets"):
+            patched.setattr(audits, name, fail)
+        stored = audit_training_sets(index, targets)
+        # of an earlier version
+        with pytest.raises(AssertionError, match="read again"):
+            audit_training_sets(index, without)
+    for found in (stored, audit_training_sets(index, without)):
+        for item, wanted in zip(found, computed, strict=True):
+            assert (item.title, item.name_of(3)) == (wanted.title, wanted.name_of(3))
+            for field in ("pixel_hash", "nearest", "difference"):
+                np.testing.assert_array_equal(getattr(item, field), getattr(wanted, field))
+    path = run / "targets" / AUDIT
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedCacheError, match=r"audit\.npz"):
+        audit_training_sets(index, targets)
 
 
 def test_the_difference_within_the_id_set_is_to_the_nearest_other_image(data, spec, tmp_path):
