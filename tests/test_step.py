@@ -10,6 +10,8 @@ import pytest
 import torch
 from simulated_cuda import CUDA, refuse_waiting, simulated_cuda
 from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ood_heatmap.decoder import Decoder, DecoderConfig, make_decoder
 from ood_heatmap.errors import UsageError
@@ -348,3 +350,44 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     target = whole.target[:size].abs() / 255
     wanted = ((1 + 5 * target) * (found - target) ** 2).sum().item() / size
     assert math.fsum(parts) / 2 == pytest.approx(wanted, rel=1e-5)
+
+
+class Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the dtypes that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.of.setdefault(func.overloadpacket.__name__, set()).add(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize(("stack", "num_maps"), [("plain", 0), ("plain", 1), ("dcgan", 1)])
+def test_in_bfloat16_only_products_are_bfloat16_at_the_shapes_of_imagenet(
+    monkeypatch, stack, num_maps
+):
+    """Shapes and dtypes of a GPU, without a GPU: nothing is computed."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    maps = ((2048, 7, 7),) * num_maps
+    shape = DecoderConfig(2048, 1000, 224, "magnitude", map_shapes=maps, stack=stack)
+    with FakeTensorMode(), torch.device("cuda"):
+        decoder = make_decoder(shape)
+        batch = TrainingBatch(
+            torch.empty(200, 2048),
+            torch.empty(200, dtype=torch.int32),
+            torch.empty(200, 3, 224, 224, dtype=torch.int16),
+            tuple(torch.empty(200, *item, dtype=torch.float16) for item in maps),
+            torch.empty(200, shape.num_inputs) if stack == "plain" else None,
+        )
+        with Dtypes() as dtypes:
+            loss = module._batch_loss(decoder, TrainConfig(stack=stack), batch)
+    assert (loss.dtype, loss.shape, loss.device.type) == (torch.float32, (), "cuda")
+    assert dtypes.of["convolution"] == {torch.bfloat16}
+    assert dtypes.of["sigmoid"] == {torch.float32}
+    assert dtypes.of.get("std", {torch.float32}) == {torch.float32}
+    assert dtypes.of["sum"] <= {torch.float32}
