@@ -42,9 +42,9 @@ def spatial_statistics(maps: Tensor) -> Tensor:
         ``(B, 2, C)`` float32, on the same device. Deviations from the mean keep the precision that
         a sum of squares would lose, and are 0 for a constant channel.
     """
-    values = maps.flatten(2).to(torch.float32, copy=True)
+    values = maps.flatten(2).float()
     mean = values.mean(2)
-    deviations = torch.linalg.vector_norm(values.sub_(mean[..., None]), dim=2)
+    deviations = torch.linalg.vector_norm(values - mean[..., None], dim=2)
     return torch.stack([mean, deviations.square()], dim=1)
 
 

@@ -1,10 +1,14 @@
 """What only a real GPU can show: equal bytes on request, and the same rows as on a CPU."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from ood_heatmap.cache.shards import map_shard
+from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.pipeline.verify import verify
 
 pytestmark = [
@@ -24,6 +28,20 @@ def test_deterministic_runs_are_equal_byte_for_byte(make_run, tree, tmp_path):
     different = [name for name in threads if processes.get(name) != threads[name]]
     assert different == []
     assert processes.keys() == threads.keys()
+
+
+@pytest.mark.parametrize("step", ["auto", "graph"])
+def test_a_deterministic_training_with_feature_maps_is_the_same_twice(run, tree, step):
+    """Maps are interpolated: by default the gradients of that are added in any order."""
+    config = TrainConfig(
+        epochs=3, batch_size=32, width=32, feature_maps=2, step=step, deterministic=True
+    )
+    made = []
+    for _ in range(2):
+        shutil.rmtree(run / "decoder")
+        train_decoder(run, CUDA, config)
+        made.append(tree(run / "decoder"))
+    assert made[0] == made[1]
 
 
 def test_the_caches_of_a_gpu_are_those_of_a_cpu_to_rounding(make_run, tmp_path):
