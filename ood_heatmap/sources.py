@@ -17,6 +17,7 @@ from ood_heatmap.source_tar import open_tars
 from ood_heatmap.source_torchvision import open_torchvision
 from ood_heatmap.union import SEPARATOR, unite
 
+_ARRAYS, _LISTS = (".npy", ".npz"), (".txt", *TABLES)
 # compressed ones are refused with the reason
 _TAR = re.compile(r".*\.(tar|tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)
 _OPENERS = {".tar": open_tars, ".parquet": open_parquet, ".arrow": open_arrow}
@@ -52,13 +53,22 @@ def open_images(
         if shards:
             return _open_shards(shards, source, class_order)
         return open_folder(path, class_order=class_order)
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix in _ARRAYS:
         return open_array_file(path)
-    if path.suffix in (".txt", *TABLES):
+    if path.suffix in _LISTS:
         return open_list(path, class_order=class_order)
     if path.is_file():
         return _open_shards([str(path)], source, class_order)
     return open_torchvision(source, data_root, download)
+
+
+def is_image_set(source: str) -> bool:
+    """Return whether a path is that of an image set which is not a folder of image files."""
+    if is_pattern(source):
+        return True
+    if os.path.isdir(source):
+        return bool(find_saved_files(source) or find_shards(source, _shard_kind))
+    return Path(source).suffix in (*_ARRAYS, *_LISTS) or bool(_shard_kind(source))
 
 
 def _shard_kind(path: str) -> str:

@@ -27,11 +27,15 @@ from ood_heatmap.decoding import Batch, Unreadable, iter_batches, prefetch
 from ood_heatmap.detector import HeatmapDetector, Result
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import add_legend, overlay
+from ood_heatmap.images import ImageSet
+from ood_heatmap.listing import Names
 from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.source_folder import find_images, from_paths
+from ood_heatmap.sources import is_image_set, open_images
+from ood_heatmap.union import unite
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +120,36 @@ def list_images(inputs: Sequence[Path], out: Path) -> list[Path]:
     return paths
 
 
+def open_inputs(inputs: Sequence[Path], out: Path) -> tuple[list[Path], ImageSet]:
+    """Open image files, folders of them, and image sets of any other kind.
+
+    Args:
+        inputs: Files, folders, ``-`` and image sets, such as tar files.
+        out: The output folder; skipped if it lies below one of the folders.
+
+    Returns:
+        The path of each image, where it has one, and the images.
+
+    Raises:
+        OodHeatmapError: An input is missing or cannot be read, or a folder has no images.
+    """
+    if not any(is_image_set(str(path)) for path in inputs):
+        paths = list_images(inputs, out)
+        return paths, from_paths(paths)
+    paths, sets = [], []
+    for path in inputs:
+        if is_image_set(str(path)):
+            images = open_images(str(path))
+            found = list(map(Path, images.names))
+        else:
+            found = list_images([path], out)
+            images = from_paths(found)
+        paths += found
+        sets.append(images)
+    union = unite(sets, need_labels=False)
+    return paths, replace(union, names=Names(map(str, paths)))
+
+
 def _read_list(out: Path) -> Iterator[Path]:
     """Yield the paths listed on standard input; missing files raise only when they are read."""
     lines = [line.rstrip("\r") for line in os.fsdecode(sys.stdin.buffer.read()).split("\n")]
@@ -129,7 +163,11 @@ def _read_list(out: Path) -> Iterator[Path]:
 
 
 def predict(
-    detector: HeatmapDetector, paths: Sequence[Path], out: Path, config: PredictConfig
+    detector: HeatmapDetector,
+    paths: Sequence[Path],
+    out: Path,
+    config: PredictConfig,
+    images: ImageSet | None = None,
 ) -> PredictResults:
     """Write ``scores.csv`` or ``scores.jsonl``, and overlay and raw heatmap of each image.
 
@@ -138,16 +176,18 @@ def predict(
 
     Args:
         detector: A trained detector.
-        paths: Image files.
+        paths: Image files, or what ``images`` are called in the table.
         out: The output folder; created if missing, and locked while writing.
         config: Settings of the command.
+        images: The images, if they are not in files of their own.
 
     Raises:
         OodHeatmapError: Another process writes to the folder, or the table cannot be written.
     """
     make_directory(out)
     results = PredictResults(out / f"scores.{config.format}")
-    images, names = from_paths(paths), _make_output_names(paths)
+    images = from_paths(paths) if images is None else images
+    names = _make_output_names(paths)
     meter = Meter(len(paths), "predict")
     chunks = (
         np.arange(start, min(start + config.batch_size, len(paths)))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.figures import _truncate, add_legend, overlay
 from ood_heatmap.pipeline import predict as predict_module
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.predict import _make_output_names, list_images, predict
+from ood_heatmap.pipeline.predict import _make_output_names, list_images, open_inputs, predict
 
 CALIBRATION = Calibration.fit(*np.linspace((0, 0), (1, 1), 99, dtype=np.float32).T)
 
@@ -469,3 +470,31 @@ def test_long_names_are_cut_at_the_width():
     cut = _truncate("Cardigan Welsh corgi, Cardigan", font, 100)
     assert cut.endswith("…")
     assert font.getlength(cut) <= 100 < font.getlength(cut[:-1] + "xxx…")
+
+
+def test_images_of_any_image_set_are_scored_as_their_files_are(detector, data, tmp_path):
+    files = sorted((data / "far").iterdir())[:6]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in files[:3]:
+            tar.add(path, path.name)
+    (tmp_path / "b.txt").write_text(f"{files[4]}\n{files[5]}\n")
+    inputs = [tmp_path / "a.tar", files[3], tmp_path / "b.txt"]
+    paths, images = open_inputs(inputs, tmp_path / "out")
+    assert paths == [*(Path(f"a.tar/{path.name}") for path in files[:3]), *files[3:]]
+    assert list(images.names) == list(map(str, paths))
+    predict(detector, paths, tmp_path / "out", PredictConfig(), images)
+    predict(detector, files, tmp_path / "wanted", PredictConfig())
+    found, wanted = (
+        list(csv.DictReader((tmp_path / name / "scores.csv").read_text().splitlines()))
+        for name in ("out", "wanted")
+    )
+    assert [line.pop("image") for line in found] == list(map(str, paths))
+    assert [line.pop("image") for line in wanted] == list(map(str, files))
+    assert found == wanted
+
+
+def test_files_and_folders_are_opened_by_their_paths(data, tmp_path):
+    inputs = [data / "far", data / "ood" / "000.png"]
+    paths, images = open_inputs(inputs, tmp_path)
+    assert paths == list_images(inputs, tmp_path)
+    assert list(images.names) == list(map(str, paths))
