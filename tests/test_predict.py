@@ -119,11 +119,11 @@ def test_images_of_any_size_and_mode_go_through_the_transform(detector, tmp_path
 def test_an_interruption_leaves_whole_files_only(detector, paths, tmp_path, monkeypatch):
     decode, calls = detector.decode, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return decode(*arguments)
+        return decode(*arguments, **options)
 
     monkeypatch.setattr(detector, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
