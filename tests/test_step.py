@@ -352,7 +352,7 @@ def test_a_loss_is_the_mean_over_the_whole_batch(monkeypatch, size):
     assert math.fsum(parts) / 2 == pytest.approx(wanted, rel=1e-5)
 
 
-class Dtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Dtypes(TorchDispatchMode):
     """Notes the dtypes that operations return."""
 
     def __init__(self) -> None:
