@@ -86,11 +86,13 @@ def main(context: click.Context) -> None:
 
 
 def conclude(results: "Results", next_command: str = "", *, allow_suspicious: bool = True) -> None:
-    """Print the warnings of a stage and the next command.
+    """Print the summary and warnings of a stage, and the next command.
 
     Raises:
         OodHeatmapError: A result is suspicious and that is not allowed.
     """
+    for line in results.summary():
+        click.echo(line)
     for warning in results.warnings:
         click.echo(f"{click.style('warning:', fg='yellow')} {printable(warning)}", err=True)
     if results.suspicious and not allow_suspicious:
@@ -117,7 +119,6 @@ def index(
         ood-heatmap index runs/own --id photos/train --classifier model.py:make_model
         --weights model.safetensors --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --size 224
     """
-    from ood_heatmap.checkpoints import first_few
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.index import build_index
     from ood_heatmap.pipeline.inputs import open_classifier, open_sources
@@ -140,15 +141,6 @@ def index(
         maps = [f"{name} {shape}" for name, shape in zip(network.map_names, shapes, strict=True)]
         click.echo(f"feature maps: {', '.join(maps) or 'none'}")
         results = IndexResults.from_manifest(build_index(run, images, network, config))
-    counts, accuracy = results.class_counts, results.accuracy
-    click.echo(f"{results.num_images} ID images, {results.backend}")
-    click.echo(
-        f"accuracy {accuracy:.2%}" if accuracy is not None else "accuracy unknown: no labels"
-    )
-    click.echo(f"images predicted as each class: {min(counts)} to {max(counts)}")
-    empty = [str(label) for label, count in enumerate(counts) if count == 0]
-    if empty:
-        click.echo(f"no image is predicted as class {first_few(empty, 10)}")
     conclude(results, f"targets {run} --ood SOURCE", allow_suspicious=config.allow_suspicious)
 
 
@@ -172,14 +164,6 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
     with stage_device(device) as torch_device:
         images = open_sources(data.ood_sources, data, need_labels=False)
         results = TargetsResults.from_manifest(build_targets(run, images, torch_device, config))
-    click.echo(
-        f"{results.num_images} OOD images paired ({results.pairing}), {results.backend}; "
-        f"median distance {results.median_distance:.3g}"
-    )
-    if results.num_without_class:
-        click.echo(f"{results.num_without_class} had no ID image of their class: searched all")
-    if results.num_patched:
-        click.echo(f"{results.num_patched} ID images with a patch of an OOD image")
     conclude(results, f"train {run}", allow_suspicious=config.allow_suspicious)
 
 
@@ -188,7 +172,7 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
 @_train_options
 @device_option
 def train(run: Path, config: TrainConfig, device: str) -> None:
-    """Stage 3: train the decoder of RUN from cached arrays alone.
+    """Stage 3: train the decoder of RUN from cached arrays only.
 
     \b
     Example:
@@ -200,10 +184,6 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
 
     with stage_device(device) as torch_device:
         results = DecoderResults.from_manifest(train_decoder(run, torch_device, config))
-    click.echo(
-        f"decoder of {results.num_parameters:,} parameters, {results.decoder['target']} "
-        f"target, trained on {results.num_id} ID and {results.num_ood} OOD images"
-    )
     conclude(results, f"evaluate {run} --id SOURCE --ood NAME=SOURCE")
 
 

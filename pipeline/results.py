@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ood_heatmap.cache.manifest import Manifest
+from ood_heatmap.checkpoints import first_few
 from ood_heatmap.errors import DamagedCacheError
 
 _ResultsT = TypeVar("_ResultsT", bound="Results")
@@ -21,6 +22,10 @@ class Results:
 
     warnings: tuple[str, ...] = ()
     suspicious: tuple[str, ...] = ()
+
+    def summary(self) -> list[str]:
+        """Return lines that summarize the results for the terminal."""
+        return []
 
     def to_json(self) -> dict[str, Any]:
         """Return the results as stored in a manifest."""
@@ -103,6 +108,17 @@ class IndexResults(Results):
     skipped: tuple[str, ...]
     versions: dict[str, Any]
 
+    def summary(self) -> list[str]:
+        """Return number of images, accuracy, and the spread of the predicted classes."""
+        accuracy = "unknown: no labels" if self.accuracy is None else f"{self.accuracy:.2%}"
+        empty = [str(label) for label, count in enumerate(self.class_counts) if count == 0]
+        return [
+            f"{self.num_images} ID images, {self.backend}",
+            f"accuracy {accuracy}",
+            f"images predicted as each class: {min(self.class_counts)} to {max(self.class_counts)}",
+            *([f"no image is predicted as class {first_few(empty, 10)}"] if empty else []),
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetsResults(Results):
@@ -128,6 +144,18 @@ class TargetsResults(Results):
     median_distance: float
     skipped: tuple[str, ...]
 
+    def summary(self) -> list[str]:
+        """Return the number of pairs and patched images."""
+        lines = [
+            f"{self.num_images} OOD images paired ({self.pairing}), {self.backend}",
+            f"median distance {self.median_distance:.3g}",
+        ]
+        if self.num_without_class:
+            lines.append(f"{self.num_without_class} had no ID image of their class: searched all")
+        if self.num_patched:
+            lines.append(f"{self.num_patched} ID images with a patch of an OOD image")
+        return lines
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderResults(Results):
@@ -148,6 +176,13 @@ class DecoderResults(Results):
     num_ood: int
     pairing: str
     color_max: float
+
+    def summary(self) -> list[str]:
+        """Return the size of the decoder and of its training set."""
+        return [
+            f"decoder of {self.num_parameters:,} parameters, {self.decoder['target']} target",
+            f"trained on {self.num_id} ID and {self.num_ood} OOD images",
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
