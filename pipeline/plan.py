@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ood_heatmap.cache.shards import bytes_per_row
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.decoder import Decoder, make_decoder
+from ood_heatmap.devices import kernel_selection
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.embed import embed
@@ -74,7 +75,8 @@ def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) ->
         config: Settings of the stage.
     """
     check_classes(images, classifier, config)
-    rate = _measure_embedding_rate(images, np.arange(len(images)), classifier, config)
+    with kernel_selection(deterministic=config.deterministic):
+        rate = _measure_embedding_rate(images, np.arange(len(images)), classifier, config)
     weights = sum(tensor.nbytes for tensor in classifier.network.state_dict().values())
     # index.faiss: built in memory, then written
     bank = len(images) * classifier.num_features * 4
@@ -100,7 +102,8 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
     """
     index = map_index(run, read_manifest(run, "index"))
     rows = choose_rows(images, config)
-    rate = _measure_embedding_rate(images, rows, index.classifier(device), config)
+    with kernel_selection(deterministic=config.deterministic):
+        rate = _measure_embedding_rate(images, rows, index.classifier(device), config)
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
     count = len(rows) + round(config.patched * len(rows))
     row_bytes = bytes_per_row(columns_from_index(index))
@@ -136,7 +139,8 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     # untrained: only its speed and size matter here
     decoder = make_decoder(decoder_config(index, config)).to(device)
     num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
-    rate = _measure_training_rate(decoder, data, device, config)
+    with kernel_selection(deterministic=config.deterministic):
+        rate = _measure_training_rate(decoder, data, device, config)
     weights = sum(tensor.nbytes for tensor in decoder.state_dict().values())
     return Plan(
         rows=len(data),

@@ -9,6 +9,7 @@ import torch
 from simulated_cuda import CUDA, simulated_cuda
 
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
+from ood_heatmap.heatmap import difference
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.run import Index, open_index, open_targets
@@ -235,7 +236,7 @@ def test_a_search_waits_for_as_many_images_as_the_memory_allows(monkeypatch, fre
 
 
 def test_targets_are_computed_beside_the_loop_that_feeds_the_device(run, data, monkeypatch):
-    difference, threads = module.difference, []
+    threads = []
 
     def watched(*arrays):
         threads.append(threading.current_thread())
