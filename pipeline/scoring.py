@@ -461,7 +461,8 @@ def make_localization_methods(
         locations = FlatBank(Rows([drawn]), lambda rows: rows - centre, device)
     return LocalizationMethods(
         index,
-        index.bank(device),
+        # on the CPU: a few queries, and only the classes that are predicted for them
+        index.bank(torch.device("cpu")),
         decoder,
         forward,
         BatchedClassifier(shuffled, config.batch_size),

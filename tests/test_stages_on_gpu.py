@@ -14,8 +14,12 @@ from safetensors.numpy import load_file
 from simulated_cuda import CUDA, refuse_waiting, simulated_cuda
 
 from ood_heatmap.pipeline import train as module
-from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.config import EvaluateConfig, LocalizeConfig, TrainConfig
+from ood_heatmap.pipeline.evaluate import evaluate
+from ood_heatmap.pipeline.localize import localize
+from ood_heatmap.pipeline.run import Index
 from ood_heatmap.pipeline.train import train_decoder
+from ood_heatmap.sources import open_images
 
 
 @contextmanager
@@ -73,6 +77,21 @@ def test_decoder_and_evaluation_are_those_of_the_cpu(gpu_run, finished_run):
                     np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
                 else:
                     np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_few_queries_do_not_move_the_bank_to_a_gpu(gpu_run, data, tmp_path, monkeypatch):
+    """The report and localize search for some hundred images."""
+    run = shutil.copytree(gpu_run, tmp_path / "run")
+    shutil.rmtree(run / "evaluation")
+    banks, open_bank = [], Index.bank
+    monkeypatch.setattr(
+        Index, "bank", lambda index, device: banks.append(open_bank(index, device)) or banks[-1]
+    )
+    test, far = (open_images(str(data / name)) for name in ("test", "far"))
+    with simulated_cuda():
+        evaluate(run, test, {"far": far}, CUDA, EvaluateConfig(batch_size=16, gallery=2))
+        localize(run, test, {"far": far}, CUDA, LocalizeConfig(count=2))
+    assert [bank.device.type for bank in banks] == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
