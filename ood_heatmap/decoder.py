@@ -420,7 +420,7 @@ def _all_reduce_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _AllReduce(torch.autograd.Function):
     """The sum over all ranks, also of the gradients: what every rank returns depends on all inputs.
 
-    PyTorch's own differentiable ``all_reduce`` is deprecated and fails under ``torch.compile``.
+    PyTorch's own differentiable ``all_reduce`` is deprecated.
     """
 
     @staticmethod

@@ -146,6 +146,11 @@ def make_step(
         UsageError: This kind of step is not available here.
     """
     if config.step == "compiled":
+        # compiled, the sums over all ranks in its batch norm are not what they are in eager steps
+        if config.stack == "dcgan" and world_size() > 1:
+            raise UsageError(
+                "--step compiled with --stack dcgan is for one process: use --step auto."
+            )
         return "compiled", _make_compiled_step(decoder, optimizer, config, example)
     eager = _make_eager_step(decoder, optimizer, config)
     on_gpu, num_ranks = example.features.device.type == "cuda", world_size()

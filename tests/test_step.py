@@ -118,6 +118,14 @@ def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
         make_step(decoder, optimizer, replace(CONFIG, step="compiled"), example())
 
 
+def test_compiled_batch_norm_over_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    decoder, optimizer, _ = fresh()
+    config = replace(CONFIG, step="compiled", stack="dcgan")
+    with pytest.raises(UsageError, match=r"dcgan is for one process: use --step auto"):
+        make_step(decoder, optimizer, config, example())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     "ATEN_CPU_CAPABILITY" in os.environ, reason="PyTorch compiles for the processor regardless"
