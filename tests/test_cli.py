@@ -320,8 +320,9 @@ def test_names_that_are_not_utf8_are_printed_escaped(tmp_path):
 
 
 def examples():
-    """Yield the command lines of the README and of the help texts."""
-    texts = [(Path(__file__).parent.parent / "README.md").read_text("utf-8")]
+    """Yield the command lines of the README, of the sources' page and of the help texts."""
+    root = Path(__file__).parent.parent
+    texts = [(root / name).read_text("utf-8") for name in ("README.md", "docs/sources.md")]
     commands = [*main.commands.values(), *plan.commands.values()]
     texts += [command.help or "" for command in commands]
     for text in texts:
@@ -332,9 +333,9 @@ def examples():
 
 
 @pytest.mark.parametrize("line", sorted(set(examples())))
-def test_examples_of_readme_and_help_are_commands_that_parse(line, tmp_path, monkeypatch):
+def test_examples_of_readme_sources_and_help_are_commands_that_parse(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for run in ("runs/c10", "RUN", "..."):
+    for run in ("runs/c10", "runs/own", "RUN", "..."):
         Path(run).mkdir(parents=True, exist_ok=True)
     name, *arguments = shlex.split(line)
     group: click.Group = main
