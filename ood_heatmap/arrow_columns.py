@@ -16,7 +16,7 @@ _EXTRA = "pip install 'ood-heatmap[arrow]'"
 
 @contextmanager
 def naming_damage(path: str, kind: str) -> Iterator[None]:
-    """Turn what pyarrow raises on a damaged file into one line that names the file.
+    """Turn any exception of pyarrow on a damaged file into a one-line error that names the file.
 
     Raises:
         OodHeatmapError: The file cannot be read.
@@ -38,8 +38,8 @@ class Columns(NamedTuple):
     Args:
         image: Name of the column of images: bytes, or a struct of bytes and path.
         has_path: Whether it is a struct with paths.
-        label: Name of the column of labels, None without one.
-        class_names: Names of the classes by label, empty if unknown.
+        label: Name of the column of labels; None if there is none.
+        class_names: Names of the classes by label; empty if unknown.
     """
 
     image: str
@@ -65,7 +65,7 @@ def import_arrow(module: str, source: str) -> Any:
 def choose_columns(schema: Any, source: str) -> Columns:
     """Choose the columns of images and labels.
 
-    Features that ``datasets`` has stored in the schema come first; without them images are a
+    Features that ``datasets`` has stored in the schema take precedence; without them, images are a
     column of bytes, or of structs with ``bytes``.
 
     Args:
@@ -107,7 +107,7 @@ def _read_features(schema: Any) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _holds_bytes(kind: Any, types: Any) -> bool:
-    """Return whether a column of this type can hold image files."""
+    """Return whether a column of this type can contain image files."""
     if types.is_struct(kind):
         position = kind.get_field_index("bytes")
         return position >= 0 and _holds_bytes(kind.field(position).type, types)
@@ -144,9 +144,9 @@ def add_rows(names: Names, labels: Labels, batch: Any, columns: Columns) -> None
     """Add the names and labels of images: their paths, or their rows if they have none.
 
     Args:
-        names: Where the names are added.
-        labels: Where the labels are added.
-        batch: ``pyarrow.RecordBatch`` without null structs, or with all fields of them null.
+        names: Names to append to.
+        labels: Labels to append to.
+        batch: ``pyarrow.RecordBatch``; all fields of null structs must be null.
         columns: The columns of the batch.
     """
     first, paths = len(names), [None] * batch.num_rows

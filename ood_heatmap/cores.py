@@ -1,4 +1,4 @@
-"""The cores of this process and the ranks of this machine, known without PyTorch."""
+"""Number of cores of this process and of ranks on this machine, without PyTorch."""
 
 import os
 
@@ -9,6 +9,6 @@ def local_world_size() -> int:
 
 
 def num_cores() -> int:
-    """Return the cores for this process: its share of those that the system grants, at least 1."""
+    """Return the number of cores for this process: its share of those available, at least 1."""
     granted = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     return max(1, len(granted) // local_world_size())

@@ -20,7 +20,7 @@ from ood_heatmap.heatmap import pixel_score, score
 from ood_heatmap.images import Transform, apply_transform
 
 if TYPE_CHECKING:
-    # whoever has a detector has made them: this module only calls them
+    # only for annotations: this module calls them, but does not create them
     from ood_heatmap.classifier import Classifier, Output
     from ood_heatmap.decoder import Decoder
 
@@ -198,8 +198,8 @@ class HeatmapDetector:
         """Compute heatmaps, scores and decisions from the classifier's output.
 
         Args:
-            output: On the detector's device.
-            heatmaps: Return the heatmaps; without, they stay on the device and the result has none.
+            output: Output of the classifier, on the detector's device.
+            heatmaps: Copy the heatmaps to the host; if False, the result has none.
         """
         prediction = output.logits.argmax(dim=1)
         heatmap = decode_heatmap(self.decoder, output, prediction)

@@ -44,7 +44,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Initialise the process group of torchrun for the block; without torchrun do nothing.
 
     Args:
-        device: Of this rank. Tensors on GPUs go through NCCL, everything else through gloo.
+        device: Device of this rank. GPU tensors go through NCCL, everything else through gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield

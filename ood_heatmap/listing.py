@@ -25,7 +25,7 @@ def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        # a name with a null character is no file
+        # a name with a null character is not a file
         return -1, -1
     return status.st_size, status.st_mtime_ns
 

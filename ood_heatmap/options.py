@@ -241,8 +241,8 @@ def raise_descriptor_limit() -> None:
 def share_cores() -> None:
     """Give each rank its share of the cores, unless the user has set ``OMP_NUM_THREADS``.
 
-    torchrun sets it to 1, which leaves most cores idle: PyTorch, BLAS and FAISS all follow it. They
-    read it when they are loaded, so this comes before.
+    torchrun sets it to 1, which leaves most cores idle: PyTorch, BLAS and FAISS all follow it. Call
+    this before they are imported: they read the variable once.
     """
     if (
         local_world_size() > 1
@@ -253,9 +253,9 @@ def share_cores() -> None:
 
 
 def _is_set_in_parent() -> bool:
-    """Return whether torchrun itself was started with ``OMP_NUM_THREADS``, or nobody can tell."""
+    """Return whether torchrun itself was started with ``OMP_NUM_THREADS``; True if unknown."""
     try:
-        # as of the start of the process: what it sets for its children is not in there
+        # the environment at the start of the process, without what it sets for its children
         environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
     except OSError:
         return True

@@ -91,7 +91,7 @@ def check_unchanged(path: str, stamp: tuple[int, int], descriptor: int | None = 
     Args:
         path: The file.
         stamp: Its size and modification time as of the listing.
-        descriptor: Of the file, if it is open.
+        descriptor: Descriptor of the file, if it is open.
 
     Raises:
         OSError: It is missing.

@@ -1,7 +1,7 @@
 """Image sets in Arrow files, as ``Dataset.save_to_disk`` of Hugging Face writes them.
 
-The bytes of an image are in one place in the file. Their positions are read from the tables, and
-the bytes by position, so that no file stays mapped or open.
+The bytes of an image are contiguous in the file. Offsets are read from the tables once, and then
+the bytes by offset, so that no file stays mapped or open.
 """
 
 import json
@@ -30,11 +30,11 @@ _FILE_MAGIC = b"ARROW1"
 
 
 def find_saved_files(folder: str) -> list[str]:
-    """Return the Arrow files of a data set saved in a folder, in order; none if it is none.
+    """Return the Arrow files of a data set saved in a folder, in order; empty if there is none.
 
     Raises:
-        UsageError: The folder holds several splits.
-        OodHeatmapError: What describes the data set is damaged.
+        UsageError: The folder contains several splits.
+        OodHeatmapError: The description of the data set is damaged.
     """
     splits = _read_json(folder, _SPLITS).get("splits")
     if isinstance(splits, list):
@@ -57,7 +57,7 @@ def find_saved_files(folder: str) -> list[str]:
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:
-    """Read a JSON file of a data set; empty if it is missing or not of one."""
+    """Read a JSON file of a data set; empty if it is missing or not a JSON object."""
     try:
         with open(os.path.join(folder, name), "rb") as file:
             content = json.load(file)
@@ -72,7 +72,7 @@ def open_arrow(paths: Sequence[str], *, source: str, class_order: ClassOrder = "
     Args:
         paths: The files, in the order of their rows; IPC streams or files, not compressed.
         source: Name for messages.
-        class_order: Order in which class names are numbered where the files do not say it.
+        class_order: Order in which class names are numbered if the files do not define it.
 
     Raises:
         OodHeatmapError: A file is damaged or compressed, or it is unclear what its images are.
@@ -84,7 +84,7 @@ def open_arrow(paths: Sequence[str], *, source: str, class_order: ClassOrder = "
     if not any(len(file.names) for file in files):
         raise OodHeatmapError(f"{printable(source)} contains no images: it has no rows.")
     if not any(file.sizes.any() for file in files):
-        # stored as paths alone
+        # only paths are stored
         names = Names(file.names.raw(row) for file in files for row in range(len(file.names)))
         folder = os.path.dirname(paths[0])
         return set_of_files(folder, names, source=source, labelling=labelling)
@@ -106,7 +106,7 @@ def _list_file(path: str, labels: Labels) -> tuple[PackedFile, tuple[str, ...]]:
         columns = choose_columns(schema, path)
         for batch in batches:
             images = batch.column(columns.image)
-            # of bytes, positions alone are read for this
+            # for bytes this reads only the offsets
             images.validate(full=True)
             offset, num_bytes = _locate(images, content, path, pyarrow)
             offsets.append(offset)
@@ -129,7 +129,7 @@ def _open_tables(content: Any, pyarrow: Any) -> tuple[Any, Iterator[Any]]:
 def _locate(
     images: Any, content: Any, path: str, pyarrow: Any
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where the bytes of each image are in the file, and how many; 0 of those without.
+    """Return offset and number of bytes of each image in the file; 0 bytes if it is null.
 
     Args:
         images: ``(N,)`` array of bytes, or of structs of bytes and path.
@@ -138,10 +138,10 @@ def _locate(
         pyarrow: The module.
 
     Raises:
-        OodHeatmapError: They are not in the file as they are.
+        OodHeatmapError: The file is compressed.
     """
     if pyarrow.types.is_struct(images.type):
-        # of a null struct, the field is null as well
+        # the fields of a null struct are null as well
         images = images.flatten()[images.type.get_field_index("bytes")]
     is_large = pyarrow.types.is_large_binary(images.type)
     _, ends, values = images.buffers()

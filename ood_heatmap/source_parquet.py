@@ -1,6 +1,6 @@
-"""Image sets in Parquet files, as Hugging Face data sets are published.
+"""Image sets in Parquet files, the format of data sets on the Hugging Face Hub.
 
-A row group is the smallest part that can be read; each thread keeps the last one that it has read.
+A row group is the smallest unit that can be read; each thread caches the last one it has read.
 """
 
 import logging
@@ -28,7 +28,7 @@ from ood_heatmap.packed import Shard, check_unchanged, set_of_shards
 
 log = logging.getLogger(__name__)
 
-# what a thread holds in memory; more than the maximum, Arrow cannot keep in one piece
+# bytes of a row group, which a thread holds in memory; the maximum of a contiguous Arrow array
 _LARGE_GROUP, _MAX_GROUP = 256 * 10**6, 2**31
 
 
@@ -37,7 +37,7 @@ class _File(Shard):
     """A Parquet file; ``sizes`` is ``(G, 2)``, rows and bytes of the images of each row group.
 
     Args:
-        columns: Its columns.
+        columns: The columns of images and labels.
     """
 
     columns: Columns
@@ -51,7 +51,7 @@ def open_parquet(
     Args:
         paths: The files, in the order of their rows.
         source: Name for messages.
-        class_order: Order in which class names are numbered where the files do not say it.
+        class_order: Order in which class names are numbered if the files do not define it.
 
     Raises:
         OodHeatmapError: A file is damaged, or it is unclear what its images are.
@@ -92,12 +92,12 @@ def _read_names_and_labels(file: Any, group: int, columns: Columns) -> list[Any]
     """Return the record batches of a row group, without the bytes of the images."""
     wanted = [f"{columns.image}.path"] if columns.has_path else []
     wanted += [columns.label] if columns.label else []
-    # without any column, a table has its number of rows all the same
+    # a table without columns still has its number of rows
     return list(file.read_row_group(group, columns=wanted, use_threads=False).to_batches())
 
 
 def _num_image_bytes(group: Any, columns: Columns) -> int:
-    """Return the bytes of the images of a row group, not compressed."""
+    """Return the uncompressed bytes of the images of a row group."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     return sum(
         chunk.total_uncompressed_size
@@ -107,7 +107,7 @@ def _num_image_bytes(group: Any, columns: Columns) -> int:
 
 
 def _check_groups(files: Sequence[_File], source: str) -> None:
-    """Refuse row groups that are too large to be read, and warn of large ones.
+    """Refuse row groups that are too large to be read, and warn about large ones.
 
     Raises:
         OodHeatmapError: A row group is too large.
@@ -116,8 +116,8 @@ def _check_groups(files: Sequence[_File], source: str) -> None:
     advice = "write it again with row_group_size=100"
     if num_bytes > _MAX_GROUP:
         raise OodHeatmapError(
-            f"{source} has a row group of {num_bytes / 1e9:.1f} GB, which cannot be read in "
-            f"pieces: {advice}."
+            f"{source} has a row group of {num_bytes / 1e9:.1f} GB, which is too large to be read: "
+            f"{advice}."
         )
     if num_bytes > _LARGE_GROUP:
         log.warning(
@@ -152,7 +152,7 @@ class _GroupReader:
         group = bisect_right(self._group_ends[number], row)
         first = self._group_ends[number][group - 1] if group else 0
         if getattr(self._last, "group", None) != (number, group):
-            # not both in memory at the same time
+            # drop the old group first: two may not fit in memory
             self._last.images = None
             self._last.images = _read_group(self._files[number], group)
             self._last.group = (number, group)
@@ -173,6 +173,6 @@ def _read_group(file: _File, group: int) -> Any:
     ):
         if opened.schema_arrow.field(name).type.num_fields:
             name = f"{name}.bytes"
-        # Arrow's threads do not survive a fork, and the others are busy decoding
+        # Arrow's threads do not survive a fork, and other cores are busy decoding
         table = opened.read_row_group(group, columns=[name], use_threads=False)
     return table.flatten().column(name)

@@ -251,7 +251,7 @@ def open_feed(
 
     Args:
         data: The training set.
-        device: Of this rank.
+        device: Device of this rank.
         choice: ``auto``, ``resident``, ``memory`` or ``streaming``.
         size: Images of the largest batch.
 

@@ -33,8 +33,8 @@ def open_sources(
     """Open the union of image sets; rank 0 first, so that only one rank downloads.
 
     Args:
-        sources: What the user names, at least one.
-        data: Where image sets are found.
+        sources: Sources as named by the user, at least one.
+        data: Root folder and download option.
         class_order: Order of class names that defines the labels.
         need_labels: Raise if the classes of the sources cannot be matched.
     """
