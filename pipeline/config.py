@@ -145,9 +145,9 @@ def _workers_from_cores() -> int:
 
 def _source(images: str, flag: str) -> Option:
     text = (
-        f"{images}, which may be repeated: a folder, WebDataset shards ('x-{{000..147}}.tar'), "
-        "Parquet or Arrow files of Hugging Face datasets, a .txt or .csv list of files, an .npy or "
-        ".npz file, or a torchvision NAME/SPLIT."
+        f"{images}: a folder, WebDataset shards ('x-{{000..147}}.tar'), Parquet or Arrow files of "
+        "Hugging Face datasets, a .txt or .csv list of files, an .npy or .npz file, or a "
+        "torchvision NAME/SPLIT; may be repeated."
     )
     return Option(text, "Data", flag=flag, metavar="SOURCE")
 
@@ -175,7 +175,8 @@ _Overwrite: TypeAlias = Annotated[
 _ShardMegabytes: TypeAlias = Annotated[
     int,
     Option(
-        "Approximate size of a shard on disk, in megabytes; more if there were over 20,000 shards.",
+        "Approximate size of a shard on disk, in megabytes; larger if needed for at most 20,000 "
+        "shards.",
         "Output",
         min=1,
     ),
@@ -195,7 +196,7 @@ _BatchSize: TypeAlias = Annotated[
 _Deterministic: TypeAlias = Annotated[
     bool,
     Option(
-        "Use deterministic algorithms only: the same bits every time on one kind of GPU, but "
+        "Use only deterministic algorithms: bit-identical results on the same kind of GPU, but "
         "slower. On a CPU results are deterministic without it.",
         "Speed",
         affects_result=False,
@@ -351,7 +352,7 @@ class ReadConfig(Settings):
 
     batch_size: _BatchSize = 256
     workers: Annotated[
-        int | None, _workers("Threads that decode images; from 3 on, processes.")
+        int | None, _workers("Threads that decode images; 3 or more are processes.")
     ] = None
     skip_unreadable: Annotated[
         bool, Option("Skip images that cannot be read, and list them.", "Data")

@@ -257,7 +257,7 @@ def test_numbers_that_are_none_are_usage_errors(run, arguments):
         (
             "localize",
             "--workers",
-            "Threads that decode images; from 3 on, processes.",
+            "Threads that decode images; 3 or more are processes.",
             "1<=x<=256",
             None,
         ),
