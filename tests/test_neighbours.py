@@ -242,7 +242,10 @@ def test_the_index_file_holds_the_rows_in_order_and_damage_is_refused(tmp_path):
     path = tmp_path / "index.faiss"
     neighbours.write_index(path, Rows([features[:4], features[4:]]), order)
     np.testing.assert_array_equal(neighbours.read_index(path, 10, 3), features[order])
-    assert isinstance(faiss.read_index(str(path)), faiss.IndexFlatL2)
+    index = faiss.IndexFlatL2(3)
+    index.add(features[order])
+    faiss.write_index(index, str(tmp_path / "added.faiss"))
+    assert path.read_bytes() == (tmp_path / "added.faiss").read_bytes()
     with pytest.raises(DamagedCacheError, match="not a flat index with 11 rows"):
         neighbours.read_index(path, 11, 3)
     path.write_bytes(path.read_bytes()[:60])
