@@ -113,6 +113,24 @@ class ChainedNames(_SequenceOfNames):
         return prefix + names[row - (self._ends[part - 1] if part else 0)]
 
 
+class SelectedNames(_SequenceOfNames):
+    """The names of some rows, looked up when asked for.
+
+    Args:
+        names: Names of all rows.
+        rows: ``(B,)`` selected rows.
+    """
+
+    def __init__(self, names: Sequence[str], rows: NDArray[np.int64]) -> None:
+        self._names, self._rows = names, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _name(self, row: int) -> str:
+        return self._names[int(self._rows[row])]
+
+
 class Labelling(NamedTuple):
     """The labels of a set, as in ``ImageSet``."""
 

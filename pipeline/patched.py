@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.images import Decoded, ImageSet, Transform, apply_transform
+from ood_heatmap.listing import SelectedNames
 from ood_heatmap.patches import Patch, draw_patch, paste
 
 
@@ -79,7 +80,7 @@ def pasted_images(
     """
     return ImageSet(
         source=f"ID images with patches of {images.source}",
-        names=[images.names[row] for row in paste_plan.row],
+        names=SelectedNames(images.names, paste_plan.row),
         labels=np.full(len(paste_plan), -1, np.int32),
         classes=(),
         reader=_PastedReader(images, id_images, paste_plan, transform),

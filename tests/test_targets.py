@@ -1,6 +1,7 @@
 """Stage 2: each OOD image with its own nearest ID image, exactly, and what the stage refuses."""
 
 import threading
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -10,8 +11,10 @@ from simulated_cuda import CUDA, simulated_cuda
 
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import difference
+from ood_heatmap.images import Transform
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
+from ood_heatmap.pipeline.patched import PastePlan, pasted_images
 from ood_heatmap.pipeline.run import Index, open_index, open_targets
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
@@ -268,6 +271,22 @@ def test_a_bank_that_is_not_searched_stays_in_host_memory(run, data, monkeypatch
         build_targets(run, images, CUDA, config)
     assert devices == ["cpu", kind]
     np.testing.assert_array_equal(columns_of(run)[1]["nearest"].read(), wanted)
+
+
+def test_names_of_patched_images_are_looked_up_only_when_asked_for(finished_run):
+    asked = []
+
+    class Names(list[str]):
+        def __getitem__(self, row):
+            asked.append(row)
+            return super().__getitem__(row)
+
+    images = replace(from_array(np.zeros((3, 16, 16, 3), np.uint8)), names=Names("abc"))
+    plan = PastePlan(np.arange(4), np.array([2, 0, 1, 2]), seed=0)
+    columns = open_index(finished_run).columns
+    pasted = pasted_images(images, columns["images"], plan, Transform(16))
+    assert (len(pasted), asked) == (4, [])
+    assert list(pasted.names) == ["c", "a", "b", "c"]
 
 
 def build_patched(run, images, **options) -> dict[str, np.ndarray]:
