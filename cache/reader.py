@@ -1,11 +1,10 @@
-"""Reads rows of shards in any number of threads.
+"""Reads rows of shards, from any number of threads.
 
-What is in the page cache is copied out of the memory map: nothing is as fast. Large rows that are
-not there are read with ``preadv``: a failing disk is then an error, where a page fault would kill
-the process, and no page tables grow with the data set. If the page cache could keep them, they go
-through it, all requested before the first is waited for, so that the disk has many reads to work
-on. If not, they go past it (``O_DIRECT``), which takes half of the CPU time and leaves in the cache
-what is there.
+Rows in the page cache are copied from the memory map, the fastest way. Other large rows are read
+with ``preadv``: a failing disk is then an error instead of a fatal page fault, and page tables do
+not grow with the data set. If the page cache is large enough to keep them, they are read through
+it, and all are requested before the first is awaited, so that the disk has many reads in flight.
+Otherwise they bypass it (``O_DIRECT``), which takes half of the CPU time and evicts nothing.
 """
 
 import errno
@@ -32,11 +31,11 @@ _Int64 = NDArray[np.int64]
 
 # bytes of a row over all columns; smaller rows are faulted in with their neighbors, by read-ahead
 _LARGE_ROW = 64 << 10
-# open files of one reader, at most a quarter of what the process may have
+# open files of one reader; at most a quarter of the process's limit
 _MAX_OPEN = 2048
 # reads what is in the page cache and fails on anything else; 0 where the system lacks it
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-# what reads past the page cache are a multiple of, in the file and in memory, and the most of one
+# alignment of direct reads, in the file and in memory, and the maximum size of one
 _BLOCK, _BUFFER = 4096, 1 << 20
 _local = threading.local()
 
@@ -46,7 +45,7 @@ class RowReader:
 
     Args:
         columns: Columns of the same shards, or of one array in memory.
-        direct: Read large rows past the page cache, which is too small to keep them.
+        direct: Read large rows with ``O_DIRECT``, if the page cache is too small to keep them.
     """
 
     def __init__(self, columns: Mapping[str, Rows], *, direct: bool = False) -> None:
@@ -90,7 +89,7 @@ class RowReader:
             read.finish()
 
     def _should_copy(self, shard: "_Shard", row: int) -> bool:
-        """Return whether to copy rows out of the map, judged by the first of them."""
+        """Return whether to copy rows from the memory map, judged by the first of them."""
         shard.check_size()
         return self.row_bytes < _LARGE_ROW or shard.is_cached(row)
 
@@ -100,7 +99,7 @@ def _row_bytes(column: Rows) -> int:
 
 
 def _iter_shards(rows: _Int64, starts: _Int64) -> Iterator[tuple[int, int, int]]:
-    """Yield number, first and last position in ``rows`` of each shard that holds any of them."""
+    """Yield number, first and last position in ``rows`` of each shard that contains any of them."""
     shards = np.searchsorted(starts, rows, side="right") - 1
     for first, last in _runs(shards, step=0):
         yield int(shards[first]), first, last
@@ -117,9 +116,9 @@ class _Shard:
 
     Args:
         path: The file.
-        descriptor: Its descriptor.
-        direct: Its descriptor for reads past the page cache, or None.
-        num_bytes: Expected size, at least.
+        descriptor: Descriptor for reads through the page cache.
+        direct: Descriptor for direct reads, or None.
+        num_bytes: Minimum size of the file.
         offsets: Byte offset of each column.
         row_bytes: Bytes of one row of each column.
     """
@@ -155,11 +154,11 @@ class _Shard:
         try:
             return os.preadv(self.descriptor, [bytearray(1)], offset, _NOWAIT) == 1
         except OSError:
-            # not there, or the file system cannot tell
+            # not in the page cache, or the file system does not support the flag
             return False
 
     def request(self, rows: _Int64, outs: Sequence[_Array]) -> "list[_PendingRead]":
-        """Ask the system to read rows ahead, contiguous ones at once; return the reads."""
+        """Request read-ahead of rows, contiguous rows together; return the reads."""
         reads = []
         for first, last in _runs(rows, step=1):
             for offset, row_bytes, out in zip(self.offsets, self.row_bytes, outs, strict=True):
@@ -182,7 +181,7 @@ class _PendingRead:
     direct: bool
 
     def finish(self) -> None:
-        """Read all bytes; a single call may return fewer than asked for."""
+        """Read all bytes; a single call may return fewer than requested."""
         read, done = self._read_direct if self.direct else self._read, 0
         while done < len(self.buffer):
             try:
@@ -197,7 +196,7 @@ class _PendingRead:
         return os.preadv(self.shard.descriptor, [buffer.data], offset)
 
     def _read_direct(self, buffer: NDArray[np.uint8], offset: int) -> int:
-        """Read whole blocks past the page cache, and copy what was asked for."""
+        """Read whole blocks with ``O_DIRECT``, and copy the requested bytes."""
         assert self.shard.direct is not None
         skip = offset % _BLOCK
         num_blocks = -(-(skip + len(buffer)) // _BLOCK)
@@ -205,7 +204,7 @@ class _PendingRead:
         try:
             count = os.preadv(self.shard.direct, [blocks.data], offset - skip)
         except OSError as error:
-            # a file system with larger blocks
+            # the file system has larger blocks
             if error.errno == errno.EINVAL:
                 return self._read(buffer, offset)
             raise
@@ -215,7 +214,7 @@ class _PendingRead:
 
 
 def _aligned_buffer() -> NDArray[np.uint8]:
-    """Return this thread's buffer, which begins with a page."""
+    """Return this thread's page-aligned buffer."""
     if not hasattr(_local, "buffer"):
         _local.buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)
     buffer: NDArray[np.uint8] = _local.buffer
@@ -223,13 +222,13 @@ def _aligned_buffer() -> NDArray[np.uint8]:
 
 
 def _open_shard(columns: Sequence[Rows], direct: bool, number: int) -> _Shard:
-    """Open a shard for reads at random."""
+    """Open a shard for random reads."""
     path = columns[0].paths[number]
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise read_error(path, error) from error
-    # without it the system reads ahead of each row what another batch will need, or none
+    # disables read-ahead beyond each row, which no row of this batch may need
     _advise(descriptor, 0, 0, "RANDOM")
     offsets = [column.offset(number) for column in columns]
     ends = [
@@ -247,7 +246,7 @@ def _open_shard(columns: Sequence[Rows], direct: bool, number: int) -> _Shard:
 
 
 def _open_direct(path: Path) -> int | None:
-    """Open a file for reads past the page cache; None if its file system has no such reads."""
+    """Open a file for direct reads; None if its file system does not support them."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     # macOS has no such flag
@@ -256,6 +255,6 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _advise(descriptor: int, offset: int, num_bytes: int, advice: str) -> None:
-    """Tell the system what will be read, where it takes advice (not on macOS)."""
+    """Call ``posix_fadvise`` if the system has it; macOS does not."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, num_bytes, getattr(os, f"POSIX_FADV_{advice}"))

@@ -1,9 +1,10 @@
 """Stamps: size and time of a file when its checksum was computed, so that it is not read again.
 
-A file with the size and modification time of its stamp is taken as unchanged; any other is hashed
-in full. Stamps are derived: without them, as after a copy that does not keep times, everything is
-hashed once and stamped again. They also hold the header of each shard, since HDF5 takes about a
-millisecond to open a file. What changes no time, such as a faulty disk, is found by ``verify``.
+A file with the size and modification time of its stamp counts as unchanged; any other is hashed.
+Stamps are derived data: without them, as after a copy that does not preserve times, everything is
+hashed once and stamped again. They also contain the header of each shard, since HDF5 takes about a
+millisecond to open a file. Damage that changes no time, as by a faulty disk, is found by
+``verify``.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from ood_heatmap.cache.shards import Header, read_header
 from ood_heatmap.errors import OodHeatmapError
 
 STAMPS = ".stamps.jsonl"
-# a change within a tick of the file system's clock leaves the time of a file as it was
+# a change within one tick of the file system's clock does not change the time of a file
 _TICK_NS = 20_000_000
 # before the checksum over the rest of a line
 _CHECKSUM = ', "checksum": "'
@@ -28,13 +29,13 @@ _CHECKSUM = ', "checksum": "'
 
 @dataclass(frozen=True)
 class Stamp:
-    """What is known of a file since it was last read in full.
+    """Size, time, checksum and header of a file when it was last read in full.
 
     Args:
         name: Name of the file in its stage.
-        record: Its size and checksum.
-        mtime_ns: Its modification time; -1 if unknown, or too young to tell a later change.
-        header: Its header if it is a shard.
+        record: Size and checksum.
+        mtime_ns: Modification time; -1 if unknown, or too recent to detect a later change.
+        header: Header of a shard; None for other files.
         source: Hash of the stamps of the images that a shard was made from; "" if unknown.
     """
 
@@ -45,7 +46,7 @@ class Stamp:
     source: str = ""
 
     def fits(self, path: Path) -> bool:
-        """Return whether a file exists and has size and time of the stamp; reads nothing of it."""
+        """Return whether a file exists with the size and time of the stamp; does not read it."""
         try:
             status = path.stat()
         except OSError:

@@ -80,15 +80,15 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "last.ckpt"
 # checksums of the files that one rank has written in an unfinished stage
 _JOURNAL, _JOURNALS = "checksums-{:05d}.jsonl", "checksums-*.jsonl"
-# what only an unfinished stage needs, beside its shards
+# suffix of files other than shards that only an unfinished stage needs
 INTERMEDIATE = ".intermediate"
 
 
 # each is a memory map in every later stage
 _MAX_SHARDS = 20_000
-# network file systems cache for up to a minute which files exist
+# network file systems cache directory entries for up to a minute
 _SHARED_SECONDS = 90.0
-# threads that write shards: each holds one in memory
+# threads that write shards, each of which holds one in memory
 _MAX_WRITERS, _CORES_PER_WRITER = 4, 4
 
 
@@ -107,7 +107,7 @@ class Stage:
         run: The run directory.
         name: Name of the stage and its directory.
         inputs: Everything the result depends on and that is known at the start; JSON.
-        environment: What its rounding depends on, see ``devices.describe_environment``.
+        environment: Everything that rounding depends on, see ``devices.describe_environment``.
     """
 
     run: Path
@@ -478,7 +478,7 @@ def _make_tasks(
 
 
 def _source_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
-    """Hash size and time of the files of images, which tell whether to read them again."""
+    """Hash size and time of the files of images, to detect changes without reading them."""
     if images.stamps is None:
         return ""
     return hashlib.sha256(images.stamps[rows].astype("<i8").tobytes()).hexdigest()
@@ -539,14 +539,14 @@ def _require_shared(stage: Stage) -> None:
     """Verify that this rank sees the stage that rank 0 has started.
 
     Raises:
-        OodHeatmapError: It does not, even after the caches of a network file system have expired.
+        OodHeatmapError: It does not, even after caches of a network file system have expired.
     """
     deadline = time.monotonic() + _SHARED_SECONDS
     while not (stage.directory / UNFINISHED).is_file():
         if time.monotonic() > deadline:
             raise OodHeatmapError(
                 f"rank {rank()} on {socket.gethostname()} does not see {stage.directory}, which "
-                "rank 0 has made. All nodes must share the run directory: use a path on a "
+                "rank 0 has created. All nodes must share the run directory: use a path on a "
                 "network file system that is the same on every node."
             )
         time.sleep(0.2)
@@ -610,7 +610,7 @@ def _missing_shards(
 
 
 def _find_stamps(stage: Stage, manifest: Manifest, names: Sequence[str]) -> dict[str, Stamp]:
-    """Return the stamps of shards of a complete stage; headers that are not known are read."""
+    """Return the stamps of shards of a complete stage; unknown headers are read."""
     found = read_stamps(stage.directory, manifest)
     for name in manifest.files.keys() & set(names):
         path, stamp = stage.directory / name, found.get(name, Stamp(name, manifest.files[name]))
@@ -625,28 +625,28 @@ def _find_stamps(stage: Stage, manifest: Manifest, names: Sequence[str]) -> dict
 def _require_same_images(
     stage: Stage, images: ImageSet, finished: Sequence[tuple[ShardTask, Stamp]]
 ) -> list[Stamp]:
-    """Verify that shards were made from the images as they are now.
+    """Verify that shards were made from the current images.
 
-    Images are read again only if size or time of a file is not on record or has changed.
+    Images are read again only if size or time of a file was not recorded or has changed.
 
     Returns:
-        Stamps with the present size and time of the images, of shards whose images were read.
+        Stamps with the current size and time of the images, of shards whose images were read.
 
     Raises:
         StaleCacheError: An image has changed.
     """
-    unsure = [item for item in finished if not item[0].source or item[0].source != item[1].source]
-    if unsure:
-        num_rows = sum(len(task.source_rows) for task, _ in unsure)
+    changed = [item for item in finished if not item[0].source or item[0].source != item[1].source]
+    if changed:
+        num_rows = sum(len(task.source_rows) for task, _ in changed)
         log.info("%s: comparing %d images with those of finished shards", images.source, num_rows)
     digests = _Digests(images)
 
-    def content_now(item: tuple[ShardTask, Stamp]) -> str | None:
+    def current_hash(item: tuple[ShardTask, Stamp]) -> str | None:
         task, stamp = item
         return digests.content_hash(map_shard(stage.directory / task.name, stamp.header)["row"])
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for (task, stamp), content in zip(unsure, pool.map(content_now, unsure), strict=True):
+        for (task, stamp), content in zip(changed, pool.map(current_hash, changed), strict=True):
             if stamp.header is None or stamp.header.attributes.get("content") != content:
                 pool.shutdown(cancel_futures=True)
                 raise StaleCacheError(
@@ -654,11 +654,11 @@ def _require_same_images(
                     f"differs in rows {task.source_rows[0]} to {task.source_rows[-1]} of "
                     f"{images.source}). Add --overwrite to rebuild this stage."
                 )
-    return [replace(stamp, source=task.source) for task, stamp in unsure if task.source]
+    return [replace(stamp, source=task.source) for task, stamp in changed if task.source]
 
 
 class _Digests:
-    """The sha256 of the images of a set as they are now; each image is read once."""
+    """The sha256 of the current images of a set; each image is read once."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
@@ -666,7 +666,7 @@ class _Digests:
         self._digests = np.empty((len(images), 32), np.uint8)
 
     def content_hash(self, rows: NDArray[np.int64]) -> str | None:
-        """Hash images as they are now; None if one cannot be read any more."""
+        """Hash the current images; None if one can no longer be read."""
         try:
             for row in rows[~self._is_known[rows]].tolist():
                 self._digests[row] = np.frombuffer(self._images.digest(row), np.uint8)
@@ -702,7 +702,7 @@ def open_shards(stage: Stage, names: Sequence[str]) -> dict[str, Rows]:
 
 
 def _header(stage: Stage, headers: Mapping[str, Header], name: str) -> Header:
-    """Return the header of a shard; read from the file if it is not known."""
+    """Return the header of a shard, read from the file if it is unknown."""
     return headers.get(name) or read_header(stage.directory / name)
 
 
@@ -745,8 +745,8 @@ def _is_subsequence(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> bool
 class BackgroundWriter:
     """Writes shards in background threads while the next is computed.
 
-    Errors surface on a later call. One thread hashes and writes half a gigabyte a second; as many
-    shards as there are threads are held in memory.
+    Errors surface on a later call. One thread hashes and writes half a gigabyte per second; one
+    shard per thread is held in memory.
     """
 
     def __init__(self, stage: Stage, meter: Meter) -> None:
