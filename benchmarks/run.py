@@ -10,6 +10,7 @@ from pathlib import Path
 import feed
 import harness
 import memory
+import scale
 import search
 import stages
 import train
@@ -22,7 +23,10 @@ BENCHMARKS = {
     "train": train.rows,
     "stages": stages.rows,
     "memory": memory.rows,
+    "scale": scale.rows,
 }
+# takes longer than all others together
+NOT_BY_DEFAULT = {"scale"}
 
 
 def main() -> None:
@@ -39,7 +43,7 @@ def main() -> None:
         "versions": harness.versions(),
     }
     rows: list[harness.Row] = []
-    for name in options.only or BENCHMARKS:
+    for name in options.only or [name for name in BENCHMARKS if name not in NOT_BY_DEFAULT]:
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.scratch) as scratch:
             setting = harness.Setting(device, Path(scratch), options.quick, options.windows)
             start = time.perf_counter()
