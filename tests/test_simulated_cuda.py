@@ -345,6 +345,17 @@ def test_a_loss_that_waits_for_each_step_is_found():
             run_steps(lambda batch: step(batch).to("cpu"), optimizer, CUDA)
 
 
+@pytest.mark.parametrize("target", [{"device": CUDA}, {"dtype": torch.float32}, {"device": CPU}])
+def test_a_copy_is_made_where_one_is_asked_for(target):
+    with simulated_cuda():
+        made = torch.ones(3, device=target.get("device", CUDA))
+        copied = made.to(**target, copy=True)
+        assert copied.device == made.device
+        copied.zero_()
+        assert made.tolist() == [1, 1, 1]
+        assert made.to(**target) is made
+
+
 def test_an_array_of_a_device_tensor_is_refused():
     with simulated_cuda(), pytest.raises(TypeError, match="can't convert cuda:0"):
         torch.zeros(3, device=CUDA).numpy()

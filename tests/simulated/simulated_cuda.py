@@ -427,12 +427,14 @@ class _Functions(TorchFunctionMode):
 
 def _to(func: Any, args: Any, kwargs: Any) -> Any:
     """Stand in for ``Tensor.to``."""
-    target, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+    rest = {name: item for name, item in kwargs.items() if name != "copy"}
+    target, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args[1:], **rest)
     if target is None:
         return func(*args, **kwargs)
     moved = _move(args[0], target, non_blocking)
     moved = moved if dtype is None else moved.to(dtype)
-    return moved if memory_format is None else moved.to(memory_format=memory_format)
+    moved = moved if memory_format is None else moved.to(memory_format=memory_format)
+    return moved.clone() if moved is args[0] and kwargs.get("copy") else moved
 
 
 def _move(tensor: Tensor, target: torch.device, non_blocking: bool) -> Tensor:
