@@ -48,7 +48,7 @@ from ood_heatmap.pipeline.scoring import (
     score_set,
     scores_name,
 )
-from ood_heatmap.pipeline.stage import Stage, run_lock
+from ood_heatmap.pipeline.stage import Stage, run_lock, source_hash
 from ood_heatmap.pipeline.tables import decisions, metrics_json, metrics_table
 from ood_heatmap.sanity import (
     Finding,
@@ -374,7 +374,11 @@ def _resume_or_start(
         for name, file in files.items()
         if complete is not None or stage.is_intact(file)
     }
+    sources = stage.sources(list(files.values()), complete)
     for name, item in scored.items():
+        source = source_hash(subsets[name].images, subsets[name].rows)
+        if source and source == sources.get(files[name]):
+            continue
         if item.content == current_content(subsets[name], item.row):
             continue
         if config.overwrite:

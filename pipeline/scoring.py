@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ood_heatmap.baselines import FitData, Score, ScoreInputs, choose_neighbours, fit_methods
-from ood_heatmap.cache.manifest import hash_json
+from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import Bank, FlatBank, unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.classifier import Classifier, Output
@@ -30,7 +31,7 @@ from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, Targets, make_detector, open_decoder
-from ood_heatmap.pipeline.stage import Stage, content_hash, log_event
+from ood_heatmap.pipeline.stage import Stage, content_hash, log_event, source_hash
 from ood_heatmap.sanity import Finding, check_fits
 
 _Float32 = NDArray[np.float32]
@@ -328,13 +329,13 @@ def current_content(subset: Subset, rows: _Int64) -> str | None:
         rows: The rows that were readable when they were scored.
     """
     digest = subset.images.digest
+
+    def hash_chunk(chunk: _Int64) -> str:
+        return content_hash(b"".join(map(digest, np.intersect1d(chunk, rows).tolist())))
+
     try:
-        return hash_json(
-            [
-                content_hash(b"".join(digest(int(row)) for row in np.intersect1d(chunk, rows)))
-                for chunk in _chunks(subset)
-            ]
-        )
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            return hash_json(list(pool.map(hash_chunk, _chunks(subset))))
     except (OSError, OodHeatmapError):
         return None
 
@@ -362,7 +363,8 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethod
     scored = ScoredSet.concatenate([gathered[number] for number in range(len(chunks))])
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
-        with stage.writing(scores_name(name)) as scratch:
+        source = source_hash(subset.images, subset.rows)
+        with stage.writing(scores_name(name), source=source) as scratch:
             scored.save(scratch)
     return scored
 

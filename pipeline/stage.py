@@ -267,17 +267,21 @@ class Stage:
         remove_directory(self.directory)
         self._stamps = None
 
-    def writing(self, name: str) -> AbstractContextManager[Path]:
+    def writing(self, name: str, *, source: str = "") -> AbstractContextManager[Path]:
         """Return a context manager that yields a temporary path for a file of the stage.
 
         On success the file's checksum is recorded and then the file is renamed: a file without a
         record, or with another checksum, never becomes part of the stage.
 
+        Args:
+            name: Name of the file in the stage.
+            source: As for ``record``.
+
         Raises:
             OodHeatmapError: The disk is full or read-only.
         """
         make_directory((self.directory / name).parent)
-        return replacing(self.directory / name, record=lambda scratch: self.record(name, scratch))
+        return replacing(self.directory / name, record=partial(self.record, name, source=source))
 
     def record(self, name: str, path: Path, *, source: str = "") -> None:
         """Record size, time and checksum of a file under its final name.
@@ -311,6 +315,19 @@ class Stage:
                 lambda name: match_stamp(self.directory / name, stamps.get(name, [])), names
             )
             return {stamp.name: stamp for stamp in found if stamp is not None}
+
+    def sources(self, names: Sequence[str], manifest: Manifest | None) -> dict[str, str]:
+        """Return hashes of the stamps of the images that files were made from, by name.
+
+        Args:
+            names: Names of the files.
+            manifest: Manifest of the stage if it is complete, otherwise None.
+        """
+        if manifest is None:
+            stamps = self.match_stamps(names)
+        else:
+            stamps = read_stamps(self.directory, manifest)
+        return {name: stamps[name].source for name in names if name in stamps}
 
     def headers(self, names: Iterable[str]) -> dict[str, Header]:
         """Return the known headers of shards of the unfinished stage, by name."""
@@ -471,14 +488,18 @@ def _make_tasks(
             f"{prefix}-{number:05d}.h5",
             np.arange(start, min(start + size, len(source_rows))),
             source_rows[start : start + size],
-            _source_hash(images, source_rows[start : start + size]),
+            source_hash(images, source_rows[start : start + size]),
         )
         for number, start in enumerate(starts)
     ]
 
 
-def _source_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
-    """Hash size and time of the files of images, to detect changes without reading them."""
+def source_hash(images: ImageSet, rows: NDArray[np.int64]) -> str:
+    """Hash size and time of the files of images, to detect changes without reading them.
+
+    Returns:
+        An empty string if size and time are unknown.
+    """
     if images.stamps is None:
         return ""
     return hashlib.sha256(images.stamps[rows].astype("<i8").tobytes()).hexdigest()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -255,7 +256,9 @@ def test_pictures_and_sources_are_there(data, finished_run):
     assert names.decode().split() == [path.name for path in sorted((data / "far").iterdir())]
     assert sets["far"]["names_sha256"] == hashlib.sha256(names).hexdigest()
     manifest = json.loads((folder / "manifest.json").read_text())
-    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    on_disk = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file()
+    }
     assert on_disk == {*manifest["files"], "manifest.json"}
 
 
@@ -647,7 +650,9 @@ def test_a_run_of_another_classifier_is_refused_by_name(data, spec, run, tmp_pat
 def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, run):
     def tree():
         return {
-            path: path.read_bytes() for path in (run / "evaluation").rglob("*") if path.is_file()
+            path: path.read_bytes()
+            for path in (run / "evaluation").rglob("[!.]*")
+            if path.is_file()
         }
 
     before = tree()
@@ -662,7 +667,7 @@ def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, ru
 
 def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, monkeypatch):
     folder, test = run / "evaluation", open_images(str(data / "test"))
-    wanted = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    wanted = {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
     shutil.rmtree(folder)
 
     def stop_at_near(stage, name, *rest):
@@ -677,7 +682,7 @@ def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, monk
     assert (folder / "scores-far.npz").is_file()
     assert not (folder / "manifest.json").is_file()
     evaluate(run, test, sets_of(data), CPU, CONFIG)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
+    assert {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()} == wanted
 
 
 @pytest.fixture
@@ -748,7 +753,7 @@ def test_the_content_hash_does_not_depend_on_the_batch_size(data, run, monkeypat
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_damaged_scores_of_a_stopped_evaluation_are_made_again(data, run, monkeypatch, damage):
     folder, test = run / "evaluation", open_images(str(data / "test"))
-    wanted = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    wanted = {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
     shutil.rmtree(folder)
     with monkeypatch.context() as patched:
         patched.setattr("ood_heatmap.pipeline.evaluate.metrics_table", raise_keyboard_interrupt)
@@ -760,7 +765,7 @@ def test_damaged_scores_of_a_stopped_evaluation_are_made_again(data, run, monkey
         content[len(content) // 2] ^= 1
     path.write_bytes({"flip": content, "cut": content[:-50], "empty": b""}[damage])
     evaluate(run, test, sets_of(data), CPU, CONFIG)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
+    assert {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()} == wanted
 
 
 def raise_keyboard_interrupt(*_):
@@ -808,3 +813,25 @@ def test_the_report_begins_with_the_warnings_of_all_stages(finished_run):
     box = page[page.index('class="warnings"') : page.index('id="metrics-title"')]
     items = [unescape(text) for text in re.findall("<li>(.*?)</li>", box)]
     assert items == list(dict.fromkeys(warnings))
+
+
+def test_test_images_are_read_again_only_if_size_or_time_differ(copied_data, run, monkeypatch):
+    def again(**options):
+        test = open_images(str(copied_data / "test"))
+        return evaluate(run, test, sets_of(copied_data), CPU, replace(CONFIG, **options))
+
+    made = again(overwrite=True)
+    read = []
+    compute = scoring.current_content
+
+    def count(subset, rows):
+        read.append(Path(subset.images.source).name)
+        return compute(subset, rows)
+
+    monkeypatch.setattr("ood_heatmap.pipeline.evaluate.current_content", count)
+    assert again() == made
+    assert read == []
+    for path in (copied_data / "far").iterdir():
+        os.utime(path, (10**9, 10**9))
+    assert again() == made
+    assert read == ["far"]

@@ -178,7 +178,7 @@ def test_made_again_it_is_the_same_byte_for_byte_and_verified(measured, data, tm
     def tree(run):
         return {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in (run / "localization").rglob("*")
+            for path in (run / "localization").rglob("[!.]*")
             if path.is_file()
         }
 
