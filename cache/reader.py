@@ -31,8 +31,8 @@ _Int64 = NDArray[np.int64]
 
 # bytes of a row over all columns; smaller rows are faulted in with their neighbors, by read-ahead
 _LARGE_ROW = 64 << 10
-# open files of one reader; at most a quarter of the process's limit
-_MAX_OPEN = 2048
+# shards that a reader keeps open, and that one read keeps open until it is finished, at most
+_MAX_OPEN, _MAX_PENDING = 2048, 64
 # reads what is in the page cache and fails on anything else; 0 where the system lacks it
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 # alignment of direct reads, in the file and in memory, and the maximum size of one
@@ -54,9 +54,8 @@ class RowReader:
         first = columns[self.names[0]]
         self.starts, self.on_disk = first.starts, bool(first.paths)
         self.row_bytes = sum(_row_bytes(column) for column in columns.values())
-        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        num_open = max(1, min(_MAX_OPEN, soft_limit // 4))
-        self._open = lru_cache(num_open)(partial(_open_shard, list(columns.values()), direct))
+        num_kept, self.max_pending = _shards_open(direct=direct)
+        self._open = lru_cache(num_kept)(partial(_open_shard, list(columns.values()), direct))
 
     def read(self, rows: _Int64, outs: Mapping[str, _Array]) -> None:
         """Read rows into buffers.
@@ -74,7 +73,7 @@ class RowReader:
             return
         if not 0 <= rows[0] <= rows[-1] < self.starts[-1]:
             raise IndexError(f"rows {rows[0]}..{rows[-1]} of an array of {self.starts[-1]}")
-        pending: list[_PendingRead] = []
+        pending: list[list[_PendingRead]] = []
         for number, first, last in _iter_shards(rows, self.starts):
             shard_rows = rows[first:last] - self.starts[number]
             shard_outs = [outs[name][first:last] for name in self.names]
@@ -84,14 +83,35 @@ class RowReader:
                     # with the default mode="raise" NumPy would buffer a second copy
                     column.arrays[number].take(shard_rows, axis=0, out=out, mode="clip")
             else:
-                pending += shard.request(shard_rows, shard_outs)
-        for read in pending:
-            read.finish()
+                pending.append(shard.request(shard_rows, shard_outs))
+            if len(pending) == self.max_pending:
+                _finish(pending)
+        _finish(pending)
 
     def _should_copy(self, shard: "_Shard", row: int) -> bool:
         """Return whether to copy rows from the memory map, judged by the first of them."""
         shard.check_size()
         return self.row_bytes < _LARGE_ROW or shard.is_cached(row)
+
+
+def _shards_open(*, direct: bool) -> tuple[int, int]:
+    """Return how many shards a reader keeps open, and how many a read may open until it ends.
+
+    With two readers in 16 threads that is less than half of the descriptors of the process.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MAX_OPEN, _MAX_PENDING
+    num_shards = limit // (16 if direct else 8)
+    return max(1, min(_MAX_OPEN, num_shards)), max(1, min(_MAX_PENDING, num_shards // 16))
+
+
+def _finish(pending: "list[list[_PendingRead]]") -> None:
+    """Finish reads and empty their list, so that the shards can be closed."""
+    for reads in pending:
+        for read in reads:
+            read.finish()
+    pending.clear()
 
 
 def _row_bytes(column: Rows) -> int:

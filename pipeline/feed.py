@@ -519,8 +519,13 @@ class _StreamingFeed:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         log.info(
-            "train: %d reader threads, ring buffer of %d batches (%.0f MB)",
-            *(self.num_readers, _NUM_SLOTS, _NUM_SLOTS * size * self.slots[0].row_bytes / 1e6),
+            "train: %d reader threads%s, ring buffer of %d batches (%.0f MB)",
+            *(
+                self.num_readers,
+                " (direct reads)" if direct else "",
+                _NUM_SLOTS,
+                _NUM_SLOTS * size * self.slots[0].row_bytes / 1e6,
+            ),
         )
 
     def batches(self, batches: Iterable[_Int64]) -> Iterator[TrainingBatch]:

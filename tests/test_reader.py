@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -236,3 +237,36 @@ def test_rows_in_memory_need_no_file():
     columns = {name: Rows([array]) for name, array in arrays().items()}
     rows = np.array([0, 3, 4, 17])
     check(read(RowReader(columns), rows), rows)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> dict[str, Rows]:
+    """Return the rows of the example ten times, each in a shard of its own."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(10 * NUM_ROWS):
+        row = slice(number % NUM_ROWS, number % NUM_ROWS + 1)
+        shard = {name: array[row] for name, array in arrays().items()}
+        write_shard(folder / f"{number:03d}.h5", shard)
+    return opened(folder)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_few_descriptors_are_enough_for_many_shards_and_threads(many, monkeypatch, direct):
+    monkeypatch.setattr(os, "preadv", not_cached_blocks)
+    monkeypatch.setattr(reader, "_LARGE_ROW", 8000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        readers, rows = [RowReader(many, direct=direct) for _ in range(2)], np.arange(10 * NUM_ROWS)
+        with ThreadPoolExecutor(16) as executor:
+            for found in executor.map(read, readers * 16, [rows] * 32):
+                for name, array in arrays().items():
+                    np.testing.assert_array_equal(found[name], np.concatenate([array] * 10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_a_limit_of_descriptors_there_is_still_one(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert reader._shards_open(direct=True) == (2048, 64)
