@@ -1,6 +1,7 @@
 """Image sets in WebDataset shards, which are tar files; an image is read by its position."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 # more than cores: they wait for the disk
 _LISTING_THREADS = 8
+_LOG_SECONDS = 10.0
 
 
 def open_tars(paths: Sequence[str], *, source: str, class_order: ClassOrder = "name") -> ImageSet:
@@ -36,7 +38,7 @@ def open_tars(paths: Sequence[str], *, source: str, class_order: ClassOrder = "n
             images.
     """
     shown = printable(source)
-    indexes = list(prefetch(index_tar, paths, workers=_LISTING_THREADS))
+    indexes = _list_all(paths, shown)
     if not any(len(index.images.names) for index in indexes):
         suffixes = ", ".join(sorted(image_suffixes()))
         raise OodHeatmapError(
@@ -48,6 +50,17 @@ def open_tars(paths: Sequence[str], *, source: str, class_order: ClassOrder = "n
         log.warning("%s: samples without an image: %d", shown, num_without_image)
     labelling = _join_labels(indexes, shown, class_order)
     return set_of_packed([index.images for index in indexes], labelling, source=source)
+
+
+def _list_all(paths: Sequence[str], source: str) -> list[TarIndex]:
+    """List the shards, and log the progress where that takes long: for the first time."""
+    indexes, logged = [], time.monotonic()
+    for index in prefetch(index_tar, paths, workers=_LISTING_THREADS):
+        indexes.append(index)
+        if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
+            log.info("%s: listed %d of %d tar files, once", source, len(indexes), len(paths))
+    return indexes
 
 
 def _join_labels(indexes: Sequence[TarIndex], source: str, class_order: ClassOrder) -> Labelling:

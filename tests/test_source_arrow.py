@@ -137,6 +137,14 @@ def test_plain_bytes_without_features_are_images(tmp_path, kind, large):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_table_of_nothing_but_images_has_a_row_for_each(tmp_path, kind):
+    table = pa.table({"jpg": [png(value) for value in range(7)]})
+    images = open_images(write(tmp_path / f"a.{kind}", table))
+    assert list(images.names) == [f"a.{kind}/{row}" for row in range(7)]
+    assert values_of(images) == list(range(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sliced_and_null_structs_keep_their_rows(tmp_path, kind):
     table = make_table(9)
     images = table.column("image").to_pylist()

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ood_heatmap import tar_index
+from ood_heatmap import source_tar, tar_index
 from ood_heatmap.decoding import decode, iter_batches, prefetch
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform, UnreadableImageError
@@ -304,6 +304,13 @@ def test_processes_read_what_threads_read(hundred):
     batches = iter_batches(images, rows, EIGHT, workers=3)
     found = [batch.pixels[:, 0, 0, 0].tolist() for batch in batches]
     assert found == rows.tolist()
+
+
+def test_progress_is_logged_where_listing_takes_long(hundred, monkeypatch, caplog):
+    monkeypatch.setattr(source_tar, "_LOG_SECONDS", -1.0)
+    with caplog.at_level("INFO"):
+        open_images(hundred)
+    assert f"{hundred}: listed 100 of 100 tar files" in caplog.text
 
 
 @pytest.fixture
