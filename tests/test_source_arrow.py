@@ -181,7 +181,7 @@ def test_columns_that_are_no_labels_leave_images_unlabelled(tmp_path, kind):
             "images left, right: keep",
         ),
         ({"label": [0, 1, 7]}, "has the label 7: class numbers are 0 to 2"),
-        ({"label": ["x" * 1001] * 3}, "has a label that is no class"),
+        ({"label": ["x" * 1001] * 3}, "has a label that is not a class"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line(tmp_path, kind, columns, message):
