@@ -156,11 +156,11 @@ def options(**kinds: type[Settings]) -> _Decorator[Any]:
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
-        def run(**given: Any) -> Any:
+        def run(**arguments: Any) -> Any:
             filled = {
                 name: kind(
                     **{
-                        field.name: given.pop(field.name)
+                        field.name: arguments.pop(field.name)
                         for field in option_fields(kind)
                         if field.option is not None
                     }
@@ -169,7 +169,7 @@ def options(**kinds: type[Settings]) -> _Decorator[Any]:
             }
             for settings in filled.values():
                 _LOG.debug("%s", settings)
-            return command(**filled, **given)
+            return command(**filled, **arguments)
 
         for kind in reversed(kinds.values()):
             for field in reversed(option_fields(kind)):
@@ -279,8 +279,8 @@ def _set_level(level: int) -> None:
 def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
     """Return the callback of a flag that sets the log level, before or after the command name."""
 
-    def callback(ctx: click.Context, _param: click.Parameter, given: bool) -> None:
-        if given:
+    def callback(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+        if value:
             ctx.meta[_LEVEL] = level
             _set_level(level)
 

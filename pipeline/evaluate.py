@@ -258,7 +258,7 @@ def _check_runs(runs: Sequence[Path]) -> list[Manifest]:
     for number, other in enumerate(runs[1:], start=1):
         for stage in ("index", "targets", "decoder"):
             _check_same(read_manifest(runs[0], stage), read_manifest(other, stage), other)
-        if decoders[number].fingerprint in [one.fingerprint for one in decoders[:number]]:
+        if decoders[number].fingerprint in [decoder.fingerprint for decoder in decoders[:number]]:
             raise UsageError(f"--runs {other} has the seed of another run: use another --seed.")
     return decoders
 

@@ -99,12 +99,12 @@ def export(detector: HeatmapDetector, out: Path, kind: str) -> Differences | Non
     # checked first: exporting a large classifier takes minutes
     if not out.parent.is_dir():
         raise OodHeatmapError(f"cannot write {out}: there is no folder {out.parent}.")
-    about = _metadata(detector)
+    metadata = _metadata(detector)
     if kind == "onnx":
-        content = _to_onnx(detector, about)
+        content = _to_onnx(detector, metadata)
         run = _load_onnx(content)
     else:
-        content = _to_torch_program(detector, about)
+        content = _to_torch_program(detector, metadata)
         run = _load_torch_program(content)
     differences = None if run is None else _compare(detector, run, out)
     write_bytes(out, content)
@@ -172,10 +172,10 @@ def _export_error(detector: HeatmapDetector, error: Exception) -> OodHeatmapErro
     )
 
 
-def _to_torch_program(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
+def _to_torch_program(detector: HeatmapDetector, metadata: dict[str, str]) -> bytes:
     """Serialize to a ``.pt2`` file; ``torch.export.load(file).module()`` runs it."""
     content = io.BytesIO()
-    extra = {"metadata.json": json.dumps(about, indent=1)}
+    extra = {"metadata.json": json.dumps(metadata, indent=1)}
     torch.export.save(_trace(detector), content, extra_files=extra)
     return content.getvalue()
 
@@ -192,7 +192,7 @@ def _load_torch_program(content: bytes) -> _Run:
     return run
 
 
-def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
+def _to_onnx(detector: HeatmapDetector, metadata: dict[str, str]) -> bytes:
     """Serialize to an ONNX file.
 
     Raises:
@@ -229,7 +229,7 @@ def _to_onnx(detector: HeatmapDetector, about: dict[str, str]) -> bytes:
     assert converted is not None
     model = converted.model_proto
     _remove_traces(model)
-    onnx.helper.set_model_props(model, about)
+    onnx.helper.set_model_props(model, metadata)
     content: bytes = model.SerializeToString()
     return content
 

@@ -89,11 +89,13 @@ def metrics_table(scores: Mapping[str, Scores], config: EvaluateConfig) -> list[
             [asdict(detection_metrics(scores[ID][key], scores[name][key])) for name in ood]
             for key in names
         ]
-        values = np.array([[[one[key] for key in METRICS] for one in line] for line in exact])
-        drawn = resampled[:, [columns.index(key) for key in names]]
+        # (runs, OOD sets, METRICS)
+        values = np.array([[[cell[key] for key in METRICS] for cell in run] for run in exact])
+        of_method = resampled[:, [columns.index(key) for key in names]]
         for name, chosen in _groups(ood, config).items():
-            counts = exact[0][chosen[0]] if name in ood else {}  # a mean over sets has none
-            mean = drawn[:, :, chosen].mean(axis=(1, 2))
+            # a mean over sets has no counts
+            counts = exact[0][chosen[0]] if name in ood else {}
+            mean = of_method[:, :, chosen].mean(axis=(1, 2))
             rows.append(_make_row(method, name, values[:, chosen].mean(axis=1), mean, counts))
     return rows
 
@@ -113,13 +115,13 @@ def _columns(scores: Scores) -> dict[str, list[str]]:
 
 def _groups(ood: Sequence[str], config: EvaluateConfig) -> dict[str, list[int]]:
     """Return the positions of the sets behind each row of a method: single sets and means."""
-    every = list(range(len(ood)))
-    near = [number for number in every if ood[number] in config.near]
+    near = [number for number, name in enumerate(ood) if name in config.near]
+    far = [number for number, name in enumerate(ood) if name not in config.near]
     groups = {name: [number] for number, name in enumerate(ood)}
     if near or config.protocol == "openood":
-        split = {"mean near": near, "mean far": [one for one in every if one not in near]}
-        groups |= {name: chosen for name, chosen in split.items() if chosen}
-    return groups | {"mean all": every}
+        means = {"mean near": near, "mean far": far}
+        groups |= {name: chosen for name, chosen in means.items() if chosen}
+    return groups | {"mean all": list(range(len(ood)))}
 
 
 def _bootstrap(
