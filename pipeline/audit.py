@@ -70,8 +70,11 @@ def audit_index(index: Index, measured: _Measured | None = None) -> AuditedSet:
     """Prepare the ID training set; all of its images are read once if they are not measured."""
     row, source = index.columns["row"].read(), index.results.source
     if measured is None:
+        pixel_hash = index.pixel_hashes()
+        if pixel_hash is None:
+            pixel_hash = _hash_all(index.columns["images"])
         measured = {
-            "pixel_hash": _hash_all(index.columns["images"]),
+            "pixel_hash": pixel_hash,
             "nearest": np.arange(len(row)),
             "difference": _difference_within(index),
         }
@@ -144,19 +147,28 @@ def _measure_targets(
     """Hash the OOD images and compare them with their nearest ID images."""
     positions = index.positions(columns["nearest"].read()[paired])
 
-    def compare(start: int) -> tuple[_UInt64, _Float32]:
+    def measure(start: int) -> _Measured:
         chunk = slice(start, start + _CHUNK)
         id_images = index.columns["images"].take(positions[chunk])
         images = (id_images - columns["heatmap"].take(paired[chunk])).astype(np.uint8)
-        return hash_pixels(images), relative_difference(images, id_images)
+        return measure_images(images, id_images)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        chunks = list(pool.map(compare, range(0, len(paired), _CHUNK)))
+        parts = list(pool.map(measure, range(0, len(paired), _CHUNK)))
+    return {**join_measured(parts), "nearest": positions}
+
+
+def measure_images(images: NDArray[np.uint8], nearest_images: NDArray[np.uint8]) -> _Measured:
+    """Hash OOD images ``(B, 3, H, W)`` and compare them with their nearest ID images."""
     return {
-        "pixel_hash": np.concatenate([pixel_hash for pixel_hash, _ in chunks]),
-        "nearest": positions,
-        "difference": np.concatenate([difference for _, difference in chunks]),
+        "pixel_hash": hash_pixels(images),
+        "difference": relative_difference(images, nearest_images),
     }
+
+
+def join_measured(parts: Sequence[_Measured]) -> _Measured:
+    """Concatenate what was measured of parts of a set, in order."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def audit_open_targets(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from ood_heatmap.cache.files import make_directory, save_tensors
 from ood_heatmap.cache.manifest import Manifest
@@ -20,6 +20,7 @@ from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
 from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import barrier, broadcast, is_main
+from ood_heatmap.duplicates import hash_pixels
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.config import IndexConfig, result_options
@@ -34,25 +35,34 @@ from ood_heatmap.pipeline.ranges import (
     sum_moments,
 )
 from ood_heatmap.pipeline.results import IndexResults
-from ood_heatmap.pipeline.run import INDEX, PROBE, PROBED, WEIGHTS, check_probe, index_columns
+from ood_heatmap.pipeline.run import (
+    INDEX,
+    PIXEL_HASHES,
+    PROBE,
+    PROBED,
+    WEIGHTS,
+    check_probe,
+    index_columns,
+)
 from ood_heatmap.pipeline.stage import (
-    INTERMEDIATE,
     BackgroundWriter,
     Schedule,
     ShardTask,
     Stage,
+    iter_intermediates,
     open_shards,
     require_rows,
     run_lock,
     schedule_shards,
     stage_content,
+    write_intermediate,
 )
 from ood_heatmap.sanity import Finding, check_classification, texts
 from ood_heatmap.user_code import trusting_code
 
 log = logging.getLogger(__name__)
 
-_SHARDS = "images"
+_SHARDS, _PIXEL_HASH = "images", "pixel_hash"
 # number of images whose outputs are stored to verify a restored classifier
 _NUM_PROBES = 8
 
@@ -112,7 +122,7 @@ def build_index(
         speed = {**meter.close(forward.rate), "device": str(classifier.device)}
         manifest = None
         if results is not None:
-            names = [*schedule.names, INDEX, WEIGHTS, STATISTICS, PROBE]
+            names = [*schedule.names, INDEX, WEIGHTS, STATISTICS, PIXEL_HASHES, PROBE]
             content = stage_content(stage, schedule.names)
             manifest = stage.commit(results, names, content=content, speed=speed)
         return broadcast(manifest)
@@ -142,30 +152,18 @@ def _embed_shards(
             writer.write(task, make_arrays, columns, content=shard.content)
 
 
-def _moments_name(task: ShardTask) -> str:
-    """Return the name of the file with the moments of a shard."""
-    return f"{Path(task.name).stem}{INTERMEDIATE}"
-
-
-def _write_moments(stage: Stage, task: ShardTask, shard: Embedded) -> None:
-    """Write the moments of a shard; they are added up when all shards are there."""
-    shapes = [values.shape[1:] for values in shard.maps]
-    moments = shard_moments(shard.features, shard.spatial, shapes)
-    with stage.writing(_moments_name(task)) as scratch:
-        scratch.write_bytes(save(moments))
-
-
-def _iter_moments(stage: Stage, tasks: Sequence[ShardTask]) -> Iterator[dict[str, Moments]]:
-    """Yield the moments of each shard; from the shard itself if an earlier version wrote it."""
-    names = [_moments_name(task) for task in tasks]
-    intact = stage.match_stamps(names)
-    for task, name in zip(tasks, names, strict=True):
-        if name in intact:
-            yield load((stage.directory / name).read_bytes())
+def _iter_intermediates(
+    stage: Stage, tasks: Sequence[ShardTask]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield moments and pixel hashes of each shard; of one of an earlier version from the shard."""
+    for task, found in zip(tasks, iter_intermediates(stage, tasks), strict=True):
+        if found is not None:
+            yield found
         else:
             shard = map_shard(stage.directory / task.name)
             maps = [shard[column] for column in sorted(shard) if column.startswith("feature_maps")]
-            yield moments_of_arrays(shard["features"], maps)
+            moments = moments_of_arrays(shard["features"], maps)
+            yield {**moments, _PIXEL_HASH: hash_pixels(shard["images"])}
 
 
 def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig) -> None:
@@ -189,9 +187,9 @@ def check_classes(images: ImageSet, classifier: Classifier, config: IndexConfig)
 def _make_arrays(
     stage: Stage, task: ShardTask, shard: Embedded, images: ImageSet
 ) -> dict[str, NDArray[Any]]:
-    """Return the datasets of one shard, after its moments are written."""
-    # so that each shard that is taken over from a killed process has them
-    _write_moments(stage, task, shard)
+    """Return the datasets of one shard; writes its moments and pixel hashes."""
+    moments = shard_moments(shard.features, shard.spatial, [item.shape[1:] for item in shard.maps])
+    write_intermediate(stage, task, {**moments, _PIXEL_HASH: hash_pixels(shard.images)})
     return {
         "images": shard.images,
         "features": shard.features,
@@ -226,9 +224,7 @@ def _write_derived(
         classifier.network.state_dict(),
         record=partial(stage.record, WEIGHTS),
     )
-    statistics = sum_moments(_iter_moments(stage, schedule.tasks[_SHARDS]))
-    with stage.writing(STATISTICS) as scratch:
-        scratch.write_bytes(save(statistics))
+    _add_up(stage, schedule.tasks[_SHARDS])
     _write_probe(stage, columns, classifier)
     known = (label >= 0) & (label < classifier.num_classes)
     skipped = np.setdiff1d(np.arange(len(images)), row)
@@ -253,6 +249,22 @@ def _write_derived(
         versions=library_versions(),
         **texts(findings),
     )
+
+
+def _add_up(stage: Stage, tasks: Sequence[ShardTask]) -> None:
+    """Write the statistics over all shards, and the pixel hashes of all images."""
+    hashes = []
+
+    def iter_moments() -> Iterator[dict[str, Moments]]:
+        for part in _iter_intermediates(stage, tasks):
+            hashes.append(part.pop(_PIXEL_HASH))
+            yield part
+
+    statistics = sum_moments(iter_moments())
+    with stage.writing(STATISTICS) as scratch:
+        scratch.write_bytes(save(statistics))
+    with stage.writing(PIXEL_HASHES) as scratch:
+        scratch.write_bytes(save({_PIXEL_HASH: np.concatenate(hashes)}))
 
 
 def _write_probe(stage: Stage, columns: Mapping[str, Rows], classifier: Classifier) -> None:

@@ -40,6 +40,7 @@ from ood_heatmap.pipeline.results import (
 log = logging.getLogger(__name__)
 
 PROBE, PROBED = "probe.safetensors", ("images", "features")
+PIXEL_HASHES = "pixel_hashes.safetensors"
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
 
@@ -299,6 +300,17 @@ class Index:
             raise DamagedCacheError(f"{path} lacks {' or '.join(PROBED)}. Index again.")
         check_probe(classifier, tensors, self.results.versions)
         return classifier
+
+    def pixel_hashes(self) -> NDArray[np.uint64] | None:
+        """Return the pixel hash of each image; None if an earlier version made the index.
+
+        Raises:
+            DamagedCacheError: The file is damaged.
+        """
+        if PIXEL_HASHES not in self.manifest.files:
+            return None
+        content = read_file(self.run, self.manifest, PIXEL_HASHES)
+        return np.asarray(load(content)["pixel_hash"].numpy(), np.uint64)
 
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions of data set rows in the columns.

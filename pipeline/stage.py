@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from ood_heatmap import __version__
 from ood_heatmap.cache.files import (
@@ -80,8 +81,8 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "last.ckpt"
 # checksums of the files that one rank has written in an unfinished stage
 _JOURNAL, _JOURNALS = "checksums-{:05d}.jsonl", "checksums-*.jsonl"
-# suffix of files other than shards that only an unfinished stage needs
-INTERMEDIATE = ".intermediate"
+# suffix of files with what is computed of a shard for the end of the stage
+_INTERMEDIATE = ".intermediate"
 
 
 # each is a memory map in every later stage
@@ -393,7 +394,7 @@ class Stage:
 
     def _remove_unfinished(self) -> None:
         """Remove the files that only an unfinished stage needs."""
-        for pattern in (UNFINISHED, CHECKPOINT, _JOURNALS, f"*{INTERMEDIATE}"):
+        for pattern in (UNFINISHED, CHECKPOINT, _JOURNALS, f"*{_INTERMEDIATE}"):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
 
@@ -761,6 +762,30 @@ def _is_subsequence(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> bool
         return True
     remaining = iter(wanted.tolist())
     return all(value in remaining for value in found.tolist())
+
+
+def _intermediate_name(task: ShardTask) -> str:
+    """Return the name of the file with what is computed of a shard for the end of the stage."""
+    return f"{Path(task.name).stem}{_INTERMEDIATE}"
+
+
+def write_intermediate(stage: Stage, task: ShardTask, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write what is computed of a shard for the end of the stage, which removes it.
+
+    Call it before the shard is written, so that a shard taken over from a killed process has it.
+    """
+    with stage.writing(_intermediate_name(task)) as scratch:
+        scratch.write_bytes(save(dict(arrays)))
+
+
+def iter_intermediates(
+    stage: Stage, tasks: Sequence[ShardTask]
+) -> Iterator[dict[str, NDArray[Any]] | None]:
+    """Yield what was computed of each shard; None if an earlier version wrote it."""
+    names = [_intermediate_name(task) for task in tasks]
+    intact = stage.match_stamps(names)
+    for name in names:
+        yield load((stage.directory / name).read_bytes()) if name in intact else None
 
 
 class BackgroundWriter:

@@ -5,7 +5,7 @@ images are pasted into ID images; the target of such an image is the change made
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ood_heatmap.cache.neighbours import (
     describe_backend,
     squared_distances,
 )
-from ood_heatmap.cache.shards import Column, bytes_per_row
+from ood_heatmap.cache.shards import Column, Rows, bytes_per_row
 from ood_heatmap.cores import local_world_size
 from ood_heatmap.devices import describe_environment, kernel_selection
 from ood_heatmap.distributed import (
@@ -36,7 +36,14 @@ from ood_heatmap.duplicates import find_overlaps
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import ImageSet, Transform
-from ood_heatmap.pipeline.audit import AUDIT, audit_index, audit_targets, save_audit
+from ood_heatmap.pipeline.audit import (
+    AUDIT,
+    audit_index,
+    audit_targets,
+    join_measured,
+    measure_images,
+    save_audit,
+)
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.feed import available_memory
@@ -50,11 +57,13 @@ from ood_heatmap.pipeline.stage import (
     Schedule,
     ShardTask,
     Stage,
+    iter_intermediates,
     open_shards,
     require_rows,
     run_lock,
     schedule_shards,
     stage_content,
+    write_intermediate,
 )
 from ood_heatmap.sanity import check_ood_names, texts
 
@@ -174,7 +183,7 @@ def _pair_all(
             with meter.waiting("search"):
                 pairs = _pair([shard for _, shard in group], index, bank, config)
             for (task, shard), found in zip(group, pairs, strict=True):
-                make_arrays = partial(_make_arrays, shard, shard.rows, found, index, patched=False)
+                make_arrays = partial(_make_paired_arrays, stage, task, shard, found, index)
                 writer.write(task, make_arrays, columns_from_index(index), content=shard.content)
 
 
@@ -274,20 +283,34 @@ def _distances_to(index: Index, row: NDArray[np.int64], shard: Embedded) -> NDAr
     return np.sqrt(squared_distances(shard.features, features))
 
 
+def _make_paired_arrays(
+    stage: Stage, task: ShardTask, shard: Embedded, pairs: Nearest, index: Index
+) -> dict[str, NDArray[Any]]:
+    """Return the datasets of one shard of OOD images; writes what the audit needs of them."""
+    nearest_images = index.columns["images"].take(index.positions(pairs.row))
+    write_intermediate(stage, task, measure_images(shard.images, nearest_images))
+    return _make_arrays(shard, shard.rows, pairs, nearest_images, patched=False)
+
+
 def _make_patched_arrays(
     shard: Embedded, paste_plan: PastePlan, index: Index
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard of patched images, each paired with the ID image in it."""
     row = index.row[paste_plan.position[shard.rows]]
     pairs = Nearest(row, _distances_to(index, row, shard), np.ones(len(row), dtype=bool))
-    return _make_arrays(shard, paste_plan.row[shard.rows], pairs, index, patched=True)
+    id_images = index.columns["images"].take(index.positions(row))
+    return _make_arrays(shard, paste_plan.row[shard.rows], pairs, id_images, patched=True)
 
 
 def _make_arrays(
-    shard: Embedded, row: NDArray[np.int64], pairs: Nearest, index: Index, *, patched: bool
+    shard: Embedded,
+    row: NDArray[np.int64],
+    pairs: Nearest,
+    nearest_images: NDArray[np.uint8],
+    *,
+    patched: bool,
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard; ``row`` is a row of the OOD set."""
-    nearest_images = index.columns["images"].take(index.positions(pairs.row))
     return {
         "heatmap": difference(nearest_images, shard.images),
         "features": shard.features,
@@ -299,6 +322,19 @@ def _make_arrays(
         "patched": np.full(len(row), patched, np.uint8),
         **shard.map_arrays,
     }
+
+
+def _find_measured(
+    stage: Stage, tasks: Sequence[ShardTask], columns: Mapping[str, Rows], index: Index
+) -> Mapping[str, NDArray[Any]] | None:
+    """Return what was measured of the OOD images; None if an earlier version made some."""
+    parts = list(iter_intermediates(stage, tasks))
+    measured = [part for part in parts if part is not None]
+    if len(measured) < len(parts):
+        return None
+    paired = columns["patched"].read() == 0
+    positions = index.positions(columns["nearest"].read()[paired])
+    return {**join_measured(measured), "nearest": positions}
 
 
 def _collect(
@@ -318,7 +354,13 @@ def _collect(
     wanted = np.concatenate([task.source_rows for task in schedule.tasks[_PAIRED]])
     sets = [
         audit_index(index),
-        audit_targets(columns, index, images.source, lambda row: images.names[row]),
+        audit_targets(
+            columns,
+            index,
+            images.source,
+            lambda row: images.names[row],
+            _find_measured(stage, schedule.tasks[_PAIRED], columns, index),
+        ),
     ]
     with stage.writing(AUDIT) as scratch:
         save_audit(scratch, sets)

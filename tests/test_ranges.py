@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from ood_heatmap.duplicates import hash_pixels
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.pipeline import index as index_module
 from ood_heatmap.pipeline import ranges as module
@@ -14,7 +15,8 @@ from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.ranges import STATISTICS, input_ranges, spatial_statistics
-from ood_heatmap.pipeline.run import Index, open_index
+from ood_heatmap.pipeline.run import PIXEL_HASHES, Index, open_index
+from ood_heatmap.pipeline.stage import write_intermediate
 from ood_heatmap.sources import open_images
 
 
@@ -86,24 +88,28 @@ def test_an_index_that_was_stopped_has_the_statistics_of_an_unbroken_one(
     monkeypatch.setattr(protocol, "rows_per_shard", lambda *_: 16)
     images, written = open_images(str(data / "id")), list[str]()
 
-    def stop(stage, task, shard):
+    def stop(stage, task, arrays):
         if len(written) == 3:
             raise OodHeatmapError("stopped")
         written.append(task.name)
         if not earlier_version:
-            write_moments(stage, task, shard)
+            write_intermediate(stage, task, arrays)
 
-    write_moments = index_module._write_moments
     build_index(tmp_path / "unbroken", images, classifier, config)
-    monkeypatch.setattr(index_module, "_write_moments", stop)
+    monkeypatch.setattr(index_module, "write_intermediate", stop)
     with pytest.raises(OodHeatmapError, match="stopped"):
         build_index(tmp_path / "stopped", images, classifier, config)
-    monkeypatch.setattr(index_module, "_write_moments", write_moments)
+    monkeypatch.setattr(index_module, "write_intermediate", write_intermediate)
     build_index(tmp_path / "stopped", images, classifier, config)
-    wanted, found = (
-        load_file(tmp_path / name / "index" / STATISTICS) for name in ("unbroken", "stopped")
+    for file in (STATISTICS, PIXEL_HASHES):
+        wanted, found = (
+            load_file(tmp_path / name / "index" / file) for name in ("unbroken", "stopped")
+        )
+        assert wanted.keys() == found.keys()
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(found[name], values)
+    stored = open_index(tmp_path / "stopped")
+    np.testing.assert_array_equal(
+        stored.pixel_hashes(), hash_pixels(stored.columns["images"].read())
     )
-    assert wanted.keys() == found.keys()
-    for name, moments in wanted.items():
-        np.testing.assert_array_equal(found[name], moments)
     assert not list((tmp_path / "stopped" / "index").glob("*.intermediate"))

@@ -12,6 +12,8 @@ from simulated_cuda import CUDA, simulated_cuda
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import Transform
+from ood_heatmap.pipeline import audit
+from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.patched import PastePlan, pasted_images
@@ -271,6 +273,24 @@ def test_a_bank_that_is_not_searched_stays_in_host_memory(run, data, monkeypatch
         build_targets(run, images, CUDA, config)
     assert devices == ["cpu", kind]
     np.testing.assert_array_equal(columns_of(run)[1]["nearest"].read(), wanted)
+
+
+def test_what_the_audit_needs_is_measured_beside_the_targets_or_from_their_files(
+    run, data, monkeypatch
+):
+    """An earlier version measured nothing beside: its images are recovered from the files."""
+    monkeypatch.setattr(protocol, "rows_per_shard", lambda *_: 16)
+    measure, images = audit._measure_targets, open_images(str(data / "ood"))
+    config = TargetsConfig(batch_size=16, patched=0.5, overwrite=True)
+    monkeypatch.setattr(audit, "_measure_targets", None)
+    build_targets(run, images, CPU, replace(config, seed=1))
+    assert not list((run / "targets").glob("*.intermediate"))
+    beside = (run / "targets" / "audit.npz").read_bytes()
+    monkeypatch.setattr(audit, "_measure_targets", measure)
+    monkeypatch.setattr(module, "write_intermediate", lambda *_: None)
+    (run / "targets" / "manifest.json").unlink()
+    build_targets(run, images, CPU, replace(config, seed=1))
+    assert (run / "targets" / "audit.npz").read_bytes() == beside
 
 
 def test_names_of_patched_images_are_looked_up_only_when_asked_for(finished_run):
