@@ -1,9 +1,9 @@
-"""How each cost of a run grows with its rows: ``python benchmarks/scale.py [--rows N ...]``.
+"""Cost of each part of a run as a function of its rows: ``benchmarks/scale.py [--rows N ...]``.
 
 Runs of 10^4 to 10^7 OOD images (three rows of targets each) and as many ID images, at most the
 1,281,167 of ImageNet, are laid out as sparse files (``sparse.py``). Each cost is measured in a
-process of its own: ``scale.py --measure COST RUN FILES NUM_OOD`` prints it as JSON. What embeds and
-what steps is left out, and what is read is zeros, so that what remains is what the size costs.
+process of its own: ``scale.py --measure COST RUN FILES NUM_OOD`` prints it as JSON. Forward passes
+and training steps are left out and all data are zeros, so that only the cost of the size remains.
 """
 
 import argparse
@@ -50,21 +50,21 @@ _LONG_SECONDS = 10.0
 # a cost that would take more CPU time at the next size is not measured there
 _MAX_CPU_SECONDS = 60.0
 _CPU = torch.device("cpu")
-# narrow, as its arithmetic is not what is measured
+# narrow: its arithmetic is not measured
 _TRAIN = TrainConfig(epochs=1, batch_size=_BATCH, width=8, feed="streaming")
 
 
 class _Reached(Exception):
-    """The point at which work that is not measured would begin."""
+    """Raised where work that is not measured would begin."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run of a size, for the functions that measure.
+    """A run of one size.
 
     Args:
         run: The run directory.
-        folder: Where its image files are.
+        folder: Folder of its image files.
         num_ood: Number of OOD images.
     """
 
@@ -80,7 +80,7 @@ class Case:
 
 @contextmanager
 def _hashing() -> Iterator[None]:
-    """Let all that is hashed be read, and fit: a sparse file has no checksum of its own."""
+    """Read every file that is hashed, and accept it: sparse files have no checksum."""
 
     def hash_all(path: Path) -> str:
         hash_file(path)
@@ -92,14 +92,14 @@ def _hashing() -> Iterator[None]:
 
 @contextmanager
 def _not_hashing() -> Iterator[None]:
-    """Take every checksum as fitting, without reading a byte."""
+    """Accept every checksum without reading the file."""
     with patch.object(manifests, "hash_file", sparse.hash_small):
         yield
 
 
 @dataclass
 class Stopwatch:
-    """Seconds of a block, per unit."""
+    """Measures the seconds of a block, per unit of work."""
 
     wall: float = 0.0
     cpu: float = 0.0

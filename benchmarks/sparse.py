@@ -1,8 +1,7 @@
-"""Finished runs of any size as sparse files: real headers, row numbers and manifests, zeros else.
+"""Finished runs of any size as sparse files: real headers, rows and manifests, otherwise zeros.
 
-The stages' own code makes the shards' names, borders, attributes, checksum journal and manifest.
-Left out are the classifier, the search, and the bytes of images, features and heatmaps, which read
-as zeros and take no space.
+The stages' own code makes the shards' names, boundaries, attributes, checksum journal and manifest.
+There is no classifier and no search; images, features and heatmaps are zeros and take no space.
 """
 
 import os
@@ -47,22 +46,22 @@ from ood_heatmap.pipeline.stage import BackgroundWriter, Stage, content_hash, sc
 # ImageNet-1k as ResNet-50 sees it
 NUM_ID, NUM_CLASSES, NUM_FEATURES, SIZE = 1_281_167, 1_000, 2_048, 224
 MAP_SHAPES = ((2_048, 7, 7),)
-# columns that are really written: without them a run is not in order
+# columns that are written in full: without them a run is not valid
 _KEPT = {"row", "prediction", "nearest", "same_class", "patched"}
-# distinct image files behind any number of rows, and their size: an ImageNet file's mean
+# number of distinct image files, and their size, the mean of ImageNet
 _NUM_FILES, _FILE_BYTES = 1_000, 110_000
 _UNREAD = "0" * 64
 
 
 def hash_small(path: Path) -> str:
-    """Stand in for ``hash_file``: the files that are sparse have no checksum."""
+    """Stand in for ``hash_file``: sparse files have no checksum."""
     is_sparse = ".h5" in path.name or INDEX in path.name
     return _UNREAD if is_sparse else hash_file(path)
 
 
 @dataclass(frozen=True)
 class _Names(Sequence[str]):
-    """As many names as there are rows; each is made when asked for."""
+    """A sequence of names that are made on access."""
 
     num_rows: int
 
@@ -77,7 +76,7 @@ class _Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class _CyclicReader:
-    """Rows of any number out of a few real files."""
+    """Reads any number of rows from a few real files, cyclically."""
 
     paths: Sequence[Path]
 
@@ -89,7 +88,7 @@ class _CyclicReader:
 
 
 def image_set(folder: Path, num_images: int) -> ImageSet:
-    """Return a set of so many images, out of real files that are made if missing."""
+    """Return a set of ``num_images`` images from a few real files, which are made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:04d}.jpg" for number in range(_NUM_FILES)]
     generator = np.random.default_rng(0)
@@ -110,7 +109,7 @@ def image_set(folder: Path, num_images: int) -> ImageSet:
 
 
 def make_folder(folder: Path, files: Path, num_images: int) -> Path:
-    """Return a folder of so many images in class folders, all of them links to a few files."""
+    """Make a folder of ``num_images`` images in class folders, hard links to a few files."""
     image_set(files, num_images)
     paths = sorted(files.iterdir())
     for number in range(NUM_CLASSES):
@@ -125,11 +124,11 @@ def make_run(run: Path, folder: Path, num_ood: int) -> None:
 
     Args:
         run: The run directory to make.
-        folder: Where the image files are.
+        folder: Folder of the image files.
         num_ood: Number of OOD images; there are as many ID images, at most those of ImageNet.
     """
     with ExitStack() as patches:
-        # nothing here has to survive a power cut, and zeros need no checksum
+        # nothing here must survive a power cut, and zeros need no checksum
         patches.enter_context(patch("os.fsync", lambda descriptor: None))
         patches.enter_context(patch.object(manifests, "hash_file", hash_small))
         patches.enter_context(patch.object(stages, "require_space", lambda *_: None))
