@@ -374,6 +374,7 @@ class Dtypes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs PyTorch with CUDA")
 @pytest.mark.parametrize(("stack", "num_maps"), [("plain", 0), ("plain", 1), ("dcgan", 1)])
 def test_in_bfloat16_only_products_are_bfloat16_at_the_shapes_of_imagenet(
     monkeypatch, stack, num_maps
