@@ -120,14 +120,16 @@ def _row_bytes(column: Rows) -> int:
 
 def _iter_shards(rows: _Int64, starts: _Int64) -> Iterator[tuple[int, int, int]]:
     """Yield number, first and last position in ``rows`` of each shard that contains any of them."""
-    shards = np.searchsorted(starts, rows, side="right") - 1
+    shards = starts.searchsorted(rows, side="right") - 1
     for first, last in _runs(shards, step=0):
         yield int(shards[first]), first, last
 
 
 def _runs(values: _Int64, step: int) -> Iterator[tuple[int, int]]:
     """Return first and last position of each run in which values grow by ``step``."""
-    return pairwise([0, *(np.flatnonzero(np.diff(values) != step) + 1).tolist(), len(values)])
+    # methods: a small batch feels the wrappers of np.diff and np.flatnonzero
+    (ends,) = (values[1:] != values[:-1] + step).nonzero()
+    return pairwise([0, *(ends + 1).tolist(), len(values)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -389,12 +389,12 @@ class _BatchReader:
         """
         if (rows[1:] < rows[:-1]).any():
             raise ValueError("the rows of a batch must ascend")
-        num_id, count = int(np.searchsorted(rows, self.num_id)), len(rows)
-        self.id_rows.read(rows[:num_id], {name: item[:num_id] for name, item in out.items()})
-        self.ood_rows.read(
-            rows[num_id:] - self.num_id, {name: item[num_id:count] for name, item in out.items()}
-        )
-        out["heatmap"][:num_id] = 0
+        num_id, count = int(rows.searchsorted(self.num_id)), len(rows)
+        if num_id:
+            self.id_rows.read(rows[:num_id], {name: item[:num_id] for name, item in out.items()})
+            out["heatmap"][:num_id] = 0
+        ood = {name: item[num_id:count] for name, item in out.items()}
+        self.ood_rows.read(rows[num_id:] - self.num_id, ood)
 
 
 def read_batch(data: TrainingSet, rows: _Int64, device: torch.device) -> TrainingBatch:
