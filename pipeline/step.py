@@ -168,9 +168,9 @@ def make_step(
         return kind, step
     if on_gpu and num_ranks > 1:
         log.info(
-            "step: eager, as a CUDA graph is for one process; of --batch-size %d each of %d GPUs "
-            "takes about %d images, and the more the better its throughput",
-            *(config.batch_size, num_ranks, config.batch_size // num_ranks),
+            "step: eager (a CUDA graph is for one process); each of %d GPUs takes %d images of "
+            "--batch-size %d: a larger one uses them better",
+            *(num_ranks, config.batch_size // num_ranks, config.batch_size),
         )
     return "eager", eager
 

@@ -324,6 +324,15 @@ def test_a_deterministic_step_is_not_chosen_by_timing():
     assert make_step(decoder, optimizer, replace(CONFIG, deterministic=True), on_gpu)[0] == "eager"
 
 
+def test_steps_of_several_gpus_are_eager_and_say_how_many_images_each_takes(monkeypatch, caplog):
+    monkeypatch.setattr(module, "world_size", lambda: 8)
+    on_gpu: Any = SimpleNamespace(features=SimpleNamespace(device=torch.device("cuda", 0)))
+    decoder, optimizer = plain_stack()
+    with caplog.at_level("INFO"):
+        assert make_step(decoder, optimizer, TrainConfig(batch_size=200), on_gpu)[0] == "eager"
+    assert "each of 8 GPUs takes 25 images of --batch-size 200" in caplog.text
+
+
 def test_with_several_processes_gradients_lie_where_they_are_exchanged(tmp_path, monkeypatch):
     """A process group of one: its sums over all processes change nothing."""
     _, _, step = fresh()
