@@ -148,7 +148,8 @@ def _locate(
     if not len(images) or not values:
         return np.zeros(len(images), np.int64), np.zeros(len(images), np.int64)
     ends = np.frombuffer(ends, np.int64 if is_large else np.int32)
-    ends = ends[images.offset : images.offset + len(images) + 1].astype(np.int64)
+    # an array read from a file begins with its first image
+    ends = ends[: len(images) + 1].astype(np.int64)
     start = values.address - content.address
     if not 0 <= start <= len(content) - values.size:
         raise OodHeatmapError(
@@ -156,6 +157,5 @@ def _locate(
             "Dataset.save_to_disk, which does not compress."
         )
     num_bytes = np.diff(ends)
-    return start + ends[:-1], np.where(
-        images.is_valid().to_numpy(zero_copy_only=False), num_bytes, 0
-    )
+    is_valid = images.is_valid().to_numpy(zero_copy_only=False)
+    return start + ends[:-1], np.where(is_valid, num_bytes, 0)

@@ -151,15 +151,19 @@ class _GroupReader:
         row -= self._ends[number] - len(self._files[number].names)
         group = bisect_right(self._group_ends[number], row)
         first = self._group_ends[number][group - 1] if group else 0
-        if getattr(self._last, "group", None) != (number, group):
-            # drop the old group first: two may not fit in memory
-            self._last.images = None
-            self._last.images = _read_group(self._files[number], group)
-            self._last.group = (number, group)
-        content = self._last.images[row - first].as_py()
+        content = self._images((number, group))[row - first].as_py()
         if content is None:
             raise ValueError("stored without its bytes")
         return bytes(content)
+
+    def _images(self, key: tuple[int, int]) -> Any:
+        """Return the images of a row group, kept from the last call if it is the same."""
+        if getattr(self._last, "key", None) != key:
+            # drop the old group first: two may not fit in memory
+            self._last.key = self._last.images = None
+            self._last.images = _read_group(self._files[key[0]], key[1])
+            self._last.key = key
+        return self._last.images
 
 
 def _read_group(file: _File, group: int) -> Any:

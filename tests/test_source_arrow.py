@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -301,6 +302,32 @@ def test_threads_and_processes_read_the_same_in_any_order(tmp_path, kind):
         batch.pixels[:, 0, 0, 0].tolist() for batch in iter_batches(images, rows, EIGHT, workers=3)
     ]
     assert threads == processes == rows.tolist()
+
+
+def test_a_row_group_that_fails_once_is_read_again(tmp_path, monkeypatch):
+    images = open_images(write(tmp_path / "a.parquet", make_table(6)))
+    assert values_of(images, np.array([1])) == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(source_parquet, "_read_group", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            images.read(4)
+    assert values_of(images, np.array([1, 4])) == [1, 4]
+
+
+def test_each_thread_keeps_its_own_row_group(tmp_path, monkeypatch):
+    images = open_images(write(tmp_path / "a.parquet", make_table(6)))
+    read_group, read = source_parquet._read_group, []
+
+    def counted(file, group):
+        read.append(group)
+        return read_group(file, group)
+
+    monkeypatch.setattr(source_parquet, "_read_group", counted)
+    images.read(0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(values_of, images, np.array([3, 4])).result() == [3, 4]
+    assert values_of(images, np.array([1, 2])) == [1, 2]
+    assert read == [0, 1]
 
 
 def test_the_listing_changes_with_what_is_known_without_reading(tmp_path):

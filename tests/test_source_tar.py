@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ood_heatmap import source_tar, tar_index
+from ood_heatmap import packed, source_tar, tar_index
 from ood_heatmap.decoding import decode, iter_batches, prefetch
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform, UnreadableImageError
@@ -294,6 +294,21 @@ def test_any_number_of_shards_needs_few_descriptors_from_many_threads(hundred):
     # 16 open files, one more in each thread, and the listing itself
     assert most - before <= 16 + 8 + 1
     assert count() == before
+
+
+def test_a_file_that_another_thread_evicts_is_still_read(hundred, monkeypatch):
+    monkeypatch.setattr(packed, "_MAX_OPEN_FILES", 1)
+    images, pread = open_images(hundred), os.pread
+
+    def evicting(descriptor, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", pread)
+            # closes the first file, unless something refers to it; the number would be used again
+            images.read(50)
+        return pread(descriptor, *arguments)
+
+    monkeypatch.setattr(os, "pread", evicting)
+    assert np.asarray(images.read(20)[0])[0, 0, 0] == 20
 
 
 def test_processes_read_what_threads_read(hundred):

@@ -69,6 +69,14 @@ def test_classes_are_matched_by_name(tmp_path):
     assert len({union.listing, natural.listing, open_union([two, one]).listing}) == 3
 
 
+def test_the_listing_of_a_union_changes_with_the_order_of_its_classes(tmp_path):
+    sources = [write_classes(tmp_path / name, name) for name in ("c2", "c10")]
+    by_name, natural = (open_union(sources, class_order=order) for order in ("name", "natural"))
+    assert by_name.labels.tolist() == [1, 0]
+    assert natural.labels.tolist() == [0, 1]
+    assert by_name.listing != natural.listing
+
+
 def test_a_set_that_has_all_classes_says_their_order(tmp_path):
     part = open_images(write_classes(tmp_path / "a", "cat", "emu"))
     whole = from_array(np.zeros((2, 8, 8, 3), np.uint8), np.array(["emu", "cat"]))
