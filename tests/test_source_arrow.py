@@ -158,6 +158,16 @@ def test_sliced_and_null_structs_keep_their_rows(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_null_image_is_one_without_bytes_whatever_lies_beneath(tmp_path, kind):
+    fields = [pa.array([png(value) for value in range(3)]), pa.array(["a", "b", "c"])]
+    mask = pa.array([False, True, False])
+    structs = pa.StructArray.from_arrays(fields, ["bytes", "path"], mask=mask)
+    images = open_images(write(tmp_path / f"a.{kind}", pa.table({"image": structs})))
+    batch = decode(images, np.arange(3), EIGHT, skip_unreadable=True)
+    assert batch.pixels[:, 0, 0, 0].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_columns_that_are_no_labels_leave_images_unlabelled(tmp_path, kind):
     kinds = {"_type": "ClassLabel", "names": CLASSES}
     features = {"image": {"_type": "Image"}, "fine": kinds, "coarse": kinds}
