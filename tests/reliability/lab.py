@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.numpy import load
 from safetensors.torch import save_file
 
 from ood_heatmap.cache.stamps import STAMPS
@@ -535,6 +536,12 @@ def is_whole(path: Path, content: bytes, finished: Sequence[bytes]) -> bool:
         return any(whole.startswith(content) for whole in finished)
     if path.name.startswith("checksums-"):  # only the last line may be cut short
         return all(map(is_json, content.splitlines()[:-1]))
+    if path.suffix == ".intermediate":
+        try:
+            load(content)
+        except Exception:
+            return False
+        return True
     if path.suffix == ".csv":  # a picture that could not be written is missing in its line
         return len({len(row) for row in csv.reader(content.decode().splitlines())}) == 1
     if path.suffix == ".json":
