@@ -43,9 +43,7 @@ def test_a_sparse_run_is_whole_but_takes_no_space(modules, case):
     assert sum(512 * item.st_blocks for item in statuses) < 5e6
 
 
-@pytest.mark.parametrize(
-    "name", ["open", "plan", "verify", "train", "order", "batch", "bookkeeping", "resume"]
-)
+@pytest.mark.parametrize("name", ["open", "plan", "verify", "train", "order", "batch", "resume"])
 def test_a_cost_is_measured(modules, case, name):
     """In this order: ``resume`` takes the run apart."""
     scale, _ = modules
