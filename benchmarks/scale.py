@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -37,6 +37,7 @@ from ood_heatmap.cache.files import hash_file
 from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.stamps import STAMPS
 from ood_heatmap.images import ImageSet
+from ood_heatmap.options import raise_descriptor_limit
 from ood_heatmap.pipeline import feed, plan, targets, train, verify
 from ood_heatmap.pipeline.config import TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets, read_manifest
@@ -44,7 +45,7 @@ from ood_heatmap.pipeline.stage import _JOURNAL
 from ood_heatmap.sources import open_images
 
 ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
-_BATCH, _NUM_BATCHES = 200, 30
+_BATCH, _NUM_BATCHES = 200, 300
 # a cost that takes longer is measured once
 _LONG_SECONDS = 10.0
 # a cost that would take more CPU time at the next size is not measured there
@@ -229,15 +230,17 @@ def measure_batch(case: Case) -> Stopwatch:
 
 
 def _watch_batches(data: feed.TrainingSet) -> Stopwatch:
-    """Time the batches that an epoch begins with; the first of them is a warm-up."""
+    """Time some batches of an epoch, after as many as a warm-up: it opens the shards."""
     reader = feed._BatchReader(data)
     slot = feed._allocate_ring(data, _CPU, _BATCH)[0]
     out = {name: item.numpy() for name, item in slot.items()}
-    first, *batches = islice(feed.iter_batches(len(data), _BATCH, 0, [0]), 1 + _NUM_BATCHES)
-    reader.read(first, out)
-    with Stopwatch(units=len(batches)) as watch:
-        for rows in batches:
-            reader.read(rows, out)
+    batches = feed.iter_batches(len(data), _BATCH, 0, count())
+    watch = Stopwatch(units=_NUM_BATCHES)
+    for _ in range(2):
+        some = list(islice(batches, _NUM_BATCHES))
+        with watch:
+            for rows in some:
+                reader.read(rows, out)
     return watch
 
 
@@ -309,6 +312,7 @@ def measure(name: str, case: Case) -> Sample:
 
 def measure_here(name: str, run: str, folder: str, num_ood: str) -> None:
     """Measure a cost in this process three times, or once if it takes long; print the medians."""
+    raise_descriptor_limit()
     peak = [0]
     done = threading.Event()
     sampler = threading.Thread(target=_watch_memory, args=(peak, done), daemon=True)
