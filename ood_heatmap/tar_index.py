@@ -33,7 +33,7 @@ _FORMAT = 1
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK, _NAME, _PREFIX = tarfile.BLOCKSIZE, slice(100), slice(345, 500)
 _OCTAL = re.compile(rb"[0-7]+")
-_MAX_JSON_BYTES, _MAX_TEXT_BYTES = 2**20, 1000
+_MAX_JSON_BYTES, _MAX_TEXT_BYTES = 2**24, 1000
 # keys of a sample's JSON that may contain its class; the first that exists is used
 _JSON_KEYS = ("label", "cls", "class", "target")
 # names of webdataset's own metadata
