@@ -11,6 +11,7 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ood_heatmap.cores import local_world_size
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import (
     ImageSet,
@@ -200,8 +202,9 @@ def _use_processes(
     if not worth_it or sys.platform != "linux":
         return False
     batch_bytes = max(map(len, chunks)) * 3 * transform.size**2
-    needed = (_BATCHES_AHEAD * min(workers, len(chunks)) + 1) * batch_bytes
-    free = shutil.disk_usage(_SHARED_MEMORY).free
+    # all ranks of this machine take theirs at the same time
+    needed = (_BATCHES_AHEAD * min(workers, len(chunks)) + 1) * batch_bytes * local_world_size()
+    free = _free_shared_memory()
     if needed > free:
         log.warning(
             "%s has %d MB free and %d processes need %d MB: decoding in threads, which is slower",
@@ -211,6 +214,14 @@ def _use_processes(
             needed // 10**6,
         )
     return needed <= free
+
+
+def _free_shared_memory() -> int:
+    """Return the free bytes of shared memory; 0 where the system has none, as some containers."""
+    try:
+        return shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return 0
 
 
 # the pixels, in shared memory, and the rest of a batch; or an error
@@ -262,7 +273,7 @@ def _iter_in_processes(dataset: _Chunks, workers: int) -> Iterator[Batch]:
             multiprocessing_context="fork",
             prefetch_factor=_BATCHES_AHEAD,
         )
-        batches = iter(loader)
+        batches = _start(loader)
     while True:
         try:
             sent = next(batches)
@@ -280,6 +291,21 @@ def _iter_in_processes(dataset: _Chunks, workers: int) -> Iterator[Batch]:
         yield replace(batch, pixels=pixels.numpy())
 
 
+def _start(loader: DataLoader[_Sent]) -> Iterator[_Sent]:
+    """Start the processes.
+
+    Raises:
+        OodHeatmapError: The system allows no more processes, or no more open files.
+    """
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise OodHeatmapError(
+            f"{loader.num_workers} processes that decode images cannot be started "
+            f"({error.strerror}). Use fewer --workers."
+        ) from error
+
+
 @contextmanager
 def _forking() -> Iterator[None]:
     """Silence warnings about a fork with threads, and about more workers than cores.
@@ -287,10 +313,27 @@ def _forking() -> Iterator[None]:
     The processes only decode: they take no lock that another thread may hold, use no CUDA, and exit
     without clean-up.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _interrupt_deferred():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Raise an interrupt (Ctrl-C) of the block at its end: Python loses one during a fork."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        # None is a handler that is not of Python, which cannot be set again
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _unchanged(sent: Any) -> Any:
@@ -298,7 +341,8 @@ def _unchanged(sent: Any) -> Any:
 
 
 def _end_with_parent(_: int) -> None:
-    """Kill this process when its parent is killed: it shares the parent's run lock."""
+    """Leave an interrupt to the parent; die when that is killed: its run lock is shared."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

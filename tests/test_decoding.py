@@ -1,5 +1,6 @@
 """Batches decoded in threads and in processes are the same, and so are their errors."""
 
+import errno
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ood_heatmap import decoding as module
-from ood_heatmap.decoding import Batch, iter_batches
+from ood_heatmap.decoding import Batch, decode, iter_batches
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet, Transform, UnreadableImageError
 from ood_heatmap.sources import open_images
@@ -132,3 +133,63 @@ def test_leaving_early_leaves_no_process(images):
     for child in active_children():
         child.join(20)
     assert not active_children()
+
+
+@linux
+def test_an_interrupt_while_processes_start_is_raised_in_the_parent_alone(images, monkeypatch):
+    fork = os.fork
+
+    def interrupted() -> int:
+        child = fork()
+        os.kill(os.getpid(), signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter_batches(images, CHUNKS, TRANSFORM, workers=3, skip_unreadable=True))
+    assert signal.getsignal(signal.SIGINT) is handler
+    for child in active_children():
+        child.join(20)
+    assert not active_children()
+
+
+@linux
+def test_processes_leave_an_interrupt_to_their_parent(images):
+    batches = iter_batches(images, CHUNKS, TRANSFORM, workers=3, skip_unreadable=True)
+    first = next(batches)
+    for child in active_children():
+        assert child.pid
+        os.kill(child.pid, signal.SIGINT)
+    assert sum(len(batch.rows) for batch in [first, *batches]) == 22
+
+
+@linux
+def test_processes_that_cannot_be_started_are_said_in_one_line(images, monkeypatch):
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(OodHeatmapError, match=r"^3 processes .*unavailable.*Use fewer --workers"):
+        next(iter_batches(images, CHUNKS, TRANSFORM, workers=3))
+
+
+def test_no_shared_memory_means_threads(images, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(module, "_SHARED_MEMORY", str(tmp_path / "missing"))
+    monkeypatch.setattr(module, "_iter_in_processes", None)
+    taken = iter_batches(images, CHUNKS, TRANSFORM, workers=3, skip_unreadable=True)
+    assert len(list(taken)) == 6
+
+
+@linux
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_ranks_share_the_shared_memory(images, monkeypatch, ranks):
+    usage = namedtuple("usage", "total used free")
+    # seven batches of four images for each of at most seven ranks
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 7 * 7 * 4 * 3 * 16**2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    processes = iter([decode(images, CHUNKS[0], TRANSFORM)])
+    monkeypatch.setattr(module, "_iter_in_processes", lambda *_: processes)
+    taken = iter_batches(images, CHUNKS, TRANSFORM, workers=3, skip_unreadable=True)
+    assert (taken is processes) == (ranks == 1)
