@@ -10,6 +10,7 @@ import errno
 import math
 import mmap
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 FORMAT = 1
 _Array = NDArray[Any]
+# dtypes of datasets as text, and the maximum that NumPy can address
+_DTYPE, _MAX_BYTES = re.compile("[<>|][biuf][1248]"), 2**59
 # what h5py raises for a damaged file: a header with a valid checksum can still contain anything
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
 
@@ -151,12 +154,29 @@ class Header:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Header":
-        """Parse the JSON of a header."""
-        datasets = {
-            name: (offset, tuple(shape), np.dtype(dtype))
-            for name, (offset, shape, dtype) in content["datasets"].items()
-        }
-        return Header(content["attributes"], datasets)
+        """Parse the JSON of a header.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: It is not that of a header.
+        """
+        datasets = {name: _parse_extent(*item) for name, item in content["datasets"].items()}
+        return Header(dict(content["attributes"].items()), datasets)
+
+
+def _parse_extent(
+    offset: int | None, shape: Sequence[int], dtype: str
+) -> tuple[int | None, tuple[int, ...], np.dtype[Any]]:
+    """Parse offset, shape and dtype of a dataset: a copied run can contain anything.
+
+    Raises:
+        ValueError, TypeError: They are not those of a dataset.
+    """
+    sizes = [*shape] if offset is None else [offset, *shape]
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or len(shape) > 8:
+        raise ValueError(f"offset {offset}, shape {shape}")
+    if math.prod(size or 1 for size in shape) > _MAX_BYTES or not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"shape {shape}, dtype {dtype}")
+    return offset, tuple(shape), np.dtype(dtype)
 
 
 def map_shard(path: Path, header: Header | None = None) -> dict[str, _Array]:

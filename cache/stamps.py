@@ -23,6 +23,8 @@ from ood_heatmap.errors import OodHeatmapError
 STAMPS = ".stamps.jsonl"
 # a change within one tick of the file system's clock does not change the time of a file
 _TICK_NS = 20_000_000
+# raised for a line that holds no stamp: other JSON, infinite numbers, lists in lists
+_NO_STAMP = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # before the checksum over the rest of a line
 _CHECKSUM = ', "checksum": "'
 
@@ -71,7 +73,8 @@ class Stamp:
         """Parse a line; of one that is damaged, or of an earlier version, only the record.
 
         Raises:
-            ValueError, KeyError, TypeError: The line holds no record.
+            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError: The line
+                holds no stamp.
         """
         content = json.loads(line)
         record = FileRecord(str(content["sha256"]), int(content["num_bytes"]))
@@ -124,8 +127,8 @@ def _modified_ns(path: Path) -> int:
 def parse_stamps(text: str) -> Iterator[Stamp]:
     """Parse lines of stamps; those that hold no record are skipped."""
     for line in text.splitlines():
-        # a killed process may truncate the last line of its journal
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        # a killed process may truncate the last line of its journal, and a copied run contain any
+        with contextlib.suppress(*_NO_STAMP):
             yield Stamp.from_line(line)
 
 

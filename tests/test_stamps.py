@@ -1,5 +1,7 @@
 """Stamps: a file that has not been touched is not read again, any other is, and no line lies."""
 
+import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -19,6 +21,7 @@ from ood_heatmap.cache.stamps import (
     make_stamp,
     match_stamp,
     parse_stamps,
+    read_stamps,
     write_stamps,
 )
 from ood_heatmap.errors import DamagedCacheError
@@ -168,3 +171,39 @@ def test_stamps_that_cannot_be_kept_are_no_error(stage, hashed):
     check_unstamped(directory, manifest, command=COMMAND)
     check_unstamped(directory, manifest, command=COMMAND)
     assert len(hashed) == 4
+
+
+@pytest.mark.parametrize(
+    "extent",
+    [
+        [-4096, [6], "<i8"],
+        ["0", [6], "<i8"],
+        [0.5, [6], "<i8"],
+        [0, [-1, 2], "<i8"],
+        [0, [6.0], "<i8"],
+        [0, [0, 10**30], "<i8"],
+        [0, [1] * 99, "<i8"],
+        [0, [6], "|O"],
+        [0, [6], "|V0"],
+        [0, [6], "i4,("],
+    ],
+)
+def test_a_forged_header_is_read_from_the_shard_instead(stage, extent):
+    directory, manifest = stage
+    check_unstamped(directory, manifest, command=COMMAND)
+    stamp = read_stamps(directory, manifest)["a.h5"]
+    content = json.loads(stamp.to_line())
+    content["header"]["datasets"]["x"] = extent
+    text = json.dumps({key: item for key, item in content.items() if key != "checksum"})[:-1]
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    (directory / STAMPS).write_text(f'{text}, "checksum": "{checksum}"}}\n')
+    check_unstamped(directory, manifest, command=COMMAND)
+    assert read_stamps(directory, manifest)["a.h5"] == stamp
+
+
+@pytest.mark.parametrize(
+    "line", ['{"name": "a", "sha256": "", "num_bytes": 1e999}', "[" * 200_000, "[]", "{}", "\0"]
+)
+def test_a_line_that_holds_no_stamp_is_skipped(tmp_path, line):
+    stamp = Stamp("a", FileRecord("0" * 64, 1))
+    assert list(parse_stamps(f"{line}\n{stamp.to_line()}")) == [stamp]
