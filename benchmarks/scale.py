@@ -392,8 +392,8 @@ def rows(setting: Setting) -> Iterator[Row]:
         note = f"{size:,} OOD images; CPU time {_format_seconds(sample.cpu)}"
         yield Row(f"seconds: {COSTS[name].title}", [sample.wall], bar, note, True)
     for name in ("open", "train"):
-        ratio = middle[name].anonymous / small[name].anonymous
-        note = f"{sizes[0]:,} and {sizes[-2]:,} OOD images, without mapped files"
+        ratio = large[name].anonymous / middle[name].anonymous
+        note = f"{sizes[-2]:,} and {sizes[-1]:,} OOD images, without mapped files"
         yield Row(f"peak memory: {COSTS[name].title}", [ratio], 1.05, note, True)
 
 
