@@ -92,7 +92,8 @@ def score_histograms(id_scores: NDArray[np.float32], ood_scores: _Scores) -> Fig
         handles.append(patches[0])
     axes.set(xlabel="heatmap score (larger is more OOD)", ylabel="density")
     # explicit handles: matplotlib drops labels that begin with an underscore
-    axes.legend(handles, ["ID", *ood_scores], frameon=False)
+    # at a fixed place: matplotlib warns when its search for the best one takes a second
+    axes.legend(handles, ["ID", *ood_scores], frameon=False, loc="upper right")
     return figure
 
 

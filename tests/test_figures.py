@@ -15,6 +15,7 @@ from ood_heatmap.figures import (
     Card,
     add_legend,
     example_grid,
+    roc_curves,
     roc_points,
     score_histograms,
     share_of_scale,
@@ -60,6 +61,16 @@ def test_every_set_is_in_the_legend_of_the_histograms():
     (legend,) = figure.findobj(Legend)
     assert isinstance(legend, Legend)
     assert [text.get_text() for text in legend.get_texts()] == ["ID", "_far", "ID"]
+
+
+def test_no_legend_searches_for_the_best_place(monkeypatch):
+    def search(*_, **__):
+        raise AssertionError("a search takes long, and warns if it does")
+
+    monkeypatch.setattr(Legend, "_find_best_position", search)
+    scores = np.random.default_rng(0).random(50, np.float32)
+    to_png(score_histograms(scores, {"far": scores}))
+    to_png(roc_curves({"heatmap": scores}, {"far": {"heatmap": scores}}))
 
 
 def test_shares_of_the_colour_scale():
