@@ -25,7 +25,7 @@ def open_array_file(path: Path) -> ImageSet:
     Raises:
         OodHeatmapError: The file cannot be read, or it is ambiguous which array has the images.
     """
-    labels = None
+    labels, stamp = None, stamp_of(path)
     try:
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
@@ -36,7 +36,7 @@ def open_array_file(path: Path) -> ImageSet:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OodHeatmapError(f"{path} cannot be read as NumPy arrays ({error}).") from error
     found = from_array(images, labels, source=str(path))
-    return replace(found, stamps=np.broadcast_to(np.array(stamp_of(path)), (len(found), 2)))
+    return replace(found, stamps=np.broadcast_to(np.array(stamp), (len(found), 2)))
 
 
 def _images_key(keys: Sequence[str], path: Path) -> str:

@@ -166,7 +166,8 @@ def _iter_members(file: BinaryIO) -> Iterator[_Member]:
         while (member := _read_header(tar, file, position)) is not None:
             if member.next_header <= position or member.num_bytes < 0:
                 raise ValueError(f"damaged at byte {position}")
-            if member.name and member.offset + member.num_bytes > end:
+            # also in the padding of the last member: more may have followed
+            if member.next_header > end:
                 raise ValueError("it ends too early")
             if member.name:
                 yield member

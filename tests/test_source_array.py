@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ood_heatmap import source_array
 from ood_heatmap.decoding import decode
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import Transform
@@ -140,3 +141,18 @@ def test_labels_that_are_not_class_numbers_are_refused(labels):
 def test_one_hot_labels_are_refused():
     with pytest.raises(OodHeatmapError, match=r"3 images but labels of shape \(3, 3\)"):
         from_array(np.zeros((3, 8, 8, 3), np.uint8), np.eye(3))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_has_the_former_stamp(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.zeros((2, 4, 4, 3), np.uint8))
+    before = path.stat().st_size, path.stat().st_mtime_ns
+
+    def replace_file(*_: object) -> str:
+        np.savez(path, images=np.zeros((9, 4, 4, 3), np.uint8))
+        return "images"
+
+    monkeypatch.setattr(source_array, "_images_key", replace_file)
+    images = open_images(str(path))
+    assert images.stamps is not None
+    assert images.stamps.tolist() == [list(before)] * len(images)

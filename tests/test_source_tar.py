@@ -231,7 +231,7 @@ def test_a_damaged_or_truncated_shard_is_named(tmp_path):
     write_tar(path, members)
     whole = path.read_bytes()
     # a header and one block of data for each
-    for cut in (0, 100, 512 + 20, 2 * 1024 + 100, 3 * 1024 + 512 + 20):
+    for cut in (0, 100, 512 + 20, 2 * 1024 - 10, 2 * 1024 + 100, 3 * 1024 + 512 + 20):
         path.write_bytes(whole[:cut])
         with pytest.raises(OodHeatmapError, match=r"a\.tar cannot be read as a tar file"):
             open_images(str(path))
