@@ -149,7 +149,8 @@ def test_a_file_that_is_replaced_while_it_is_read_has_the_former_stamp(tmp_path,
     before = path.stat().st_size, path.stat().st_mtime_ns
 
     def replace_file(*_: object) -> str:
-        np.savez(path, images=np.zeros((9, 4, 4, 3), np.uint8))
+        np.savez(tmp_path / "b.npz", images=np.zeros((9, 4, 4, 3), np.uint8))
+        (tmp_path / "b.npz").replace(path)
         return "images"
 
     monkeypatch.setattr(source_array, "_images_key", replace_file)
