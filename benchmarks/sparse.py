@@ -26,7 +26,7 @@ from ood_heatmap.cache.shards import Column, Header, bytes_per_row
 from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import ClassifierConfig
 from ood_heatmap.images import Decoded, ImageSet, Transform
-from ood_heatmap.pipeline import stage as stages
+from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, result_options
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.ranges import STATISTICS, shard_moments
@@ -41,7 +41,8 @@ from ood_heatmap.pipeline.run import (
     read_manifest,
     target_columns,
 )
-from ood_heatmap.pipeline.stage import BackgroundWriter, Stage, content_hash, schedule_shards
+from ood_heatmap.pipeline.schedule import BackgroundWriter, content_hash, schedule_shards
+from ood_heatmap.pipeline.stage import Stage
 
 # ImageNet-1k as ResNet-50 sees it
 NUM_ID, NUM_CLASSES, NUM_FEATURES, SIZE = 1_281_167, 1_000, 2_048, 224
@@ -131,11 +132,11 @@ def make_run(run: Path, folder: Path, num_ood: int) -> None:
         # nothing here must survive a power cut, and zeros need no checksum
         patches.enter_context(patch("os.fsync", lambda descriptor: None))
         patches.enter_context(patch.object(manifests, "hash_file", hash_small))
-        patches.enter_context(patch.object(stages, "require_space", lambda *_: None))
+        patches.enter_context(patch.object(schedule, "require_space", lambda *_: None))
         patches.enter_context(patch.object(stamps, "_TICK_NS", -1))
-        patches.enter_context(patch.object(stages, "_MAX_WRITERS", 1))
+        patches.enter_context(patch.object(schedule, "_MAX_WRITERS", 1))
         writer = _SparseWriter()
-        patches.enter_context(patch.object(stages, "write_shard", writer.write))
+        patches.enter_context(patch.object(schedule, "write_shard", writer.write))
         patches.enter_context(patch.object(stamps, "read_header", writer.read_header))
         _make_index(run, image_set(folder, min(num_ood, NUM_ID)))
         _make_targets(run, image_set(folder, num_ood))

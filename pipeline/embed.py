@@ -16,7 +16,7 @@ from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.forward import BatchedClassifier, HostOutput, PendingOutputs
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_column
-from ood_heatmap.pipeline.stage import content_hash
+from ood_heatmap.pipeline.schedule import content_hash
 
 
 @dataclass(frozen=True)

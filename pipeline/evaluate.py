@@ -35,6 +35,7 @@ from ood_heatmap.pipeline.run import (
     open_targets,
     read_manifest,
 )
+from ood_heatmap.pipeline.schedule import source_hash
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
     ID,
@@ -48,7 +49,7 @@ from ood_heatmap.pipeline.scoring import (
     score_set,
     scores_name,
 )
-from ood_heatmap.pipeline.stage import Stage, run_lock, source_hash
+from ood_heatmap.pipeline.stage import Stage, run_lock
 from ood_heatmap.pipeline.tables import decisions, metrics_json, metrics_table
 from ood_heatmap.sanity import (
     Finding,

@@ -44,19 +44,18 @@ from ood_heatmap.pipeline.run import (
     check_probe,
     index_columns,
 )
-from ood_heatmap.pipeline.stage import (
+from ood_heatmap.pipeline.schedule import (
     BackgroundWriter,
     Schedule,
     ShardTask,
-    Stage,
     iter_intermediates,
     open_shards,
     require_rows,
-    run_lock,
     schedule_shards,
     stage_content,
     write_intermediate,
 )
+from ood_heatmap.pipeline.stage import Stage, run_lock
 from ood_heatmap.sanity import Finding, check_classification, texts
 from ood_heatmap.user_code import trusting_code
 

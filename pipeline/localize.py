@@ -29,6 +29,7 @@ from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, result_options
 from ood_heatmap.pipeline.results import LocalizationResults
 from ood_heatmap.pipeline.run import open_decoder, open_index
+from ood_heatmap.pipeline.schedule import content_hash
 from ood_heatmap.pipeline.scoring import (
     CENTRE,
     DISTANCE,
@@ -42,7 +43,7 @@ from ood_heatmap.pipeline.scoring import (
     PixelScores,
     make_localization_methods,
 )
-from ood_heatmap.pipeline.stage import Stage, content_hash, log_event, run_lock
+from ood_heatmap.pipeline.stage import Stage, log_event, run_lock
 from ood_heatmap.pipeline.tables import (
     MEAN,
     LocalizationRow,

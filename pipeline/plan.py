@@ -32,7 +32,7 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import check_classes, columns_from_classifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
-from ood_heatmap.pipeline.stage import rows_per_shard
+from ood_heatmap.pipeline.schedule import rows_per_shard
 from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
 from ood_heatmap.pipeline.targets import choose_rows, columns_from_index, max_pending_bytes
 from ood_heatmap.pipeline.train import check_maps, decoder_config

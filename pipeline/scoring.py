@@ -31,7 +31,8 @@ from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, Targets, make_detector, open_decoder
-from ood_heatmap.pipeline.stage import Stage, content_hash, log_event, source_hash
+from ood_heatmap.pipeline.schedule import content_hash, source_hash
+from ood_heatmap.pipeline.stage import Stage, log_event
 from ood_heatmap.sanity import Finding, check_fits
 
 _Float32 = NDArray[np.float32]

@@ -52,19 +52,18 @@ from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.patched import PastePlan, pasted_images
 from ood_heatmap.pipeline.results import TargetsResults
 from ood_heatmap.pipeline.run import Index, draw_rows, make_paste_plan, open_index, target_columns
-from ood_heatmap.pipeline.stage import (
+from ood_heatmap.pipeline.schedule import (
     BackgroundWriter,
     Schedule,
     ShardTask,
-    Stage,
     iter_intermediates,
     open_shards,
     require_rows,
-    run_lock,
     schedule_shards,
     stage_content,
     write_intermediate,
 )
+from ood_heatmap.pipeline.stage import Stage, run_lock
 from ood_heatmap.sanity import check_ood_names, texts
 
 log = logging.getLogger(__name__)

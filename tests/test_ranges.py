@@ -11,12 +11,12 @@ from ood_heatmap.duplicates import hash_pixels
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.pipeline import index as index_module
 from ood_heatmap.pipeline import ranges as module
-from ood_heatmap.pipeline import stage as protocol
+from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline.config import IndexConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.ranges import STATISTICS, input_ranges, spatial_statistics
 from ood_heatmap.pipeline.run import PIXEL_HASHES, Index, open_index
-from ood_heatmap.pipeline.stage import write_intermediate
+from ood_heatmap.pipeline.schedule import write_intermediate
 from ood_heatmap.sources import open_images
 
 
@@ -85,7 +85,7 @@ def test_an_index_that_was_stopped_has_the_statistics_of_an_unbroken_one(
 ):
     """An earlier version leaves shards without statistics: they are computed from the shards."""
     config = IndexConfig(batch_size=16)
-    monkeypatch.setattr(protocol, "rows_per_shard", lambda *_: 16)
+    monkeypatch.setattr(schedule, "rows_per_shard", lambda *_: 16)
     images, written = open_images(str(data / "id")), list[str]()
 
     def stop(stage, task, arrays):

@@ -20,12 +20,14 @@ from ood_heatmap.cache.shards import map_shard, write_shard
 from ood_heatmap.cache.stamps import check_unstamped
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import read_manifest
-from ood_heatmap.pipeline.stage import ShardTask, Stage, require_rows
+from ood_heatmap.pipeline.schedule import ShardTask, require_rows
+from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.sources import open_images
 
@@ -288,12 +290,12 @@ def stop_after_first_shard(monkeypatch):
     def arm() -> None:
         def write_one(*args, **kwargs):
             write_shard(*args, **kwargs)
-            monkeypatch.setattr(protocol, "write_shard", interrupt)
+            monkeypatch.setattr(schedule, "write_shard", interrupt)
 
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(protocol, "write_shard", write_one)
+        monkeypatch.setattr(schedule, "write_shard", write_one)
 
     yield arm
     monkeypatch.undo()
@@ -387,7 +389,7 @@ def test_images_are_read_again_once_and_only_if_size_or_time_differ(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(protocol, "_MAX_SHARDS", 10)
+    monkeypatch.setattr(schedule, "_MAX_SHARDS", 10)
     build_targets(run, open_images(str(ood)), torch.device("cpu"), config)
     if not finished:
         manifest = read_manifest(run, "targets")
@@ -445,7 +447,7 @@ def test_finished_shards_are_not_hashed_again_unless_their_time_differs(
     ],
 )
 def test_shards_grow_only_with_a_stage_that_would_have_too_many(num_rows, num_bytes, wanted):
-    assert protocol.rows_per_shard(num_rows, num_bytes, 128) == wanted
+    assert schedule.rows_per_shard(num_rows, num_bytes, 128) == wanted
     assert -(-num_rows // wanted) <= 20_000
 
 
@@ -461,10 +463,10 @@ def test_the_space_for_the_index_is_required_too(arrays, classifier, tmp_path, m
 
 
 def test_a_rank_that_does_not_see_the_run_of_rank_0_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "_SHARED_SECONDS", 0.0)
-    protocol._require_shared(start(tmp_path))
+    monkeypatch.setattr(schedule, "_SHARED_SECONDS", 0.0)
+    schedule._require_shared(start(tmp_path))
     with pytest.raises(OodHeatmapError, match=r"does not see .*All nodes must share the run"):
-        protocol._require_shared(Stage(tmp_path / "elsewhere", "index", INPUTS))
+        schedule._require_shared(Stage(tmp_path / "elsewhere", "index", INPUTS))
 
 
 def test_a_shard_that_is_missing_at_the_end_is_named(tmp_path):
@@ -501,10 +503,10 @@ def test_shards_are_the_same_however_many_threads_write_them(
         time.sleep(0.2)
         write_shard(*args, **kwargs)
 
-    monkeypatch.setattr(protocol, "write_shard", write_noting_thread)
+    monkeypatch.setattr(schedule, "write_shard", write_noting_thread)
     for cores, num_threads in ((1, 1), (64, 4)):
         threads.clear()
-        monkeypatch.setattr(protocol, "num_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(schedule, "num_cores", lambda cores=cores: cores)
         run = tmp_path / str(cores)
         build_index(run, images, classifier, IndexConfig(shard_mb=1))
         assert len(threads) == num_threads
@@ -521,8 +523,8 @@ def test_an_error_of_any_writing_thread_surfaces(arrays, classifier, tmp_path, m
             raise OodHeatmapError("the disk is full")
         write_shard(path, *args, **kwargs)
 
-    monkeypatch.setattr(protocol, "write_shard", fail_on_second)
-    monkeypatch.setattr(protocol, "num_cores", lambda: 64)
+    monkeypatch.setattr(schedule, "write_shard", fail_on_second)
+    monkeypatch.setattr(schedule, "num_cores", lambda: 64)
     with pytest.raises(OodHeatmapError, match="the disk is full"):
         build_index(tmp_path, open_images(str(arrays)), classifier, IndexConfig(shard_mb=1))
     assert len(list((tmp_path / "index").glob("*.h5"))) == 4

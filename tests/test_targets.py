@@ -12,8 +12,7 @@ from simulated_cuda import CUDA, simulated_cuda
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import Transform
-from ood_heatmap.pipeline import audit
-from ood_heatmap.pipeline import stage as protocol
+from ood_heatmap.pipeline import audit, schedule
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.patched import PastePlan, pasted_images
@@ -279,7 +278,7 @@ def test_what_the_audit_needs_is_measured_beside_the_targets_or_from_their_files
     run, data, monkeypatch
 ):
     """An earlier version measured nothing beside: its images are recovered from the files."""
-    monkeypatch.setattr(protocol, "rows_per_shard", lambda *_: 16)
+    monkeypatch.setattr(schedule, "rows_per_shard", lambda *_: 16)
     measure, images = audit._measure_targets, open_images(str(data / "ood"))
     config = TargetsConfig(batch_size=16, patched=0.5, overwrite=True)
     monkeypatch.setattr(audit, "_measure_targets", None)
