@@ -304,16 +304,12 @@ def _require_same_images(
     if changed:
         num_rows = sum(len(task.source_rows) for task, _ in changed)
         log.info("%s: comparing %d images with those of finished shards", images.source, num_rows)
-    digests = _Digests(images)
-
-    def current_hash(item: tuple[ShardTask, Stamp]) -> str | None:
-        task, stamp = item
-        return digests.content_hash(map_shard(stage.directory / task.name, stamp.header)["row"])
-
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for (task, stamp), content in zip(changed, pool.map(current_hash, changed), strict=True):
+        digests = _Digests(images, pool)
+        for task, stamp in changed:
+            rows = map_shard(stage.directory / task.name, stamp.header)["row"]
+            content = digests.content_hash(rows)
             if stamp.header is None or stamp.header.attributes.get("content") != content:
-                pool.shutdown(cancel_futures=True)
                 raise StaleCacheError(
                     f"{stage.directory / task.name} was made from other images (images.content "
                     f"differs in rows {task.source_rows[0]} to {task.source_rows[-1]} of "
@@ -323,21 +319,22 @@ def _require_same_images(
 
 
 class _Digests:
-    """The sha256 of the current images of a set; each image is read once."""
+    """The sha256 of the current images of a set; each image is read once, in threads."""
 
-    def __init__(self, images: ImageSet) -> None:
-        self._images = images
+    def __init__(self, images: ImageSet, pool: ThreadPoolExecutor) -> None:
+        self._images, self._pool = images, pool
         self._is_known = np.zeros(len(images), bool)
         self._digests = np.empty((len(images), 32), np.uint8)
 
     def content_hash(self, rows: NDArray[np.int64]) -> str | None:
         """Hash the current images; None if one can no longer be read."""
+        unknown = np.unique(rows[~self._is_known[rows]])
         try:
-            for row in rows[~self._is_known[rows]].tolist():
-                self._digests[row] = np.frombuffer(self._images.digest(row), np.uint8)
-                self._is_known[row] = True
+            digests = b"".join(self._pool.map(self._images.digest, unknown.tolist()))
         except (OSError, OodHeatmapError):
             return None
+        self._digests[unknown] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+        self._is_known[unknown] = True
         return content_hash(self._digests[rows].tobytes())
 
 
