@@ -329,13 +329,18 @@ class _Digests:
     def content_hash(self, rows: NDArray[np.int64]) -> str | None:
         """Hash the current images; None if one can no longer be read."""
         unknown = np.unique(rows[~self._is_known[rows]])
+        # adjacent rows to one thread: those of a Parquet file are read in groups
+        parts = np.array_split(unknown, HASH_THREADS)
         try:
-            digests = b"".join(self._pool.map(self._images.digest, unknown.tolist()))
+            digests = b"".join(self._pool.map(self._digests_of, parts))
         except (OSError, OodHeatmapError):
             return None
         self._digests[unknown] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
         self._is_known[unknown] = True
         return content_hash(self._digests[rows].tobytes())
+
+    def _digests_of(self, rows: NDArray[np.int64]) -> bytes:
+        return b"".join(map(self._images.digest, rows.tolist()))
 
 
 def _contains(stamp: Stamp, stage: Stage, task: ShardTask) -> bool:

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import read_manifest
-from ood_heatmap.pipeline.schedule import ShardTask, require_rows
+from ood_heatmap.pipeline.schedule import ShardTask, content_hash, require_rows
 from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.sources import open_images
@@ -408,6 +409,26 @@ def test_images_are_read_again_once_and_only_if_size_or_time_differ(
     # the patched images are made from the same
     assert sorted(read_at_start()) == list(range(50))
     assert read_at_start() == []
+
+
+def test_adjacent_images_are_read_again_by_one_thread(ood):
+    """Of a Parquet file each thread reads whole groups of rows."""
+    images, threads = open_images(str(ood)), dict[int, int]()
+
+    class Reader:
+        read = images.read
+
+        def digest(self, row: int) -> bytes:
+            threads[row] = threading.get_ident()
+            time.sleep(0.001)
+            return images.digest(row)
+
+    rows = np.arange(len(images))
+    with ThreadPoolExecutor(manifests.HASH_THREADS) as pool:
+        content = schedule._Digests(replace(images, reader=Reader()), pool).content_hash(rows)
+    assert content == content_hash(b"".join(map(images.digest, range(len(images)))))
+    changes = sum(threads[row] != threads[row - 1] for row in range(1, len(images)))
+    assert changes < manifests.HASH_THREADS
 
 
 def test_finished_shards_are_not_hashed_again_unless_their_time_differs(
