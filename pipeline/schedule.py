@@ -345,10 +345,16 @@ class _Digests:
 
 def _contains(stamp: Stamp, stage: Stage, task: ShardTask) -> bool:
     """Return whether a shard was written by this stage and for the rows of a task."""
-    attributes = {} if stamp.header is None else stamp.header.attributes
+    if stamp.header is None:
+        return False
+    attributes = stamp.header.attributes
     return (
         attributes.get("fingerprint") == stage.fingerprint
         and attributes.get("rows") == task.rows_hash
+        # what is read of it later: the journal of a copied run can contain anything
+        and "row" in stamp.header.datasets
+        and isinstance(attributes.get("content"), str)
+        and isinstance(attributes.get("num_skipped", -1), int)
     )
 
 

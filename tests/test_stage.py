@@ -17,8 +17,9 @@ import torch
 
 from ood_heatmap.cache import files, stamps
 from ood_heatmap.cache import manifest as manifests
-from ood_heatmap.cache.shards import map_shard, write_shard
-from ood_heatmap.cache.stamps import check_unstamped
+from ood_heatmap.cache.manifest import FileRecord
+from ood_heatmap.cache.shards import Header, map_shard, write_shard
+from ood_heatmap.cache.stamps import Stamp, check_unstamped
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline import schedule
@@ -409,6 +410,33 @@ def test_images_are_read_again_once_and_only_if_size_or_time_differ(
     # the patched images are made from the same
     assert sorted(read_at_start()) == list(range(50))
     assert read_at_start() == []
+
+
+@pytest.mark.parametrize(
+    ("attributes", "names", "is_taken"),
+    [
+        ({}, ["row"], True),
+        ({"fingerprint": "other"}, ["row"], False),
+        ({"rows": "other"}, ["row"], False),
+        ({"content": 5}, ["row"], False),
+        ({"num_skipped": "none"}, ["row"], False),
+        ({}, ["features"], False),
+    ],
+)
+def test_a_shard_is_taken_over_only_with_all_that_a_stage_writes(
+    tmp_path, attributes, names, is_taken
+):
+    stage, rows = Stage(tmp_path, "index", {}), np.arange(3)
+    task = ShardTask("a.h5", rows, rows)
+    own: dict[str, str | int] = {
+        "fingerprint": stage.fingerprint,
+        "rows": task.rows_hash,
+        "content": "",
+        "num_skipped": 0,
+    }
+    datasets = dict.fromkeys(names, (0, (3,), np.dtype(np.int64)))
+    stamp = Stamp("a.h5", FileRecord("", 0), header=Header({**own, **attributes}, datasets))
+    assert schedule._contains(stamp, stage, task) == is_taken
 
 
 def test_adjacent_images_are_read_again_by_one_thread(ood):
