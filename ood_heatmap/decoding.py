@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from ood_heatmap.cores import local_world_size
 from ood_heatmap.errors import OodHeatmapError
@@ -313,7 +314,7 @@ def _forking() -> Iterator[None]:
     The processes only decode: they take no lock that another thread may hold, use no CUDA, and exit
     without clean-up.
     """
-    with warnings.catch_warnings(), _interrupt_deferred():
+    with warnings.catch_warnings(), _interrupt_deferred(), _without_sigchld_handler():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
@@ -334,6 +335,21 @@ def _interrupt_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
     if received:
         signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _without_sigchld_handler() -> Iterator[None]:
+    """Keep DataLoader from installing its handler for workers that die.
+
+    It raises wherever the main thread is. Without it a dead worker is noticed where the next batch
+    is waited for, within 5 seconds.
+    """
+    before = signal_handling._SIGCHLD_handler_set
+    signal_handling._SIGCHLD_handler_set = True
+    try:
+        yield
+    finally:
+        signal_handling._SIGCHLD_handler_set = before
 
 
 def _unchanged(sent: Any) -> Any:

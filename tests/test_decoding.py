@@ -92,8 +92,11 @@ def test_a_killed_process_is_said_in_one_line(images, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(module, "decode", die)
+    handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(OodHeatmapError, match=r"was killed.*Use fewer --workers"):
         list(iter_batches(images, CHUNKS, TRANSFORM, workers=3))
+    # one that raises would do so anywhere, not only where the next batch is waited for
+    assert signal.getsignal(signal.SIGCHLD) == handler
 
 
 def test_little_shared_memory_means_threads(images, monkeypatch, caplog):
