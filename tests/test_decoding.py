@@ -139,7 +139,7 @@ def test_leaving_early_leaves_no_process(images):
 
 
 @linux
-def test_an_interrupt_while_processes_start_is_raised(images):
+def test_an_interrupt_while_processes_start_is_raised(images, interruptible):
     # Python drops what is raised here
     interrupts = [signal.SIGINT]
     os.register_at_fork(

@@ -244,7 +244,9 @@ def test_a_feed_that_is_left_early_stops_its_threads():
     assert threading.active_count() == before
 
 
-def test_ctrl_c_while_the_step_waits_stops_the_threads_and_starts_no_further_read(monkeypatch):
+def test_ctrl_c_while_the_step_waits_stops_the_threads_and_starts_no_further_read(
+    monkeypatch, interruptible
+):
     before, started = threading.active_count(), []
 
     def slow(self: object, rows: NDArray[np.int64], out: object) -> None:
