@@ -46,8 +46,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if _cuda_is_available() else "cpu"
-        reason = _why_no_cuda()
-        if name == "cpu" and reason:
+        if name == "cpu" and (reason := _why_no_cuda()):
             log.warning("computing on the CPU: %s", reason)
     try:
         device = torch.device(name)
@@ -151,8 +150,8 @@ def kernel_selection(*, deterministic: bool, benchmark: bool = False) -> Iterato
         deterministic: Use only algorithms that compute the same bits every time on one device.
         benchmark: Let cuDNN measure which algorithm is the fastest for the one shape that all
             batches of a stage have, unless ``deterministic``. What it chooses, and with it the
-            rounding, may differ from run to run. Classifiers do not gain by it: a ResNet-50 at
-            224 px embeds 9,180 images/s with it and without (H200).
+            rounding, may differ from run to run. The classifiers that were tried do not gain by
+            it: a ResNet-50 at 224 px embeds 9,180 images/s with it and without (H200).
 
     Raises:
         OodHeatmapError: PyTorch has no deterministic algorithm for an operation.
