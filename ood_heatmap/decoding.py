@@ -76,8 +76,8 @@ class Batch:
         modes: Number of images converted to RGB, by original mode.
         notes: Number of images with another peculiarity, by description.
         skipped: Unreadable images.
-        seconds: Wall time of the decoding thread.
-        cpu_seconds: CPU time of the decoding thread.
+        seconds: Wall time of the thread or process that decoded it.
+        cpu_seconds: CPU time of the same.
     """
 
     rows: NDArray[np.int64]

@@ -292,7 +292,7 @@ def _resize_strip(
 
 
 class ImageReader(Protocol):
-    """Reads the images of a set by row; must be thread-safe."""
+    """Reads the images of a set by row; must be thread-safe, and work in a forked process."""
 
     def read(self, row: int) -> tuple[Decoded, bytes]:
         """Return the decoded image and the sha256 of its bytes.

@@ -628,7 +628,10 @@ class PredictConfig(Settings):
     batch_size: _BatchSize = 64
     workers: Annotated[
         int | None,
-        _workers("Threads that decode images, and as many again that draw and write."),
+        _workers(
+            "Threads that decode images (3 or more are processes), and as many threads that draw "
+            "and write."
+        ),
     ] = None
     format: Annotated[
         Literal["csv", "jsonl"],
@@ -642,7 +645,7 @@ class PredictConfig(Settings):
 
     @property
     def num_workers(self) -> int:
-        """Number of threads that decode images, and of those that draw and write."""
+        """Number of threads or processes that decode images, and of threads that draw and write."""
         return self.workers or _workers_from_cores()
 
 

@@ -1,4 +1,4 @@
-"""Run the classifier over an image set: prefetched decoding in threads, output shard by shard."""
+"""Run the classifier over an image set: prefetched decoding, output shard by shard."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ def embed(
         shards: Rows of each shard, ascending.
         forward: The classifier on its device.
         meter: Accumulates image counts and wait times.
-        workers: Number of decoding threads.
+        workers: Number of threads or processes that decode.
         skip_unreadable: Skip unreadable images instead of raising.
         transform: Transform of the images; the classifier's if None.
 
