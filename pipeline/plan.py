@@ -32,14 +32,12 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.index import check_classes, columns_from_classifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
-from ood_heatmap.pipeline.schedule import rows_per_shard
+from ood_heatmap.pipeline.schedule import num_writers, rows_per_shard
 from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
 from ood_heatmap.pipeline.targets import choose_rows, columns_from_index, max_pending_bytes
 from ood_heatmap.pipeline.train import check_maps, decoder_config
 
 _PROBE_SECONDS = 2.0
-# one being computed, one being concatenated, one being written
-_SHARDS_IN_MEMORY = 3
 _CPU = torch.device("cpu")
 
 
@@ -199,7 +197,8 @@ def _measure_training_rate(
 def _shard_buffers(num_rows: int, row_bytes: int, shard_mb: int) -> int:
     """Return the bytes of the shards of a stage that are in memory at once."""
     largest = max(shard_mb * 1_000_000, rows_per_shard(num_rows, row_bytes, shard_mb) * row_bytes)
-    return _SHARDS_IN_MEMORY * largest
+    # one being computed, one being concatenated, and those being written
+    return (2 + num_writers()) * largest
 
 
 def _peak_host_bytes() -> int:

@@ -439,6 +439,11 @@ def iter_intermediates(
         yield load((stage.directory / name).read_bytes()) if name in intact else None
 
 
+def num_writers() -> int:
+    """Return how many threads of this process write shards, each of which holds one in memory."""
+    return max(1, min(_MAX_WRITERS, num_cores() // _CORES_PER_WRITER))
+
+
 class BackgroundWriter:
     """Writes shards in background threads while the next is computed.
 
@@ -448,7 +453,7 @@ class BackgroundWriter:
 
     def __init__(self, stage: Stage, meter: Meter) -> None:
         self.stage, self.meter = stage, meter
-        self._num_threads = max(1, min(_MAX_WRITERS, num_cores() // _CORES_PER_WRITER))
+        self._num_threads = num_writers()
         self._executor = ThreadPoolExecutor(self._num_threads)
         self._pending: deque[Future[float]] = deque()
 

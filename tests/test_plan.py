@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from ood_heatmap.cache.shards import map_shard
 from ood_heatmap.cli import main, plan
 from ood_heatmap.pipeline import plan as module
+from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.plan import (
     Plan,
@@ -45,6 +46,18 @@ def test_the_index_takes_what_was_planned(run, data, classifier):
     assert found.disk == array_bytes(run, "index") + 80 * 8 * 4 + weights
     assert found.on_gpu == 0
     assert found.seconds == pytest.approx(80 / found.rate)
+
+
+@pytest.mark.parametrize(("cores", "shards"), [(1, 3), (8, 4), (64, 6)])
+def test_shards_that_wait_to_be_written_count_as_memory(
+    data, classifier, monkeypatch, cores, shards
+):
+    images, config = open_images(str(data / "id")), IndexConfig(batch_size=16, shard_mb=128)
+    monkeypatch.setattr(schedule, "num_cores", lambda: cores)
+    monkeypatch.setattr(module, "_peak_host_bytes", lambda: 0)
+    bank = 4 * len(images) * classifier.num_features
+    planned = plan_index(images, classifier, config)
+    assert planned.host - bank == shards * 128_000_000
 
 
 def test_the_targets_take_what_was_planned(run, data):
