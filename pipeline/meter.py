@@ -138,7 +138,8 @@ def _log_summary(label: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         log.warning("%s: skipped %d unreadable images", label, num_skipped)
     merged = _merge_ranks(ranks)
     if merged["images"]:
-        log.info("%s: %s", label, _format_summary(merged))
+        measured = any(stats["ceiling"] for stats in ranks)
+        log.info("%s: %s", label, _format_summary(merged, measured=measured))
     return merged
 
 
@@ -146,25 +147,43 @@ def _merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge the stats of all ranks: counts are summed, times averaged."""
     images = sum(stats["images"] for stats in ranks)
     seconds = max(stats["seconds"] for stats in ranks)
-    merged = {
-        "images": images,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(images / seconds, 1),
-        "processes": len(ranks),
-    }
+    ceiling = sum(stats["ceiling"] for stats in ranks)
+    merged: dict[str, Any] = {**throughput(images, seconds, ceiling), "processes": len(ranks)}
     for kind in ("wait_seconds", "thread_seconds"):
         phases = sorted(set().union(*(stats[kind] for stats in ranks)))
         merged[kind] = {
             phase: _mean([stats[kind].get(phase, 0.0) for stats in ranks]) for phase in phases
         }
-    ceiling = sum(stats["ceiling"] for stats in ranks)
-    if ceiling:
-        merged["ceiling_images_per_second"] = round(ceiling, 1)
-        merged["share_of_ceiling"] = round(images / seconds / ceiling, 4)
+    if "share_of_ceiling" in merged:
         stolen = _mean([stats["stolen_seconds"] for stats in ranks])
         phase, cost = _find_bottleneck(merged["wait_seconds"], images / ceiling, stolen)
         merged |= {"bottleneck": phase, "bottleneck_seconds": round(cost, 3)}
     return merged
+
+
+def throughput(images: int, seconds: float, ceiling: float) -> dict[str, Any]:
+    """Return images, seconds, images/s and, if it could be measured, the share of a ceiling.
+
+    A ceiling below the rate itself is none: other work took the device while it was measured.
+
+    Args:
+        images: Number of images processed.
+        seconds: The time they took.
+        ceiling: Images/s of the computation alone, 0 if it was not measured.
+    """
+    rate = images / seconds
+    stats = {
+        "images": images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(rate, 1),
+    }
+    if rate > ceiling:
+        return stats
+    return {
+        **stats,
+        "ceiling_images_per_second": round(ceiling, 1),
+        "share_of_ceiling": round(rate / ceiling, 4),
+    }
 
 
 def _mean(seconds: list[float]) -> float:
@@ -191,13 +210,18 @@ def _find_bottleneck(
     return phase, cost[phase]
 
 
-def _format_summary(stats: dict[str, Any]) -> str:
-    """Format the stats of a stage as one line."""
+def _format_summary(stats: dict[str, Any], *, measured: bool = False) -> str:
+    """Format the stats of a stage as one line.
+
+    Args:
+        stats: Merged stats.
+        measured: The classifier alone was measured, if not always with success.
+    """
     rate = stats["images_per_second"]
     digits = 0 if rate >= 10 else 1
     text = f"{stats['images']} images in {stats['seconds']:.1f} s, {rate:.{digits}f} images/s"
-    if "ceiling_images_per_second" not in stats:
-        return text
+    if "share_of_ceiling" not in stats:
+        return f"{text}{', the classifier alone could not be measured' if measured else ''}"
     return (
         f"{text}, {stats['share_of_ceiling']:.0%} of the classifier alone "
         f"({stats['ceiling_images_per_second']:.0f} images/s); bottleneck: "

@@ -29,6 +29,9 @@ StepKind: TypeAlias = Literal["eager", "compiled", "graph"]
 _WARM_UP = 3
 _WINDOWS = 5
 _STEPS_PER_WINDOW = 10
+# a step is warm after this many calls, on a CPU or a GPU, of which none took less than this share
+# of the fastest before: a compiled one compiles, then records CUDA graphs, in its first calls
+_CPU_PATIENCE, _GPU_PATIENCE, _FASTER, _MAX_WARM_UP = 5, 20, 0.8, 60
 _CEILING_SECONDS = 2.0
 # before 2.13 the allocator could treat an invalidated capture as still in progress
 _RECOVERS_FROM_FAILED_CAPTURE = torch.__version__ >= "2.13"
@@ -370,10 +373,10 @@ def snapshot(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[
 
 
 def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int) -> float:
-    """Measure the images/s of a step on one fixed batch without a feed, the median over windows.
+    """Measure the images/s of a step on one fixed batch without a feed, the best of some windows.
 
-    Takes 2 seconds or a tenth of the training, whichever is shorter. Updates the weights: restore
-    them afterwards.
+    Takes 2 seconds or a tenth of the training, whichever is shorter, after a warm-up. Updates the
+    weights: restore them afterwards.
 
     Args:
         step: The training step.
@@ -381,14 +384,25 @@ def measure_ceiling(step: Step, batch: TrainingBatch, size: int, num_steps: int)
         size: Batch size over all ranks.
         num_steps: Number of steps of the training.
     """
-    for _ in range(_WARM_UP - 1):
-        step(batch)
-    (seconds_per_step,) = _time_windows(step, batch, 1, 1)
-    # all ranks must take the same number of steps
-    steps = broadcast(max(3, min(int(_CEILING_SECONDS / seconds_per_step), num_steps // 10)))
+    seconds_per_step = _warm_up(step, batch)
+    steps = max(3, min(int(_CEILING_SECONDS / seconds_per_step), num_steps // 10))
     windows = min(_WINDOWS, steps)
-    seconds = float(np.median(_time_windows(step, batch, windows, steps // windows)))
-    return size / broadcast(seconds)
+    return size / broadcast(min(_time_windows(step, batch, windows, steps // windows)))
+
+
+def _warm_up(step: Step, batch: TrainingBatch) -> float:
+    """Run a step until it becomes no faster, and return the seconds of the fastest."""
+    patience = _CPU_PATIENCE if batch.features.device.type == "cpu" else _GPU_PATIENCE
+    fastest, last_faster = math.inf, 0
+    for number in range(_MAX_WARM_UP):
+        # all ranks must take the same number of steps
+        seconds = broadcast(_time_windows(step, batch, 1, 1)[0])
+        if seconds < _FASTER * fastest:
+            last_faster = number
+        fastest = min(fastest, seconds)
+        if number - last_faster == patience:
+            break
+    return fastest
 
 
 def _time_windows(step: Step, batch: TrainingBatch, windows: int, steps: int) -> list[float]:

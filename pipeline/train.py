@@ -32,6 +32,7 @@ from ood_heatmap.pipeline.feed import (
     open_feed,
     read_batch,
 )
+from ood_heatmap.pipeline.meter import throughput
 from ood_heatmap.pipeline.ranges import input_ranges
 from ood_heatmap.pipeline.results import DecoderResults, TargetsResults
 from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
@@ -302,17 +303,21 @@ def _training_stats(
         step_kind: Kind of the step.
         device: Device of this rank.
     """
-    rate = images / seconds
-    log.info(
-        "train: %.0f images/s, %.0f %% of the ceiling (%.0f images/s of the %s step on one batch)",
-        *(rate, 100 * rate / ceiling, ceiling, step_kind),
-    )
+    stats = throughput(images, seconds, ceiling)
+    if "share_of_ceiling" in stats:
+        log.info(
+            "train: %.0f images/s, %.0f %% of the ceiling (%.0f images/s of the %s step on one "
+            "batch)",
+            *(stats["images_per_second"], 100 * stats["share_of_ceiling"], ceiling, step_kind),
+        )
+    else:
+        log.info(
+            "train: %.0f images/s; the ceiling could not be measured: the %s step on one batch was "
+            "slower",
+            *(stats["images_per_second"], step_kind),
+        )
     return {
-        "images": images,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(rate, 1),
-        "ceiling_images_per_second": round(ceiling, 1),
-        "share_of_ceiling": round(rate / ceiling, 4),
+        **stats,
         "step": step_kind,
         "device": str(device),
         "processes": world_size(),

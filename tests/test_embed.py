@@ -1,6 +1,7 @@
 """Images through the classifier: each with its own output, and what the meter says of a stage."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -60,13 +61,22 @@ def test_cpu_time_of_decoding_is_spread_over_the_classifiers_threads(classifier)
 
 
 def test_a_summary_names_the_ceiling_and_the_bottleneck(caplog):
-    meter = Meter(40, "index", done=40, wait_seconds={"decode": 3.0, "embed": 5.0})
+    started = time.perf_counter() - 8.0
+    meter = Meter(40, "index", done=40, wait_seconds={"decode": 3.0, "embed": 5.0}, started=started)
     with caplog.at_level(logging.INFO):
         stats = meter.close(ceiling=lambda _: 10.0)
     assert stats["ceiling_images_per_second"] == 10.0
     # 40 images take the classifier alone 4 s
     assert (stats["bottleneck"], stats["bottleneck_seconds"]) == ("decode", 3.0)
     assert "of the classifier alone (10 images/s); bottleneck: decode (3.0 s)" in caplog.text
+
+
+def test_a_ceiling_below_the_rate_is_not_taken_for_one(caplog):
+    meter = Meter(40, "index", done=40, wait_seconds={"embed": 1.0})
+    with caplog.at_level(logging.INFO):
+        stats = meter.close(ceiling=lambda _: 1e-3)
+    assert not {"ceiling_images_per_second", "share_of_ceiling", "bottleneck"} & stats.keys()
+    assert "images/s, the classifier alone could not be measured" in caplog.text
 
 
 def test_several_ranks_are_reported_as_one():

@@ -270,7 +270,28 @@ def test_the_ceiling_takes_a_tenth_of_a_short_training_and_two_seconds_of_a_long
 ):
     rate = measure_ceiling(clock.step(2**-7), example(), 6, num_steps)
     assert rate == pytest.approx(6 * 2**7)
-    assert clock.seconds == (module._WARM_UP + counted) * 2**-7
+    assert clock.seconds == (1 + module._CPU_PATIENCE + counted) * 2**-7
+
+
+def test_the_ceiling_is_that_of_a_step_whose_first_calls_compile_and_record(clock):
+    """In the manner of ``torch.compile(mode="reduce-overhead")``; windows are no warm-up."""
+    seconds = iter([8.0, 4.0, 0.25, 0.25, 0.25, 0.25, *[2**-7] * 1000])
+
+    def step(batch: TrainingBatch) -> torch.Tensor:
+        clock.seconds += next(seconds)
+        return torch.zeros(())
+
+    assert measure_ceiling(step, example(), 6, 100) == pytest.approx(6 * 2**7)
+
+
+def test_a_warm_up_whose_steps_never_settle_ends(clock):
+    seconds = (0.7**number for number in range(1000))
+
+    def step(batch: TrainingBatch) -> torch.Tensor:
+        clock.seconds += next(seconds)
+        return torch.zeros(())
+
+    assert module._warm_up(step, example()) == pytest.approx(0.7 ** (module._MAX_WARM_UP - 1))
 
 
 class Small(torch.nn.Module):
