@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -25,6 +25,8 @@ _Range: TypeAlias = tuple[float | NDArray[np.float32], float | NDArray[np.float3
 
 # neurons of the plain decoder's hidden layer, and channels of its spatial branches
 _HIDDEN_WIDTH, _SPATIAL_WIDTH = 256, 64
+# of a decoder whose widths are not the reference's, which has 0.1 to 2.1 billion
+_MAX_MULTIPLICATIONS = 200_000_000
 _UNIT_RANGE = (0.0, 1.0)
 
 
@@ -97,6 +99,20 @@ class DecoderConfig:
         power = 1 << (self.num_features - 1).bit_length()
         first = self.width or min(2048, max(power, min(256, 2 * power)))
         return tuple(max(16, first >> step) for step in range(self.num_doublings + 1))
+
+    @property
+    def multiplications(self) -> int:
+        """Number of multiplications in the transposed convolutions, for one image."""
+        steps = zip(self.sizes, pairwise(self.widths), strict=False)
+        # each pixel of the smaller map is multiplied by 4x4 weights
+        return sum(16 * size**2 * before * after for size, (before, after) in steps)
+
+    def bounded(self) -> "DecoderConfig":
+        """Halve the first width until an image takes at most 200 million multiplications."""
+        config = self
+        while config.multiplications > _MAX_MULTIPLICATIONS and config.widths[0] > 16:
+            config = replace(config, width=config.widths[0] // 2)
+        return config
 
     @property
     def joins(self) -> tuple[int, ...]:

@@ -135,7 +135,8 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"
     # untrained: only its speed and size matter here
-    decoder = make_decoder(decoder_config(index, config)).to(device)
+    size = data.columns["heatmap"].shape[-1]
+    decoder = make_decoder(decoder_config(index, size, config)).to(device)
     num_images = config.epochs * (len(data) // config.batch_size) * config.batch_size
     with kernel_selection(deterministic=config.deterministic):
         rate = _measure_training_rate(decoder, data, device, config)

@@ -55,6 +55,8 @@ _History: TypeAlias = list[dict[str, float]]
 
 _HISTORY = "history.jsonl"
 _CHECKPOINT_SECONDS = 10
+# largest images of the reference, in pixels
+_REFERENCE_SIZE = 64
 
 
 def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manifest:
@@ -107,30 +109,36 @@ def check_maps(data: TrainingSet, config: TrainConfig) -> None:
             )
 
 
-def decoder_config(index: Index, config: TrainConfig) -> DecoderConfig:
-    """Return the architecture of the decoder for an index."""
+def decoder_config(index: Index, size: int, config: TrainConfig) -> DecoderConfig:
+    """Return the architecture of the decoder for an index and heatmaps of ``size`` pixels.
+
+    The reference has widths for images of 32 and 64 pixels; others are bounded.
+    """
     results = index.results
     shapes = results.map_shapes[: config.feature_maps]
-    return DecoderConfig(
+    architecture = DecoderConfig(
         num_features=results.num_features,
         num_classes=results.num_classes,
-        size=index.columns["images"].shape[-1],
+        size=size,
         target=config.target,
         width=config.width,
         map_shapes=tuple((shape[0], shape[1], shape[2]) for shape in shapes),
         stack=config.stack,
     )
+    has_reference = size == index.size <= _REFERENCE_SIZE
+    return architecture if has_reference or config.width else architecture.bounded()
 
 
-def _new_decoder(index: Index, config: TrainConfig, *, resumes: bool = False) -> Decoder:
+def _new_decoder(index: Index, size: int, config: TrainConfig, *, resumes: bool = False) -> Decoder:
     """Return an untrained decoder with the ranges of the index's features and feature maps.
 
     Args:
         index: The index.
+        size: Height and width of the heatmaps.
         config: Settings of the stage.
         resumes: A checkpoint holds the ranges: leave them out.
     """
-    architecture = decoder_config(index, config)
+    architecture = decoder_config(index, size, config)
     if resumes:
         return make_decoder(architecture)
     if config.stack == "dcgan":
@@ -160,7 +168,8 @@ def _train(
         )
     torch.manual_seed(config.seed)
     resumes = _has_checkpoint(stage)
-    decoder = _new_decoder(index, config, resumes=resumes).to(device)
+    size = data.columns["heatmap"].shape[-1]
+    decoder = _new_decoder(index, size, config, resumes=resumes).to(device)
     # preferred by tensor cores; 1.1 times as fast on a CPU (CPU time, widths 256-128-64-32, batch
     # size 100)
     decoder.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """The decoder's shape, its input, what it returns, and its file."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import distributed
+from torch.utils.flop_counter import FlopCounterMode
 
 from ood_heatmap import decoder as decoder_module
 from ood_heatmap.decoder import (
@@ -41,6 +42,29 @@ def test_widths_are_those_of_the_reference(num_features, size, widths):
     config = make_config(num_features, 10, size)
     assert config.widths == widths
     assert config.first_size == 4
+
+
+@given(
+    num_features=st.sampled_from([64, 512, 1280, 2048]),
+    size=st.integers(8, 300),
+    stack=st.sampled_from(["dcgan", "plain"]),
+)
+def test_multiplications_are_as_pytorch_counts_them_and_bounded(num_features, size, stack):
+    config = make_config(num_features, 10, size, stack=stack)
+    bounded = config.bounded()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        decoder = make_decoder(bounded).eval()
+        decoder(torch.empty(1, num_features), torch.empty(1, dtype=torch.int64))
+    counts = counter.get_flop_counts()
+    convolutions = [
+        f"{type(decoder).__name__}.steps.{step}" for step in range(bounded.num_doublings)
+    ]
+    # an operation is a multiplication or an addition
+    assert 2 * bounded.multiplications == sum(sum(counts[key].values()) for key in convolutions)
+    assert bounded.multiplications <= 200_000_000 or bounded.widths[0] == 16
+    if bounded != config:
+        twice = replace(bounded, width=2 * bounded.widths[0])
+        assert twice.multiplications > 200_000_000
 
 
 @given(size=st.integers(4, 300))

@@ -1,5 +1,6 @@
 """Stage 3: the decoder learns what it should, the same every time, also when it is stopped."""
 
+import copy
 import errno
 import json
 import os
@@ -22,7 +23,13 @@ from ood_heatmap.heatmap import score, target_heatmap
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch, _iter_groups
-from ood_heatmap.pipeline.run import open_decoder, open_index, open_targets, read_manifest
+from ood_heatmap.pipeline.run import (
+    Index,
+    open_decoder,
+    open_index,
+    open_targets,
+    read_manifest,
+)
 from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.pipeline.step import lr_at, make_step
 from ood_heatmap.pipeline.train import train_decoder
@@ -92,7 +99,7 @@ def train_by_the_formulas(run, config) -> tuple[dict[str, torch.Tensor], list[fl
     stored = np.concatenate([np.zeros((80, 3, 16, 16), np.int16), targets["heatmap"].read()])
     targets_of_all = target_heatmap(torch.from_numpy(stored), signed=False)
     torch.manual_seed(config.seed)
-    decoder = module._new_decoder(index, config)
+    decoder = module._new_decoder(index, 16, config)
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, betas=(0.5, 0.999))
     losses = []
     for epoch in range(config.epochs):
@@ -471,9 +478,28 @@ def state(run) -> dict[str, torch.Tensor]:
     return load_file(run / "decoder" / "decoder.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("image_size", "size", "width", "widths"),
+    [
+        (64, 64, 0, (2048, 1024, 512, 256, 128)),  # the reference's
+        (224, 56, 0, (256, 128, 64, 32)),
+        (64, 32, 0, (512, 256, 128, 64)),
+        (224, 56, 64, (64, 32, 16, 16)),
+    ],
+)
+def test_widths_without_a_reference_are_bounded(run, image_size, size, width, widths):
+    manifest = open_index(run).manifest
+    results = copy.deepcopy(manifest.results)
+    results["num_features"] = 2048
+    results["classifier"]["transform"]["size"] = image_size
+    index = Index(run, replace(manifest, results=results), {})
+    config = TrainConfig(feature_maps=0, width=width, stack="dcgan")
+    assert module.decoder_config(index, size, config).widths == widths
+
+
 def test_ranges_of_the_plain_stack_are_mean_and_deviation_of_the_id_images(run):
     index = open_index(run)
-    decoder = module._new_decoder(index, TrainConfig(feature_maps=2, width=32))
+    decoder = module._new_decoder(index, 16, TrainConfig(feature_maps=2, width=32))
     features, maps = (
         index.columns[name].read().astype(np.float64) for name in ("features", "feature_maps_1")
     )
