@@ -16,12 +16,12 @@ import click
 
 from ood_heatmap.cores import local_world_size, num_cores
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
+from ood_heatmap.output import choose_level
 from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, option_fields
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Decorator = Callable[[_Decorated], _Decorated]
 _LOG = logging.getLogger("ood_heatmap")
-_LEVEL = "ood_heatmap.level"
 _PATHS = {
     "file": click.Path(dir_okay=False, path_type=Path),
     "folder": click.Path(file_okay=False, path_type=Path),
@@ -221,13 +221,6 @@ def _click_type(type_: Any, option: Option) -> Any:
     return click.IntRange(*bounds) if type_ is int else click.FloatRange(*bounds)
 
 
-class _LineFormatter(logging.Formatter):
-    """Format a record as one line, even if names in it have line breaks; tracebacks keep theirs."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files, often 1,024 or 256, to the hard one."""
     # Windows has no such limit, macOS refuses its own hard limit
@@ -262,27 +255,12 @@ def _is_set_in_parent() -> bool:
     return b"\0OMP_NUM_THREADS=" in b"\0" + environment
 
 
-def log_to_stderr(context: click.Context) -> None:
-    """Send log records to stderr: this package's from INFO on, or as set by -v and -q."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LineFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    context.call_on_close(lambda: _LOG.setLevel(logging.NOTSET))
-    _set_level(context.meta.get(_LEVEL, logging.INFO))
-
-
-def _set_level(level: int) -> None:
-    # under torchrun, rank 0 logs for all ranks
-    _LOG.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-
-
 def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
     """Return the callback of a flag that sets the log level, before or after the command name."""
 
     def callback(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         if value:
-            ctx.meta[_LEVEL] = level
-            _set_level(level)
+            choose_level(ctx, level)
 
     return callback
 

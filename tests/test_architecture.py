@@ -14,7 +14,10 @@ FOLDERS = {
     "cache": "ood_heatmap.cache",
 }
 # the command line, and what belongs to it
-FRONT = {"ood_heatmap.cli", "ood_heatmap.options", "ood_heatmap.__main__"}
+FRONT = {
+    f"ood_heatmap.{name}"
+    for name in ("cli", "cli_stages", "cli_tools", "options", "output", "__main__")
+}
 STAGES = {"index", "targets", "train", "evaluate", "localize", "predict", "export", "verify"}
 
 

@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from ood_heatmap.cache.shards import map_shard
-from ood_heatmap.cli import main, plan
+from ood_heatmap.cli import main
+from ood_heatmap.cli_stages import plan
 from ood_heatmap.pipeline import plan as module
 from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
