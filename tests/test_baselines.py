@@ -62,35 +62,6 @@ def test_confident_images_keep_their_order():
     assert (np.diff(baselines.maximum_softmax(logits)) < 0).all()
 
 
-def test_mahalanobis_is_the_smallest_distance_to_a_class_mean(drawn):
-    features, labels = drawn["features"].astype(np.float64), drawn["labels"]
-    means = [features[labels == label].mean(axis=0) for label in range(NUM_CLASSES)]
-    covariance = sum(
-        np.outer(row - means[label], row - means[label])
-        for row, label in zip(features, labels, strict=True)
-    ) / len(features)
-    inverse = np.linalg.inv(covariance)
-    wanted = [min((q - m) @ inverse @ (q - m) for m in means) for q in drawn["queries"]]
-    close(baselines.mahalanobis(drawn["features"], labels)(drawn["queries"]), wanted)
-
-
-def test_mahalanobis_leaves_out_directions_in_which_no_id_image_varies(drawn):
-    def with_dead_ones(features):
-        return np.concatenate([features, np.zeros_like(features), features], axis=1)
-
-    score = baselines.mahalanobis(drawn["features"], drawn["labels"])
-    dead = baselines.mahalanobis(with_dead_ones(drawn["features"]), drawn["labels"])
-    close(dead(with_dead_ones(drawn["queries"])), score(drawn["queries"]))
-
-
-def test_mahalanobis_takes_the_classes_that_are_there(drawn):
-    labels = drawn["labels"] % 2 * 3  # 0 and 3: nobody in 1 and 2
-    score = baselines.mahalanobis(drawn["features"], labels)
-    close(score(drawn["queries"]), baselines.mahalanobis(drawn["features"], labels // 3)(
-        drawn["queries"]
-    ))  # fmt: skip
-
-
 def test_vim_is_the_virtual_logit_less_the_energy(drawn):
     features, queries = (drawn[name].astype(np.float64) for name in ("features", "queries"))
     weight, bias = head_of(drawn["head"])
@@ -193,9 +164,8 @@ def test_the_mlp_is_the_same_for_the_same_seed_alone(drawn):
 
 def test_every_method_scores_clear_ood_higher(drawn):
     far = np.random.default_rng(1).gamma(2, 1, (40, NUM_FEATURES)).astype(np.float32) * 2
-    features, labels, auxiliary = (drawn[name] for name in ("features", "labels", "auxiliary"))
+    features, auxiliary = (drawn[name] for name in ("features", "auxiliary"))
     for score in (
-        baselines.mahalanobis(features, labels),
         baselines.logistic_regression(features, auxiliary),
         baselines._small_mlp(features, auxiliary, 0),
     ):
