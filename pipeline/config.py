@@ -516,6 +516,16 @@ class TrainConfig(Settings):
         ),
     ] = "auto"
     deterministic: _Deterministic = False
+    log: Annotated[
+        tuple[str, ...],
+        Option(
+            "Log every epoch to tensorboard[:DIR] (default: in tensorboard/ of RUN) or to "
+            "mlflow[:URI] (default: where MLflow's own settings say); may be repeated.",
+            "Output",
+            metavar="TRACKER",
+            affects_result=False,
+        ),
+    ] = ()
     overwrite: _Overwrite = False
 
 

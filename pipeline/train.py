@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
+from ood_heatmap.adapters.tracking import Epoch, EpochCallback, open_trackers
 from ood_heatmap.cache.files import save_tensors
 from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
@@ -59,18 +60,25 @@ _CHECKPOINT_SECONDS = 10
 _REFERENCE_SIZE = 64
 
 
-def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manifest:
+def train_decoder(
+    run: Path,
+    device: torch.device,
+    config: TrainConfig,
+    callbacks: Sequence[EpochCallback] = (),
+) -> Manifest:
     """Train the decoder on the cached targets; an interrupted training resumes.
 
     Args:
         run: A run directory with complete index and targets.
         device: Device to train on.
         config: Settings of the stage.
+        callbacks: Called on rank 0 after every epoch.
 
     Returns:
         The manifest.
 
     Raises:
+        UsageError: A tracker of ``config.log`` is not available.
         OodHeatmapError: Caches are stale or damaged, the disk is full, a batch does not fit in
             memory or has too few images, or the loss is no longer finite.
     """
@@ -82,14 +90,18 @@ def train_decoder(run: Path, device: torch.device, config: TrainConfig) -> Manif
         targets = open_targets(run, index)
         data = TrainingSet(index.columns, targets.columns, config.feature_maps)
         check_maps(data, config)
-        inputs = {"targets": targets.manifest.fingerprint, "options": result_options(config)}
+        options = result_options(config)
+        inputs = {"targets": targets.manifest.fingerprint, "options": options}
         environment = describe_environment(device, deterministic=config.deterministic)
         stage = Stage(run, "decoder", inputs, environment)
-        complete = stage.resume_or_start(overwrite=config.overwrite)
-        if complete is not None:
-            log.info("%s is already complete", stage.directory)
-            return complete
-        trained = _train(stage, data, index, device, config)
+        # opened before anything is discarded
+        specs = config.log if is_main() else ()
+        with open_trackers(specs, run, stage.fingerprint, options) as trackers:
+            complete = stage.resume_or_start(overwrite=config.overwrite)
+            if complete is not None:
+                log.info("%s is already complete", stage.directory)
+                return complete
+            trained = _train(stage, data, index, device, config, [*callbacks, *trackers])
         manifest = None
         if is_main():
             manifest = _finish(stage, trained, data, index, targets.manifest)
@@ -157,7 +169,12 @@ class _Trained:
 
 
 def _train(
-    stage: Stage, data: TrainingSet, index: Index, device: torch.device, config: TrainConfig
+    stage: Stage,
+    data: TrainingSet,
+    index: Index,
+    device: torch.device,
+    config: TrainConfig,
+    callbacks: Sequence[EpochCallback],
 ) -> _Trained:
     """Train the epochs after the last checkpoint."""
     config = replace(config, batch_size=min(config.batch_size, len(data)))
@@ -184,7 +201,7 @@ def _train(
         *("-".join(map(str, decoder.config.widths)), config.target),
     )
     try:
-        stats = _run_epochs(stage, data, feed, decoder, optimizer, history, config)
+        stats = _run_epochs(stage, data, feed, decoder, optimizer, history, config, callbacks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -204,6 +221,7 @@ def _run_epochs(
     optimizer: torch.optim.Optimizer,
     history: _History,
     config: TrainConfig,
+    callbacks: Sequence[EpochCallback],
 ) -> dict[str, Any]:
     """Run the epochs that are missing from the history, and return throughput stats."""
     device, size = decoder.feature_range.device, config.batch_size
@@ -218,6 +236,7 @@ def _run_epochs(
         generator = _noise_generator(config.seed, epoch, device)
         # summed on the device: .item() would wait for the GPU in every step
         total = torch.zeros((), device=device)
+        epoch_start = time.perf_counter()
         for number, batch in enumerate(_show_progress(batches, num_batches, epoch, config)):
             step_number = epoch * num_batches + number
             set_lr(optimizer, lr_at(step_number, config.epochs * num_batches, config))
@@ -230,10 +249,19 @@ def _run_epochs(
             *(epoch + 1, config.epochs, history[-1]["loss"]),
             num_images / (time.perf_counter() - start),
         )
+        rate = num_batches * size / (time.perf_counter() - epoch_start)
+        lr = lr_at((epoch + 1) * num_batches - 1, config.epochs * num_batches, config)
+        _report(callbacks, Epoch(epoch + 1, history[-1]["loss"], lr, rate))
         if epoch + 1 == config.epochs or time.perf_counter() - last_saved > _CHECKPOINT_SECONDS:
             _save_checkpoint(stage, decoder, optimizer, history)
             last_saved = time.perf_counter()
     return _training_stats(num_images, time.perf_counter() - start, ceiling, step_kind, device)
+
+
+def _report(callbacks: Sequence[EpochCallback], epoch: Epoch) -> None:
+    """Call the callbacks on rank 0."""
+    for callback in callbacks if is_main() else ():
+        callback(epoch)
 
 
 def _prepare_step(

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "ood_heatmap": "ood_heatmap",
+    "ood_heatmap/adapters": "ood_heatmap.adapters",
     "pipeline": "ood_heatmap.pipeline",
     "cache": "ood_heatmap.cache",
 }
@@ -76,6 +77,16 @@ def test_the_method_knows_neither_cache_nor_pipeline(graph):
         if name.count(".") == 1 and name not in FRONT:
             above = {item for item in imported if item.count(".") == 2}
             assert above <= ({"ood_heatmap.pipeline.run"} if name.endswith(".detector") else set())
+
+
+def test_adapters_know_neither_each_other_nor_the_pipeline(graph):
+    adapters = {name for name in graph if name.startswith("ood_heatmap.adapters.")}
+    for name in adapters:
+        assert not graph[name] & adapters, name
+        assert not {item for item in graph[name] if item.startswith("ood_heatmap.pipeline.")}, name
+    # training calls the callbacks
+    used = {name for name in graph if graph[name] & adapters}
+    assert used <= {"ood_heatmap.pipeline.train"}
 
 
 def test_no_stage_imports_another(graph):

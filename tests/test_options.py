@@ -187,7 +187,7 @@ def test_the_fingerprint_leaves_out_what_cannot_change_a_result(kind):
     config = kind()
     without = {field.name for field in fields(config)} - set(result_options(config))
     irrelevant = {"batch_size", "workers", "overwrite", "allow_suspicious", "feed", "step"}
-    irrelevant |= {"deterministic"}
+    irrelevant |= {"deterministic", "log"}
     assert without <= irrelevant
     assert ("batch_size" in without) == (kind is not TrainConfig)
     for name, value in result_options(config).items():
