@@ -42,6 +42,8 @@ _UInt8 = NDArray[np.uint8]
 PixelScores = dict[str, _Float32]
 
 ID, HEATMAP = "id", "heatmap"
+# the score that the detector decides with
+DEFAULT = HEATMAP
 CENTRE, _DIFFERENCE, DISTANCE = "centre prior", "nearest difference", "feature distance"
 SHUFFLED, SWAPPED = "shuffled weights", "swapped class"
 # ID training images and locations in them for the feature distance

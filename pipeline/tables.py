@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -23,7 +23,15 @@ from ood_heatmap.metrics import (
 )
 from ood_heatmap.patches import EDGES, SIDES
 from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.scoring import HEATMAP, ID, SHUFFLED, SWAPPED, ScoredSet, name_of_run
+from ood_heatmap.pipeline.scoring import (
+    DEFAULT,
+    HEATMAP,
+    ID,
+    SHUFFLED,
+    SWAPPED,
+    ScoredSet,
+    name_of_run,
+)
 
 _HEADS = {
     "auroc": "AUROC",
@@ -56,6 +64,8 @@ class DetectionRow:
         intervals: 95 % bootstrap interval of each metric.
         spread: Standard deviation of each metric over the runs; empty for one run.
         runs: The metrics of each run; empty for one run.
+        lead: Metrics of the default score minus these, and under ``intervals`` their intervals;
+            empty for the default score itself.
     """
 
     method: str
@@ -64,10 +74,16 @@ class DetectionRow:
     intervals: Mapping[str, tuple[float, float]]
     spread: Mapping[str, float]
     runs: Mapping[str, Sequence[float]]
+    lead: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the row for ``metrics.json``, without empty fields."""
-        more = {"intervals": self.intervals, "spread": self.spread, "runs": self.runs}
+        more = {
+            "intervals": self.intervals,
+            "spread": self.spread,
+            "runs": self.runs,
+            "lead": self.lead,
+        }
         content = {key: value for key, value in more.items() if value}
         return {"method": self.method, "set": self.set, **self.metrics, **content}
 
@@ -83,7 +99,7 @@ def metrics_table(scores: Mapping[str, Scores], config: EvaluateConfig) -> list[
     methods = _columns(scores[ID])
     columns = [column for names in methods.values() for column in names]
     resampled = _bootstrap(scores, columns, config)
-    rows = []
+    rows, means = [], {}
     for method, names in methods.items():
         exact = [
             [asdict(detection_metrics(scores[ID][key], scores[name][key])) for name in ood]
@@ -95,9 +111,41 @@ def metrics_table(scores: Mapping[str, Scores], config: EvaluateConfig) -> list[
         for name, chosen in _groups(ood, config).items():
             # a mean over sets has no counts
             counts = exact[0][chosen[0]] if name in ood else {}
-            mean = of_method[:, :, chosen].mean(axis=(1, 2))
+            mean = means[method, name] = of_method[:, :, chosen].mean(axis=(1, 2))
             rows.append(_make_row(method, name, values[:, chosen].mean(axis=1), mean, counts))
-    return rows
+    return _with_leads(rows, means)
+
+
+def _with_leads(
+    rows: Sequence[DetectionRow], means: Mapping[tuple[str, str], _Float64]
+) -> list[DetectionRow]:
+    """Add the lead of the default score over each other row of the same set.
+
+    Both share the resampled images, so the interval of the difference is narrower than their
+    separate intervals suggest.
+
+    Args:
+        rows: The rows.
+        means: Metrics of resampled images by method and set, ``(resamples, METRICS)``.
+    """
+    ours = {row.set: row for row in rows if row.method == DEFAULT}
+    return [
+        replace(row, lead=_lead(ours[row.set], row, means))
+        if row.set in ours and row.method != DEFAULT
+        else row
+        for row in rows
+    ]
+
+
+def _lead(
+    ours: DetectionRow, other: DetectionRow, means: Mapping[tuple[str, str], _Float64]
+) -> dict[str, Any]:
+    """Return the metrics of the default score minus another's, with their intervals."""
+    difference = means[ours.method, ours.set] - means[other.method, other.set]
+    return {
+        **{key: ours.metrics[key] - other.metrics[key] for key in METRICS},
+        "intervals": intervals(METRICS, difference),
+    }
 
 
 def _columns(scores: Scores) -> dict[str, list[str]]:
@@ -238,7 +286,9 @@ def metrics_json(
     return {
         "about": "scores: larger is more OOD. fpr95_id_pos takes ID as the positive class (paper), "
         "fpr95_ood_pos takes OOD (OpenOOD). aupr_in and aupr_out are average precision. Shares in "
-        "[0, 1]. intervals: 95 %, bootstrap over images. spread: standard deviation over runs.",
+        "[0, 1]. intervals: 95 %, bootstrap over images. spread: standard deviation over runs. "
+        "lead: the metric of the default score minus that of the row.",
+        "default": DEFAULT,
         "protocol": config.protocol,
         "headline": list(_HEADLINES[config.protocol]),
         "resamples": config.resamples,

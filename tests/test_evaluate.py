@@ -546,6 +546,28 @@ def test_intervals_are_the_same_every_time_and_for_every_method():
     assert other[0].intervals != first[0].intervals
 
 
+def test_the_lead_is_that_on_the_same_drawn_images():
+    """Where the other method is right, so is the default score, and on a tenth of the images more.
+
+    The lead is a binomial share then, with a narrower interval than the AUROC of either.
+    """
+    number = np.arange(400)
+    flagged = number % 4 == 0
+    flags = {"heatmap": flagged, "worse": flagged | (number % 10 == 1), "same": flagged}
+    made = {
+        "id": {name: np.asarray(values, np.float32) for name, values in flags.items()},
+        "far": {name: np.array([0.5], np.float32) for name in flags},
+    }
+    rows = {row.method: row for row in metrics_table(made, EvaluateConfig()) if row.set == "far"}
+    share, deviation = 0.1, np.sqrt(0.1 * 0.9 / 400)
+    assert rows["worse"].lead["auroc"] == pytest.approx(share)
+    low, high = rows["worse"].lead["intervals"]["auroc"]
+    assert low == pytest.approx(share - 1.96 * deviation, abs=0.007)
+    assert high == pytest.approx(share + 1.96 * deviation, abs=0.007)
+    assert rows["same"].lead["intervals"]["auroc"] == (0, 0)
+    assert rows["heatmap"].lead == {}
+
+
 def test_several_runs_give_mean_and_spread():
     made = hand_made([3, 5], [6, 7], **TIED)
     for name, shift in (("heatmap-2", 1), ("heatmap-3", -2)):
