@@ -135,7 +135,7 @@ class Transform:
 
     def __call__(self, image: Decoded) -> NDArray[np.uint8]:
         """Transform an image to uint8 ``(3, size, size)``."""
-        image = _to_rgb(image)
+        image = to_rgb(image)
         height, width = self._resized_shape(image.height, image.width)
         (top, bottom), (left, right) = self._crop(height), self._crop(width)
         box = (left, top, right, bottom)
@@ -158,6 +158,27 @@ class Transform:
             return max(1, round(height / ratio)), max(1, round(width / ratio))
         shorter = min(height, width)
         return int(side * height / shorter), int(side * width / shorter)
+
+    def seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return the part of an upright image that the output shows.
+
+        Args:
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
+
+        Returns:
+            Left, top, right and bottom in pixels of the image, beyond it where there is padding.
+        """
+        resized_height, resized_width = self._resized_shape(height, width)
+        left, right = self._seen(resized_width, width / resized_width)
+        top, bottom = self._seen(resized_height, height / resized_height)
+        return left, top, right, bottom
+
+    def _seen(self, length: int, scale: float) -> tuple[float, float]:
+        """Return start and stop of the output along one side, in pixels of the original image."""
+        start, stop = self._crop(length)
+        start -= (self.size - (stop - start)) // 2
+        return start * scale, (start + self.size) * scale
 
     def _crop(self, length: int) -> tuple[int, int]:
         """Return start and stop of the center crop along one side of the resized image."""
@@ -184,7 +205,7 @@ def _interpolation(name: str) -> Interpolation:
     return cast(Interpolation, name)
 
 
-def _to_rgb(image: Decoded) -> Image.Image:
+def to_rgb(image: Decoded) -> Image.Image:
     """Convert to an upright 8-bit RGB image.
 
     - EXIF orientation is applied.

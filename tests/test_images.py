@@ -12,10 +12,10 @@ from ood_heatmap.decoding import decode, iter_batches
 from ood_heatmap.images import (
     Transform,
     UnreadableImageError,
-    _to_rgb,
     class_orders,
     relabel,
     sort_classes,
+    to_rgb,
 )
 from ood_heatmap.source_array import from_array
 from ood_heatmap.sources import open_images
@@ -36,11 +36,11 @@ def test_every_mode_becomes_rgb():
     grey = Image.fromarray(np.full((4, 4), 100, np.uint8))
     deep = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
     for image in (grey, deep, grey.convert("RGBA"), grey.convert("LA"), grey.convert("P")):
-        np.testing.assert_array_equal(np.asarray(_to_rgb(image)), np.full((4, 4, 3), 100))
+        np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.full((4, 4, 3), 100))
     black = Image.new("CMYK", (4, 4), (0, 0, 0, 255))
-    assert np.asarray(_to_rgb(black)).max() == 0
+    assert np.asarray(to_rgb(black)).max() == 0
     with pytest.raises(ValueError, match="no known range"):
-        _to_rgb(Image.fromarray(np.ones((4, 4), np.float32)))
+        to_rgb(Image.fromarray(np.ones((4, 4), np.float32)))
 
 
 def test_skipped_images_are_counted_and_the_others_keep_their_rows(tmp_path):
@@ -90,11 +90,11 @@ def test_images_are_upright_whatever_their_exif_orientation_and_format(suffix, o
     picture(9, 6).save(buffer, suffix, exif=exif)
     wanted = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
     assert wanted.shape[:2] == ((9, 6) if orientation > 4 else (6, 9))
-    np.testing.assert_array_equal(np.asarray(_to_rgb(Image.open(buffer))), wanted)
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.open(buffer))), wanted)
     # loaded or not: Pillow turns TIFF files when it loads them
     image = Image.open(buffer)
     image.load()
-    np.testing.assert_array_equal(np.asarray(_to_rgb(image)), wanted)
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), wanted)
 
 
 def test_orientation_is_told_by_a_corner():
@@ -103,7 +103,7 @@ def test_orientation_is_told_by_a_corner():
     pixels[0] = 255
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    upright = np.asarray(_to_rgb(saved(Image.fromarray(pixels), "png", exif=exif)))
+    upright = np.asarray(to_rgb(saved(Image.fromarray(pixels), "png", exif=exif)))
     assert upright.shape == (6, 4, 3)
     assert (upright[:, -1] == 255).all()
     assert upright[:, :-1].max() == 0
@@ -115,14 +115,14 @@ def test_orientation_is_told_by_a_corner():
 def test_damaged_exif_leaves_an_image_as_it_is(exif):
     image = picture()
     image.info["exif"] = exif
-    np.testing.assert_array_equal(np.asarray(_to_rgb(image)), np.asarray(picture()))
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(picture()))
 
 
 def test_an_orientation_that_does_not_exist_leaves_an_image_as_it_is():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 9
     np.testing.assert_array_equal(
-        np.asarray(_to_rgb(saved(picture(), "png", exif=exif))), np.asarray(picture())
+        np.asarray(to_rgb(saved(picture(), "png", exif=exif))), np.asarray(picture())
     )
 
 
@@ -140,7 +140,7 @@ def test_what_is_hidden_below_transparency_shows():
     """As with torchvision, which drops the channel too."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 5, 4)).astype(np.uint8)
     pixels[..., 3] = 0
-    np.testing.assert_array_equal(np.asarray(_to_rgb(Image.fromarray(pixels))), pixels[..., :3])
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(pixels))), pixels[..., :3])
 
 
 GREYS = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
@@ -152,7 +152,7 @@ def test_integer_greys_over_16_bits_are_scaled(dtype, suffix):
     image = Image.fromarray(GREYS.astype(dtype))
     if suffix == "tiff" or image.mode != "I":
         image = saved(image, suffix)
-    found = np.asarray(_to_rgb(image))
+    found = np.asarray(to_rgb(image))
     np.testing.assert_array_equal(found, np.repeat((GREYS // 256)[..., None], 3, axis=2))
 
 
@@ -172,7 +172,7 @@ def test_integer_greys_of_another_range_are_refused(tmp_path, values, message):
 
 
 def test_a_black_16_bit_image_is_black():
-    assert np.asarray(_to_rgb(Image.fromarray(np.zeros((4, 4), np.uint16)))).max() == 0
+    assert np.asarray(to_rgb(Image.fromarray(np.zeros((4, 4), np.uint16)))).max() == 0
 
 
 def test_greys_of_12_bits_are_named(tmp_path):
