@@ -29,7 +29,7 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device, keep_freed_memory
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.metrics import detection_metrics
-from ood_heatmap.patches import draw_patch, paste_all
+from ood_heatmap.patches import SQUARES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.inputs import split_named_source
 from ood_heatmap.pipeline.localize import _read_sample
@@ -141,7 +141,7 @@ def measure(
         scores = pixel_scores(detector, pixels).mean(axis=(1, 2))
         detection.append(detection_metrics(id_scores, scores).auroc)
         count = min(len(id_pixels), len(pixels))
-        patches = [draw_patch(pixels.shape[-1], 0, row) for row in range(count)]
+        patches = [draw_patch(pixels.shape[-1], 0, row, SQUARES) for row in range(count)]
         images, masks = paste_all(id_pixels[:count], pixels[:count], patches)
         metrics = localization_metrics(pixel_scores(detector, images), masks)
         localization.append(metrics.pixel_auroc)

@@ -207,7 +207,7 @@ def _make_targets(run: Path, images: ImageSet) -> None:
     """Lay out stage 2."""
     config, index = TargetsConfig(), map_index(run, read_manifest(run, "index"))
     rows = draw_rows(len(images), config.limit, config.seed)
-    paste_plan = make_paste_plan(index, rows, config.patched, config.seed)
+    paste_plan = make_paste_plan(index, rows, config.patched, config.seed, squares=False)
     stage = targets_stage(run, index, images, config)
     columns = target_columns(SIZE, NUM_FEATURES, MAP_SHAPES)
 

@@ -412,6 +412,14 @@ class TargetsConfig(EmbedConfig):
             min=0,
         ),
     ] = 2.0
+    patch_shapes: Annotated[
+        Literal["mixed", "squares"],
+        Option(
+            "Pasted patches: squares, ellipses and blobs, opaque, blended or translucent (mixed), "
+            "or squares only, opaque or blended.",
+            "Pairing",
+        ),
+    ] = "mixed"
     seed: Annotated[
         int,
         _seed("Random seed of the draw, of patches and of random pairing.", "Pairing"),

@@ -25,7 +25,7 @@ from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
-from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
+from ood_heatmap.patches import SIDES, SQUARES, PatchKinds, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, result_options
 from ood_heatmap.pipeline.results import LocalizationResults
 from ood_heatmap.pipeline.run import open_decoder, open_index
@@ -196,12 +196,13 @@ def _measure(
     methods, sizes and edges share the resampled images.
     """
     rows, examples = [], []
-    for (name, sample), side, edges in product(samples.items(), SIDES, EDGES):
+    for (name, sample), side, edges in product(samples.items(), SIDES, SQUARES.edges):
         if name == ID:
             continue
         count = min(len(samples[ID].pixels), len(sample.pixels))
         size = sample.pixels.shape[-1]
-        patches = [draw_patch(size, config.seed, row, (side,), (edges,)) for row in range(count)]
+        kinds = PatchKinds((side,), SQUARES.shapes, (edges,))
+        patches = [draw_patch(size, config.seed, row, kinds) for row in range(count)]
         images, masks = paste_all(samples[ID].pixels[:count], sample.pixels[:count], patches)
         pixel_scores = methods(images)
         weights = bootstrap_weights(count, config.resamples, np.random.default_rng(config.seed))
@@ -211,7 +212,7 @@ def _measure(
             rows.append(LocalizationRow(method, name, side, edges, metrics, resampled))
         # alternate between hard and blended edges, with a different image each time
         number = SIDES.index(side)
-        if edges == EDGES[number % len(EDGES)]:
+        if edges == SQUARES.edges[number % len(SQUARES.edges)]:
             i = number % count
             by_method = {method: scores[i] for method, scores in pixel_scores.items()}
             examples.append(_Example(f"{name}, {edges}", images[i], masks[i], by_method))

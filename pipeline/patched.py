@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.images import Decoded, ImageSet, Transform, apply_transform
 from ood_heatmap.listing import SelectedNames
-from ood_heatmap.patches import Patch, draw_patch, paste
+from ood_heatmap.patches import MIXED, SQUARES, Patch, draw_patch
 
 
 @dataclass(frozen=True)
@@ -18,22 +20,45 @@ class PastePlan:
     Args:
         position: ``(P,)`` positions of the ID images in the index.
         row: ``(P,)`` rows of the OOD set.
-        seed: Seed of the patches' sizes and positions.
+        seed: Seed of the patches' sizes, shapes and positions.
+        squares: Paste squares only, hard or blended; otherwise all shapes and opacities.
     """
 
     position: NDArray[np.int64]
     row: NDArray[np.int64]
     seed: int
+    squares: bool = False
 
     def __len__(self) -> int:
         return len(self.position)
 
     def patch(self, number: int, size: int) -> Patch:
-        """Return the patch of one image: size, source and destination."""
-        return draw_patch(size, self.seed, number)
+        """Return the patch of one image: source, destination and opacity."""
+        return draw_patch(size, self.seed, number, SQUARES if self.squares else MIXED)
+
+    def presence(
+        self, numbers: NDArray[np.int64], size: int, heatmap_size: int
+    ) -> NDArray[np.uint8]:
+        """Return the opacity of the OOD image in some of the patched images.
+
+        Args:
+            numbers: ``(B,)`` positions in the plan.
+            size: Side of the images in pixels.
+            heatmap_size: Side of a heatmap, ``h``; each of its pixels is the average of an area.
+
+        Returns:
+            ``(B, h, h)`` uint8, 0 outside the patch and 255 where only the OOD image is seen.
+        """
+        presence = np.stack(
+            [self.patch(number, size).presence(size) for number in numbers.tolist()]
+        )
+        averaged = interpolate(torch.from_numpy(presence)[:, None], heatmap_size, mode="area")
+        return averaged[:, 0].mul(255).round().byte().numpy()
 
 
-def draw_paste_plan(count: int, num_id: int, ood_rows: NDArray[np.int64], seed: int) -> PastePlan:
+def draw_paste_plan(
+    count: int, num_id: int, ood_rows: NDArray[np.int64], seed: int, *, squares: bool = False
+) -> PastePlan:
     """Draw ``count`` random pairs.
 
     Cycles through random permutations, so all images are used equally often (plus or minus one).
@@ -43,7 +68,7 @@ def draw_paste_plan(count: int, num_id: int, ood_rows: NDArray[np.int64], seed: 
     position, row = (
         np.resize(generator.permutation(rows), count) for rows in (np.arange(num_id), ood_rows)
     )
-    return PastePlan(position, row, seed)
+    return PastePlan(position, row, seed, squares)
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,8 @@ class _PastedReader:
         image, digest = self.images.read(row)
         pixels = apply_transform(self.transform, image, self.images.names[row])
         (id_image,) = self.id_images.take(self.paste_plan.position[number : number + 1])
-        return paste(id_image, pixels, self.paste_plan.patch(number, self.transform.size)), digest
+        patch = self.paste_plan.patch(number, self.transform.size)
+        return patch.paste(id_image, pixels), digest
 
     def digest(self, number: int) -> bytes:
         return self.images.digest(int(self.paste_plan.row[number]))

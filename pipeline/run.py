@@ -43,6 +43,9 @@ PROBE, PROBED = "probe.safetensors", ("images", "features")
 PIXEL_HASHES = "pixel_hashes.safetensors"
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
+# column of the targets
+PRESENCE = "presence"
+_SQUARES = "squares"
 
 
 # maps a stage, named as its directory, to the command that builds it
@@ -198,6 +201,13 @@ def target_columns(
         ),
         "patched": Column(
             "uint8", (), "1 for an ID image (nearest) with a patch of an OOD image (row) in it, [m]"
+        ),
+        PRESENCE: Column(
+            "uint8",
+            (size, size),
+            "opacity of the OOD image, [m, H, W]; times scale it is in [0, 1]: 1 everywhere in an "
+            "OOD image, 0 outside the patch in a patched image",
+            {"scale": 1 / 255},
         ),
         **_feature_maps(map_shapes),
     }
@@ -400,6 +410,9 @@ def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
         DamagedCacheError: A shard is missing or does not match the columns.
     """
     columns = target_columns(index.size, index.results.num_features, index.results.map_shapes)
+    # an earlier version did not store it
+    if "patch_shapes" not in manifest.inputs["options"]:
+        del columns[PRESENCE]
     return Targets(run, manifest, _open_columns(run, manifest, columns))
 
 
@@ -410,9 +423,12 @@ def draw_rows(num_images: int, limit: int | None, seed: int) -> NDArray[np.int64
     return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
 
 
-def make_paste_plan(index: Index, rows: NDArray[np.int64], share: float, seed: int) -> PastePlan:
+def make_paste_plan(
+    index: Index, rows: NDArray[np.int64], share: float, seed: int, *, squares: bool
+) -> PastePlan:
     """Draw which patched images to make: ``share`` times the number of OOD images."""
-    return draw_paste_plan(round(share * len(rows)), len(index.columns["row"]), rows, seed)
+    count, num_id = round(share * len(rows)), len(index.columns["row"])
+    return draw_paste_plan(count, num_id, rows, seed, squares=squares)
 
 
 def redraw_paste_plan(targets: Targets, index: Index) -> PastePlan:
@@ -420,7 +436,9 @@ def redraw_paste_plan(targets: Targets, index: Index) -> PastePlan:
     inputs = targets.manifest.inputs
     options = inputs["options"]
     rows = draw_rows(inputs["images"]["num_images"], options["limit"], options["seed"])
-    return make_paste_plan(index, rows, options["patched"], options["seed"])
+    # an earlier version pasted squares only
+    squares = options.get("patch_shapes", _SQUARES) == _SQUARES
+    return make_paste_plan(index, rows, options["patched"], options["seed"], squares=squares)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ood_heatmap.metrics import (
     intervals,
     weighted_metrics,
 )
-from ood_heatmap.patches import EDGES, SIDES
+from ood_heatmap.patches import SIDES, SQUARES
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.scoring import (
     DEFAULT,
@@ -420,7 +420,9 @@ def with_means(cells: Sequence[LocalizationRow], names: Sequence[str]) -> list[L
     methods = list(dict.fromkeys(row.method for row in cells))
     sides: list[float | str] = [*SIDES, MEAN]
     table = []
-    for method, name, side, edges in product(methods, [*names, MEAN], sides, [*EDGES, MEAN]):
+    for method, name, side, edges in product(
+        methods, [*names, MEAN], sides, [*SQUARES.edges, MEAN]
+    ):
         chosen = [
             row
             for row in cells

@@ -51,7 +51,14 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.patched import PastePlan, pasted_images
 from ood_heatmap.pipeline.results import TargetsResults
-from ood_heatmap.pipeline.run import Index, draw_rows, make_paste_plan, open_index, target_columns
+from ood_heatmap.pipeline.run import (
+    PRESENCE,
+    Index,
+    draw_rows,
+    make_paste_plan,
+    open_index,
+    target_columns,
+)
 from ood_heatmap.pipeline.schedule import (
     BackgroundWriter,
     Schedule,
@@ -105,7 +112,8 @@ def build_targets(
         }
         environment = describe_environment(device, deterministic=config.deterministic)
         stage = Stage(run, "targets", inputs, environment)
-        paste_plan = make_paste_plan(index, rows, config.patched, config.seed)
+        squares = config.patch_shapes == "squares"
+        paste_plan = make_paste_plan(index, rows, config.patched, config.seed, squares=squares)
         schedule = schedule_shards(
             stage,
             images,
@@ -288,7 +296,8 @@ def _make_paired_arrays(
     """Return the datasets of one shard of OOD images; writes what the audit needs of them."""
     nearest_images = index.columns["images"].take(index.positions(pairs.row))
     write_intermediate(stage, task, measure_images(shard.images, nearest_images))
-    return _make_arrays(shard, shard.rows, pairs, nearest_images, patched=False)
+    presence = np.full((len(shard.rows), index.size, index.size), 255, np.uint8)
+    return _make_arrays(shard, shard.rows, pairs, nearest_images, presence, patched=False)
 
 
 def _make_patched_arrays(
@@ -298,7 +307,8 @@ def _make_patched_arrays(
     row = index.row[paste_plan.position[shard.rows]]
     pairs = Nearest(row, _distances_to(index, row, shard), np.ones(len(row), dtype=bool))
     id_images = index.columns["images"].take(index.positions(row))
-    return _make_arrays(shard, paste_plan.row[shard.rows], pairs, id_images, patched=True)
+    presence = paste_plan.presence(shard.rows, index.size, index.size)
+    return _make_arrays(shard, paste_plan.row[shard.rows], pairs, id_images, presence, patched=True)
 
 
 def _make_arrays(
@@ -306,6 +316,7 @@ def _make_arrays(
     row: NDArray[np.int64],
     pairs: Nearest,
     nearest_images: NDArray[np.uint8],
+    presence: NDArray[np.uint8],
     *,
     patched: bool,
 ) -> dict[str, NDArray[Any]]:
@@ -319,6 +330,7 @@ def _make_arrays(
         "distance": pairs.distance.astype(np.float32),
         "same_class": pairs.same_class.astype(np.uint8),
         "patched": np.full(len(row), patched, np.uint8),
+        PRESENCE: presence,
         **shard.map_arrays,
     }
 

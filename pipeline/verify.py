@@ -10,11 +10,11 @@ from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.errors import DamagedCacheError
-from ood_heatmap.patches import paste
 from ood_heatmap.pipeline.config import VerifyConfig
 from ood_heatmap.pipeline.run import (
     COMMANDS,
     INDEX,
+    PRESENCE,
     Index,
     Targets,
     check_files,
@@ -154,6 +154,9 @@ def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> N
         image = index.columns["images"].take(index.positions(np.array([partner])))[0]
         if not _is_image(image - stored["heatmap"][i]):
             raise DamagedCacheError(f"{name}: nearest minus heatmap is not an image.")
+        # an earlier version did not store it
+        if PRESENCE in stored and (stored[PRESENCE][i] != 255).any():
+            raise DamagedCacheError(f"{name}: its presence is not 255 everywhere.")
 
 
 def _squared_distances(
@@ -187,9 +190,12 @@ def _check_patched(index: Index, targets: Targets, sample: NDArray[np.int64]) ->
         nearest = images.take(index.positions(columns["nearest"].take(source)))
         ood_image = (nearest - columns["heatmap"].take(source)).astype(np.uint8)[0]
         id_image = images.take(position)[0]
-        pasted = paste(id_image, ood_image, paste_plan.patch(int(number), id_image.shape[-1]))
+        pasted = paste_plan.patch(int(number), index.size).paste(id_image, ood_image)
         if not np.array_equal(id_image - stored["heatmap"], pasted):
             raise DamagedCacheError(f"{name}: its heatmap is not the change made by the patch.")
+        presence = paste_plan.presence(number[None], index.size, index.size)[0]
+        if PRESENCE in stored and not np.array_equal(stored[PRESENCE], presence):
+            raise DamagedCacheError(f"{name}: its presence is not the opacity of the patch.")
         features = index.columns["features"].take(position)
         _check_distance(squared_distances(stored["features"], features), stored["distance"], name)
 

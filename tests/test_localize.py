@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.localization import localization_metrics
-from ood_heatmap.patches import EDGES, SIDES, draw_patch, paste_all
+from ood_heatmap.patches import SIDES, SQUARES, PatchKinds, draw_patch, paste_all
 from ood_heatmap.pipeline import localize as module
 from ood_heatmap.pipeline import scoring
 from ood_heatmap.pipeline.config import LocalizeConfig, TrainConfig
@@ -74,7 +74,8 @@ def patched(data, run, set_name, side, edges):
         module._read_sample(open_images(str(data / name)), transform, CONFIG).pixels
         for name in ("test", set_name)
     )
-    patches = [draw_patch(16, 0, row, (side,), (edges,)) for row in range(12)]
+    kinds = PatchKinds((side,), SQUARES.shapes, (edges,))
+    patches = [draw_patch(16, 0, row, kinds) for row in range(12)]
     return paste_all(id_pixels, ood_pixels, patches)
 
 
@@ -85,7 +86,7 @@ def test_every_method_set_size_and_kind_is_there_with_its_means(measured):
         for method in METHODS
         for name in ("far", "ood", "mean")
         for side in (*SIDES, "mean")
-        for edges in (*EDGES, "mean")
+        for edges in (*SQUARES.edges, "mean")
     }
     assert set(rows) == wanted
     for metric in ("pixel_auroc", "aupro", "pointing"):
@@ -93,7 +94,7 @@ def test_every_method_set_size_and_kind_is_there_with_its_means(measured):
             rows["heatmap", name, side, edges][metric]
             for name in ("far", "ood")
             for side in SIDES
-            for edges in EDGES
+            for edges in SQUARES.edges
         ]
         assert rows["heatmap", "mean", "mean", "mean"][metric] == pytest.approx(np.mean(cells))
         hard = np.mean([rows["heatmap", "far", side, "hard"][metric] for side in SIDES])

@@ -18,7 +18,10 @@ def test_a_run_of_each_format_opens_and_scores_as_it_did(number, tmp_path, monke
     monkeypatch.syspath_prepend(DATA)
     folder = shutil.copytree(DATA / f"format-{number}", tmp_path / "data")
     run = folder / "run"
-    assert "targets: 12 of 12 paired again, all equal" in verify(run)
+    assert verify(run)[2:4] == [
+        "targets: 12 of 12 paired again, all equal",
+        "targets: 6 of 6 pasted again, all equal",
+    ]
     detector = HeatmapDetector.load(run, "cpu", trust_code=True)
     with np.load(run / "evaluation" / "scores-id.npz") as saved:
         before = {name: saved[name] for name in ("heatmap", "row")}

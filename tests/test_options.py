@@ -291,6 +291,7 @@ def test_help_says_where_the_number_of_workers_is_from():
 def test_choices_of_the_commands_word_for_word():
     expected = {
         ("targets", "pairing"): ["nearest", "random", "any", "scrambled"],
+        ("targets", "patch_shapes"): ["mixed", "squares"],
         ("train", "schedule"): ["cosine", "constant"],
         ("train", "stack"): ["plain", "dcgan"],
         ("train", "target"): ["signed", "magnitude"],

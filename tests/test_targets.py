@@ -12,10 +12,11 @@ from simulated_cuda import CUDA, simulated_cuda
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import difference
 from ood_heatmap.images import Transform
+from ood_heatmap.patches import MIXED, SQUARES, draw_patch
 from ood_heatmap.pipeline import audit, schedule
 from ood_heatmap.pipeline import targets as module
 from ood_heatmap.pipeline.config import TargetsConfig
-from ood_heatmap.pipeline.patched import PastePlan, pasted_images
+from ood_heatmap.pipeline.patched import PastePlan, draw_paste_plan, pasted_images
 from ood_heatmap.pipeline.run import Index, open_index, open_targets
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
@@ -317,7 +318,7 @@ def build_patched(run, images, **options) -> dict[str, np.ndarray]:
 
 
 def test_patched_images_are_id_images_with_a_square_of_their_ood_image(data, classifier, run):
-    columns = build_patched(run, open_images(str(data / "ood")))
+    columns = build_patched(run, open_images(str(data / "ood")), patch_shapes="squares")
     nearest = columns_of(run)[0].columns["images"].take(columns["nearest"])
     pixels = ood_pixels(data, columns["row"], classifier.config.transform)
     assert len(pixels) == 75
@@ -332,6 +333,34 @@ def test_patched_images_are_id_images_with_a_square_of_their_ood_image(data, cla
         assert (ood_image == value[:, None, None]).all(axis=0).any()
     assert sides <= {4, 6, 8, 10}
     assert len(sides) > 2
+
+
+@pytest.mark.parametrize("patch_shapes", ["mixed", "squares"])
+def test_presence_is_how_much_of_the_ood_image_is_seen(data, run, patch_shapes):
+    images = open_images(str(data / "ood"))
+    columns = build_patched(run, images, patch_shapes=patch_shapes)
+    kinds = SQUARES if patch_shapes == "squares" else MIXED
+    for number, (presence, heatmap) in enumerate(
+        zip(columns["presence"], columns["heatmap"], strict=True)
+    ):
+        opacity = draw_patch(16, 0, number, kinds).presence(16)
+        np.testing.assert_array_equal(presence, np.rint(255 * opacity))
+        # nothing else has changed, and the change is the opacity of a difference of at most 255
+        assert not heatmap[:, presence == 0].any()
+        assert (np.abs(heatmap).max(axis=0) <= np.rint(255 * opacity)).all()
+    assert (columns["presence"].max(axis=(1, 2)) > 0).all()
+    everything = columns_of(run)[1]
+    is_ood = everything["patched"].read() == 0
+    assert (everything["presence"].read()[is_ood] == 255).all()
+
+
+def test_presence_of_a_smaller_heatmap_is_the_average_of_an_area(run):
+    plan = draw_paste_plan(20, 50, np.arange(30), seed=1)
+    found = plan.presence(np.array([3, 0, 19]), 32, 8)
+    for presence, number in zip(found, (3, 0, 19), strict=True):
+        opacity = draw_patch(32, 1, number).presence(32).astype(np.float64)
+        wanted = 255 * opacity.reshape(8, 4, 8, 4).mean(axis=(1, 3))
+        np.testing.assert_allclose(presence, wanted, atol=0.501)
 
 
 def test_patched_images_are_embedded_like_any_other(data, classifier, run):

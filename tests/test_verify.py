@@ -67,6 +67,7 @@ def change(run, name, column, row, value):
         ("same_class", 0, "same_class is wrong"),
         ("distance", 0.01, "0.01 is stored"),
         ("heatmap", 256, "nearest minus heatmap is not an image"),
+        ("presence", 254, "its presence is not 255 everywhere"),
     ],
 )
 def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words):
@@ -80,6 +81,7 @@ def test_a_wrong_pair_is_found_behind_a_right_checksum(run, column, value, words
     [
         ("nearest", 79, "it was pasted into another ID row"),
         ("heatmap", 1, "its heatmap is not the change made by the patch"),
+        ("presence", 1, "its presence is not the opacity of the patch"),
         ("distance", 0.01, "0.01 is stored"),
     ],
 )
