@@ -45,7 +45,9 @@ class _LineFormatter(logging.Formatter):
 def log_to_stderr(context: click.Context) -> None:
     """Send log records to stderr: this package's from INFO on, or as set by -v and -q."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LineFormatter())
+    # a terminal shows the day; a file is read days later
+    times = "%H:%M:%S" if sys.stderr.isatty() else "%Y-%m-%d %H:%M:%S"
+    handler.setFormatter(_LineFormatter("%(asctime)s %(message)s", times))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     context.call_on_close(lambda: _LOG.setLevel(logging.NOTSET))
     _set_level(context.meta.get(_LEVEL, logging.INFO))

@@ -1,4 +1,4 @@
-"""Progress bar and time accounting of a stage: wait times, throughput and its bottleneck."""
+"""Time accounting of a stage: wait times, throughput and its bottleneck."""
 
 import logging
 import time
@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from ood_heatmap.decoding import Batch, Unreadable
 from ood_heatmap.distributed import all_gather, is_main
+from ood_heatmap.pipeline.progress import Progress, format_rate
 
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -21,7 +20,7 @@ _MAX_PROBE_SECONDS, _PROBE_SHARE = 1.5, 0.2
 
 @dataclass
 class Meter:
-    """Progress bar and time accounting of a stage.
+    """Progress and time accounting of a stage.
 
     Args:
         total: Images to process.
@@ -49,13 +48,7 @@ class Meter:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.bar = tqdm(
-            total=self.total,
-            desc=self.label,
-            unit=" images",
-            disable=None if is_main() and log.isEnabledFor(logging.INFO) else True,
-            leave=False,
-        )
+        self.progress = Progress(self.total, self.label)
 
     def add(self, batch: Batch, *, stolen_seconds: float = 0.0) -> None:
         """Count a decoded batch.
@@ -71,7 +64,7 @@ class Meter:
         self.stolen_seconds += stolen_seconds
         count = len(batch.rows) + len(batch.skipped)
         self.done += count
-        self.bar.update(count)
+        self.progress.update(count)
 
     @contextmanager
     def waiting(self, phase: str) -> Iterator[None]:
@@ -99,7 +92,7 @@ class Meter:
             ceiling: Measures images/s of the classifier alone over the given seconds. It is called
                 on all ranks simultaneously, as they may share a machine.
         """
-        self.bar.close()
+        self.progress.close()
         stats = self.stats()
         if ceiling is not None:
             # a barrier: all ranks start measuring together
@@ -217,9 +210,8 @@ def _format_summary(stats: dict[str, Any], *, measured: bool = False) -> str:
         stats: Merged stats.
         measured: The classifier alone was measured, if not always with success.
     """
-    rate = stats["images_per_second"]
-    digits = 0 if rate >= 10 else 1
-    text = f"{stats['images']} images in {stats['seconds']:.1f} s, {rate:.{digits}f} images/s"
+    rate = format_rate(stats["images_per_second"])
+    text = f"{stats['images']} images in {stats['seconds']:.1f} s, {rate}"
     if "share_of_ceiling" not in stats:
         return f"{text}{', the classifier alone could not be measured' if measured else ''}"
     return (

@@ -179,7 +179,7 @@ def _measure_embedding_rate(
             started, done = time.perf_counter(), 0
         elif time.perf_counter() - started > _PROBE_SECONDS:
             break
-    meter.bar.close()
+    meter.progress.close()
     return done / (time.perf_counter() - started)
 
 

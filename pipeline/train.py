@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from ood_heatmap.adapters.tracking import Epoch, EpochCallback, open_trackers
 from ood_heatmap.cache.files import save_tensors
@@ -34,6 +33,7 @@ from ood_heatmap.pipeline.feed import (
     read_batch,
 )
 from ood_heatmap.pipeline.meter import throughput
+from ood_heatmap.pipeline.progress import Progress, format_end
 from ood_heatmap.pipeline.ranges import input_ranges
 from ood_heatmap.pipeline.results import DecoderResults, TargetsResults
 from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
@@ -244,10 +244,12 @@ def _run_epochs(
         history.append({"epoch": epoch + 1, "loss": _mean_over_ranks(total) / num_batches})
         _check_finite(history, decoder)
         num_images += num_batches * size
+        mean_rate = num_images / (time.perf_counter() - start)
+        to_come = (missing.stop - epoch - 1) * num_batches * size / mean_rate
         log.info(
-            "epoch %d/%d  loss %.3f  %.0f images/s",
-            *(epoch + 1, config.epochs, history[-1]["loss"]),
-            num_images / (time.perf_counter() - start),
+            "epoch %d/%d  loss %.3f  %.0f images/s%s",
+            *(epoch + 1, config.epochs, history[-1]["loss"], mean_rate),
+            f", {format_end(to_come)}" if to_come else "",
         )
         rate = num_batches * size / (time.perf_counter() - epoch_start)
         lr = lr_at((epoch + 1) * num_batches - 1, config.epochs * num_batches, config)
@@ -286,18 +288,15 @@ def _prepare_step(
 
 def _show_progress(
     batches: Iterator[TrainingBatch], num_batches: int, epoch: int, config: TrainConfig
-) -> Iterable[TrainingBatch]:
-    """Return the batches of an epoch, with a progress bar in images on rank 0."""
-    shown: Iterable[TrainingBatch] = tqdm(
-        islice(batches, num_batches),
-        f"train {epoch + 1}/{config.epochs}",
-        num_batches,
-        leave=False,
-        disable=None if is_main() and log.isEnabledFor(logging.INFO) else True,
-        unit_scale=config.batch_size,
-        unit=" images",
-    )
-    return shown
+) -> Iterator[TrainingBatch]:
+    """Yield the batches of an epoch, and show its progress in images on rank 0."""
+    progress = Progress(num_batches * config.batch_size, f"train {epoch + 1}/{config.epochs}")
+    try:
+        for batch in islice(batches, num_batches):
+            yield batch
+            progress.update(config.batch_size)
+    finally:
+        progress.close()
 
 
 def _noise_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:

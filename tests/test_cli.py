@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import click
@@ -281,9 +282,13 @@ def test_log_records_stay_in_their_line(run, monkeypatch):
         logging.getLogger("ood_heatmap.test").warning("skipped %s", "a\nb\x1b[31m\udcff")
 
     try:
-        assert run_command("note").stderr == "skipped a\\nb\\x1b[31m\\udcff\n"
+        stderr = run_command("note").stderr
     finally:
         del main.commands["note"]
+    line = re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)\n", stderr)
+    assert line is not None
+    assert abs(datetime.now() - datetime.fromisoformat(line[1])) < timedelta(minutes=5)
+    assert line[2] == "skipped a\\nb\\x1b[31m\\udcff"
 
 
 def test_quiet_shows_no_progress_and_verbose_what_was_written(run):

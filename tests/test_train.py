@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ood_heatmap.heatmap import score, target_heatmap
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch, _iter_groups
+from ood_heatmap.pipeline.progress import Progress
 from ood_heatmap.pipeline.run import (
     Index,
     open_decoder,
@@ -545,12 +547,19 @@ def test_the_cosine_schedule_rises_for_a_tenth_and_ends_near_nothing():
 
 
 def test_an_epochs_progress_has_an_end(monkeypatch):
-    shown: dict[str, int] = {}
-    monkeypatch.setattr(
-        module, "tqdm", lambda items, label, total, **_: shown.update(total=total) or items
-    )
+    shown: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda progress, count: shown.append(count))
     batches: Any = iter(range(10))
-    found: list[Any] = list(module._show_progress(batches, 4, 0, TrainConfig()))
+    config = TrainConfig(batch_size=7)
+    found: list[Any] = list(module._show_progress(batches, 4, 0, config))
     assert found == [0, 1, 2, 3]
-    assert shown["total"] == 4
+    assert shown == [7] * 4
     assert next(batches) == 4
+
+
+def test_an_epoch_says_when_the_last_one_ends(run, caplog):
+    caplog.set_level("INFO")
+    train_decoder(run, CPU, TrainConfig(**{**SMALL, "epochs": 3, "overwrite": True}))
+    first, _, last = re.findall(r"epoch ./3 .*", caplog.text)
+    assert re.search(r" images/s, ends about (\d{4}-\d\d-\d\d )?\d\d:\d\d$", first)
+    assert last.endswith(" images/s")
