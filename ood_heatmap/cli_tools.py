@@ -111,10 +111,10 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     """
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.inputs import open_ood_sets, open_sources
+    from ood_heatmap.pipeline.localization_table import format_localization
     from ood_heatmap.pipeline.localize import localize as localize_run
     from ood_heatmap.pipeline.results import LocalizationResults
     from ood_heatmap.pipeline.run import read_result
-    from ood_heatmap.pipeline.tables import format_localization
 
     id_images, ood_sets = open_sources(data.id_sources, data), open_ood_sets(data)
     with stage_device(device) as torch_device:

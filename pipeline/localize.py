@@ -27,14 +27,15 @@ from ood_heatmap.localization import localization_metrics, resampled_metrics
 from ood_heatmap.metrics import bootstrap_weights
 from ood_heatmap.patches import SIDES, SQUARES, PatchKinds, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, result_options
-from ood_heatmap.pipeline.results import LocalizationResults
-from ood_heatmap.pipeline.run import open_decoder, open_index
-from ood_heatmap.pipeline.schedule import content_hash
-from ood_heatmap.pipeline.scoring import (
+from ood_heatmap.pipeline.localization_table import (
+    LocalizationRow,
+    heatmap_leads,
+    lowered_by_sanity_checks,
+    with_means,
+)
+from ood_heatmap.pipeline.pixel_methods import (
     CENTRE,
     DISTANCE,
-    HEATMAP,
-    ID,
     NUM_IMAGES,
     NUM_LOCATIONS,
     SHUFFLED,
@@ -43,14 +44,12 @@ from ood_heatmap.pipeline.scoring import (
     PixelScores,
     make_localization_methods,
 )
+from ood_heatmap.pipeline.results import LocalizationResults
+from ood_heatmap.pipeline.run import open_decoder, open_index
+from ood_heatmap.pipeline.schedule import content_hash
+from ood_heatmap.pipeline.scoring import HEATMAP, ID
 from ood_heatmap.pipeline.stage import Stage, log_event, run_lock
-from ood_heatmap.pipeline.tables import (
-    MEAN,
-    LocalizationRow,
-    heatmap_leads,
-    lowered_by_sanity_checks,
-    with_means,
-)
+from ood_heatmap.pipeline.tables import MEAN
 
 log = logging.getLogger(__name__)
 _UInt8 = NDArray[np.uint8]

@@ -1,10 +1,9 @@
-"""Tables of ``evaluate`` and ``localize``: rows, means, intervals, as JSON and as text."""
+"""Tables of ``evaluate``: rows, means, intervals, as JSON and as text."""
 
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from scipy.stats import binomtest
 
 from ood_heatmap.baselines import METHODS
 from ood_heatmap.calibration import Calibration, num_needed
-from ood_heatmap.localization import METRICS as PIXEL_METRICS
 from ood_heatmap.metrics import (
     METRICS,
     bootstrap_weights,
@@ -21,14 +19,11 @@ from ood_heatmap.metrics import (
     intervals,
     weighted_metrics,
 )
-from ood_heatmap.patches import SIDES, SQUARES
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.scoring import (
     DEFAULT,
     HEATMAP,
     ID,
-    SHUFFLED,
-    SWAPPED,
     ScoredSet,
     name_of_run,
 )
@@ -46,7 +41,6 @@ _HEADLINES = {"all": METRICS, "paper": _ID_POSITIVE, "openood": _OOD_POSITIVE}
 # resamples per chunk: few enough that they stay in the CPU cache
 _CHUNK = 25
 MEAN = "mean"
-_LOCALIZATION_HEADS = ("AUROC", "AUPRO", "pointing")
 
 # (B,) by method
 Scores = Mapping[str, NDArray[np.floating[Any]]]
@@ -328,10 +322,10 @@ def format_table(content: Mapping[str, Any]) -> str:
     lines = [("method", "set", *(_HEADS[key] for key in keys), "OOD share")]
     for row in content["table"]:
         numbers = [f"{100 * row[key]:.2f}" for key in keys]
-        numbers[0] += f" {_margin(row, 'auroc')}"
+        numbers[0] += f" {format_margin(row, 'auroc')}"
         prevalence = f"{100 * row['prevalence_ood']:.1f}" if "prevalence_ood" in row else ""
         lines.append((format_label(row["method"], content), row["set"], *numbers, prevalence))
-    return _aligned(lines)
+    return align_columns(lines)
 
 
 def format_label(method: str, content: Mapping[str, Any]) -> str:
@@ -345,7 +339,7 @@ def format_label(method: str, content: Mapping[str, Any]) -> str:
     return label
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def align_columns(lines: Sequence[Sequence[str]]) -> str:
     """Align cells in columns: the first two, which are names, left; numbers right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -357,7 +351,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _margin(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
+def format_margin(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
     """Format the uncertainty of a metric, in percent: its spread over runs, or its interval."""
     if "spread" in row:
         return f"± {100 * row['spread'][key]:.{digits}f}"
@@ -383,114 +377,3 @@ def format_decisions(decisions: Mapping[str, Any]) -> str:
         f"{level:g}): false alarms {100 * false_alarm['rate']:.1f} % "
         f"[{100 * low:.1f}, {100 * high:.1f}], detections {detections}"
     )
-
-
-@dataclass(frozen=True)
-class LocalizationRow:
-    """One row of the localisation table: a method on a set, for one kind of patch, or a mean.
-
-    Args:
-        method: Name of the method.
-        set: Name of the OOD set, or ``mean``.
-        side: The patch's side as a share of the image's, or ``mean``.
-        edges: ``hard``, ``blended`` or ``mean``.
-        metrics: Metrics in [0, 1], by name.
-        resampled: Metrics of resampled images, ``(R, 3)``; averaged for a mean.
-    """
-
-    method: str
-    set: str
-    side: float | str
-    edges: str
-    metrics: Mapping[str, float]
-    resampled: _Float64
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row for ``localization.json``, with 95 % intervals."""
-        where = {key: getattr(self, key) for key in ("method", "set", "side", "edges")}
-        return {
-            **where,
-            **self.metrics,
-            "intervals": intervals(PIXEL_METRICS, self.resampled),
-        }
-
-
-def with_means(cells: Sequence[LocalizationRow], names: Sequence[str]) -> list[LocalizationRow]:
-    """Return the rows with their means over sets, sizes, edges and every combination of these."""
-    methods = list(dict.fromkeys(row.method for row in cells))
-    sides: list[float | str] = [*SIDES, MEAN]
-    table = []
-    for method, name, side, edges in product(
-        methods, [*names, MEAN], sides, [*SQUARES.edges, MEAN]
-    ):
-        chosen = [
-            row
-            for row in cells
-            if row.method == method
-            and name in (row.set, MEAN)
-            and side in (row.side, MEAN)
-            and edges in (row.edges, MEAN)
-        ]
-        means = {key: float(np.mean([row.metrics[key] for row in chosen])) for key in PIXEL_METRICS}
-        resampled = np.mean([row.resampled for row in chosen], axis=0)
-        table.append(LocalizationRow(method, name, side, edges, means, resampled))
-    return table
-
-
-def _overall(table: Sequence[LocalizationRow], method: str) -> LocalizationRow:
-    """Return the row of a method with its means over all sets, sizes and edges."""
-    everything = (method, MEAN, MEAN, MEAN)
-    return next(row for row in table if (row.method, row.set, row.side, row.edges) == everything)
-
-
-def heatmap_leads(table: Sequence[LocalizationRow]) -> dict[str, dict[str, Any]]:
-    """Return the lead of the heatmap over each other method, with 95 % intervals.
-
-    The overall means are compared. Both methods share the resampled images, so the interval of the
-    difference is narrower than their separate intervals suggest.
-    """
-    heatmap, leads = _overall(table, HEATMAP), {}
-    for method in dict.fromkeys(row.method for row in table if row.method != HEATMAP):
-        other = _overall(table, method)
-        leads[method] = {
-            **{key: heatmap.metrics[key] - other.metrics[key] for key in PIXEL_METRICS},
-            "intervals": intervals(PIXEL_METRICS, heatmap.resampled - other.resampled),
-        }
-    return leads
-
-
-def lowered_by_sanity_checks(table: Sequence[LocalizationRow]) -> dict[str, float]:
-    """Return the decrease of the heatmap's overall pixel AUROC in each sanity check."""
-    auroc = _overall(table, HEATMAP).metrics["pixel_auroc"]
-    return {
-        method: auroc - _overall(table, method).metrics["pixel_auroc"]
-        for method in (SHUFFLED, SWAPPED)
-    }
-
-
-def format_localization(content: Mapping[str, Any]) -> str:
-    """Format the table of ``localization.json`` for the terminal, in percent, with intervals."""
-    rows = {
-        (row["method"], row["set"], row["side"]): row
-        for row in content["table"]
-        if row["edges"] == MEAN
-    }
-    pairs = dict.fromkeys((method, name) for method, name, _ in rows)
-    heads = ["method", "set", *(f"AUROC {100 * side:g} %" for side in SIDES)]
-    lines = [[*heads, *_LOCALIZATION_HEADS]]
-    for method, name in sorted(pairs, key=lambda pair: pair[1] == MEAN):
-        by_side = [rows[method, name, side]["pixel_auroc"] for side in SIDES]
-        whole = rows[method, name, MEAN]
-        lines.append(
-            [
-                method,
-                name,
-                *(f"{100 * share:.1f}" for share in by_side),
-                *(f"{100 * whole[key]:.1f} {_margin(whole, key, 1)}" for key in PIXEL_METRICS),
-            ]
-        )
-    ahead = [["heatmap ahead of", "", *_LOCALIZATION_HEADS]]
-    for method, lead in content["leads"].items():
-        metrics = (f"{100 * lead[key]:+.1f} {_margin(lead, key, 1)}" for key in PIXEL_METRICS)
-        ahead.append([method, "", *metrics])
-    return f"{_aligned(lines)}\n\n{_aligned(ahead)}"

@@ -15,11 +15,11 @@ from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.localization import localization_metrics
 from ood_heatmap.patches import SIDES, SQUARES, PatchKinds, draw_patch, paste_all
 from ood_heatmap.pipeline import localize as module
-from ood_heatmap.pipeline import scoring
+from ood_heatmap.pipeline import pixel_methods
 from ood_heatmap.pipeline.config import LocalizeConfig, TrainConfig
+from ood_heatmap.pipeline.localization_table import LocalizationRow, format_localization
 from ood_heatmap.pipeline.localize import localize
 from ood_heatmap.pipeline.run import open_decoder, open_index
-from ood_heatmap.pipeline.tables import LocalizationRow, format_localization
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.pipeline.verify import verify
 from ood_heatmap.sources import open_images
@@ -64,7 +64,7 @@ def table(run):
 def methods_of(run):
     index = open_index(run)
     decoder = open_decoder(run, index.manifest, CPU).decoder
-    return index, scoring.make_localization_methods(index, decoder, CPU, CONFIG)
+    return index, pixel_methods.make_localization_methods(index, decoder, CPU, CONFIG)
 
 
 def patched(data, run, set_name, side, edges):
@@ -157,7 +157,7 @@ def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
 
 
 def test_the_centre_prior_looks_at_no_image(measured, data):
-    prior = scoring._centre_prior(5)
+    prior = pixel_methods._centre_prior(5)
     assert prior.argmax() == 2 * 5 + 2
     np.testing.assert_allclose(prior, prior[::-1].T)
     rows = table(measured)[1]
@@ -227,7 +227,7 @@ def test_a_decoder_without_maps_and_a_network_without_any(run, data, monkeypatch
     monkeypatch.setitem(index.manifest.inputs["classifier"], "maps", [])
     monkeypatch.setattr("ood_heatmap.classifier.find_maps", none)
     decoder = open_decoder(run, index.manifest, CPU).decoder
-    methods = scoring.make_localization_methods(index, decoder, CPU, CONFIG)
+    methods = pixel_methods.make_localization_methods(index, decoder, CPU, CONFIG)
     scores_by_method = methods(np.zeros((2, 3, 16, 16), np.uint8))
     assert list(scores_by_method) == [method for method in METHODS if method != "feature distance"]
 
