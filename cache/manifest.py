@@ -60,9 +60,10 @@ class Manifest:
         content: sha256 of the images, known once all were read; empty if the stage reads none.
         results: Results for later stages; JSON.
         files: Maps file name to its record.
-        speed: Throughput of the last run that worked on the stage, and the environments (device,
-            version of PyTorch) in which it was computed. No fingerprint depends on it: only it and
-            the manifest's checksum differ between two builds from the same inputs.
+        speed: Throughput of the last run that worked on the stage, the environments (device,
+            version of PyTorch) in which it was computed, and time, version and command line. No
+            fingerprint depends on it: only it and the manifest's checksum differ between two
+            builds from the same inputs.
         format: Version of the on-disk format.
         fingerprint: sha256 of format, stage, inputs and content; later stages depend on it.
     """

@@ -5,6 +5,7 @@ import errno
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -17,7 +18,15 @@ import click
 from ood_heatmap.cores import local_world_size, num_cores
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.output import choose_level
-from ood_heatmap.pipeline.config import Field, Group, Option, Rgb, Settings, option_fields
+from ood_heatmap.pipeline.config import (
+    COMMAND_LINE,
+    Field,
+    Group,
+    Option,
+    Rgb,
+    Settings,
+    option_fields,
+)
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Decorator = Callable[[_Decorated], _Decorated]
@@ -117,6 +126,12 @@ class CommandGroup(Command, click.Group):
 
     command_class = Command
     group_class = type
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; keep the command line for the manifests of stages."""
+        # kept if this is a group inside another
+        ctx.meta.setdefault(COMMAND_LINE, shlex.join([ctx.info_name or "ood-heatmap", *args]))
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, in order."""

@@ -17,6 +17,8 @@ Group: TypeAlias = Literal[
     "Data", "Classifier", "Pairing", "Decoder", "Training", "Evaluation", "Speed", "Output", "Other"
 ]
 Rgb: TypeAlias = tuple[float, float, float]
+# where click's context keeps the command line, for the manifests of stages
+COMMAND_LINE = "ood_heatmap.command"
 
 
 @dataclass(frozen=True)

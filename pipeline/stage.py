@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
+
 from ood_heatmap import __version__
 from ood_heatmap.cache.files import (
     append_text,
@@ -55,6 +57,7 @@ from ood_heatmap.cache.stamps import (
 )
 from ood_heatmap.distributed import broadcast, is_main, rank
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.pipeline.config import COMMAND_LINE
 from ood_heatmap.pipeline.results import Results
 from ood_heatmap.pipeline.run import COMMANDS, format_command, read_manifest
 
@@ -341,14 +344,15 @@ class Stage:
             results: Results of the stage.
             names: Names of the stage's files, all written through ``writing`` or ``record``.
             content: sha256 of the images that were read, or "".
-            speed: Throughput of this run, also logged to ``log.jsonl``. With the environments in
-                which the stage was computed it is in the manifest.
+            speed: Throughput of this run, also logged to ``log.jsonl``. It is in the manifest with
+                the environments in which the stage was computed, the time, the version and the
+                command line.
         """
         # read the journals again: other ranks have written since
         self._stamps = None
         stamps = [self._find_stamp(name) for name in names]
         files = {stamp.name: stamp.record for stamp in stamps}
-        about = {**(speed or {}), "environments": self._environments()}
+        about = {**(speed or {}), "environments": self._environments(), **_provenance()}
         # normalize to what is read back from JSON
         values, about = (json.loads(json.dumps(item)) for item in (results.to_json(), about))
         manifest = Manifest(self.name, self.inputs, content, values, files, about)
@@ -379,10 +383,22 @@ def _journal_lines(stamps: Iterable[Stamp]) -> str:
     return "".join("\n" + stamp.to_line() for stamp in stamps)
 
 
+def _provenance() -> dict[str, str]:
+    """Return the time, the version, and the command line unless it is called from Python."""
+    found = {"time": _now(), "version": __version__}
+    context = click.get_current_context(silent=True)
+    command = context.meta.get(COMMAND_LINE) if context is not None else None
+    return found if command is None else {**found, "command": command}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def log_event(run: Path, command: str, **stats: Any) -> None:
     """Append a line with time, version and stats of a command to ``log.jsonl`` of a run."""
     line = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": _now(),
         "stage": command,
         "version": __version__,
         **stats,

@@ -2,19 +2,24 @@
 
 import json
 import os
+import shlex
 import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from ood_heatmap import __version__
 from ood_heatmap.cache import files, stamps
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import FileRecord
@@ -22,6 +27,7 @@ from ood_heatmap.cache.shards import Header, map_shard, write_shard
 from ood_heatmap.cache.stamps import Stamp, check_unstamped
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.images import ImageSet
+from ood_heatmap.options import CommandGroup
 from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline import stage as protocol
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig
@@ -116,6 +122,29 @@ def test_a_stage_resumed_on_another_device_says_so_and_names_both(tmp_path, capl
     assert caplog.text.count("started with another device (one processor, now another)") == 1
     write(stage, "data.bin", b"content")
     assert stage.commit(Results(), ["data.bin"]).speed["environments"] == [HERE, THERE]
+
+
+def test_the_manifest_has_time_version_and_command_line(tmp_path):
+    @click.group("ood-heatmap", cls=CommandGroup)
+    def group():
+        pass
+
+    @group.command()
+    @click.argument("text")
+    def store(text):
+        make(tmp_path)
+
+    begin = datetime.now(timezone.utc).replace(microsecond=0)
+    assert CliRunner().invoke(group, ["store", "two words"]).exit_code == 0
+    speed = read_manifest(tmp_path, "index").speed
+    assert begin <= datetime.strptime(speed["time"], "%Y-%m-%dT%H:%M:%S%z")
+    assert speed["version"] == __version__
+    assert shlex.split(speed["command"]) == ["ood-heatmap", "store", "two words"]
+
+
+def test_called_from_python_a_stage_has_no_command_line(tmp_path):
+    make(tmp_path)
+    assert "command" not in read_manifest(tmp_path, "index").speed
 
 
 def test_a_damaged_stage_that_is_rebuilt_on_another_device_says_so(tmp_path, caplog):
@@ -215,7 +244,8 @@ def test_overwrite_makes_the_damaged_file_of_a_complete_stage_again_and_no_other
     assert stage.is_intact("figures/roc.png")
     assert not stage.is_intact("data.bin")
     write(stage, "data.bin", b"content")
-    assert stage.commit(Results(warnings=("odd",)), manifest.files, content="hash") == manifest
+    again = stage.commit(Results(warnings=("odd",)), manifest.files, content="hash")
+    assert replace(again, speed={}) == replace(manifest, speed={})
 
 
 def test_a_file_that_vanished_before_the_commit_is_named(tmp_path):
