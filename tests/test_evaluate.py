@@ -669,27 +669,20 @@ def test_a_run_of_another_classifier_is_refused_by_name(data, spec, run, tmp_pat
         evaluate(run, test, sets_of(data), CPU, CONFIG, more_runs=[other])
 
 
-def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, run):
-    def tree():
-        return {
-            path: path.read_bytes()
-            for path in (run / "evaluation").rglob("[!.]*")
-            if path.is_file()
-        }
-
-    before = tree()
+def test_started_again_it_is_finished_and_lost_files_come_back_the_same(data, run, tree):
+    before = tree(run / "evaluation")
     evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
-    assert tree() == before
+    assert tree(run / "evaluation") == before
     lost = ("manifest.json", "scores-near.npz", "figures/roc.png", "metrics.json", "report.html")
     for name in (*lost, "calibration.safetensors", "images-far.txt"):
         (run / "evaluation" / name).unlink()
     evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
-    assert tree() == before
+    assert tree(run / "evaluation") == before
 
 
-def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, monkeypatch):
+def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, tree, monkeypatch):
     folder, test = run / "evaluation", open_images(str(data / "test"))
-    wanted = {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
+    wanted = tree(folder)
     shutil.rmtree(folder)
 
     def stop_at_near(stage, name, *rest):
@@ -704,7 +697,7 @@ def test_stopped_between_two_sets_it_ends_byte_for_byte_the_same(data, run, monk
     assert (folder / "scores-far.npz").is_file()
     assert not (folder / "manifest.json").is_file()
     evaluate(run, test, sets_of(data), CPU, CONFIG)
-    assert {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()} == wanted
+    assert tree(folder) == wanted
 
 
 @pytest.fixture
@@ -773,9 +766,11 @@ def test_the_content_hash_does_not_depend_on_the_batch_size(data, run, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_damaged_scores_of_a_stopped_evaluation_are_made_again(data, run, monkeypatch, damage):
+def test_damaged_scores_of_a_stopped_evaluation_are_made_again(
+    data, run, tree, monkeypatch, damage
+):
     folder, test = run / "evaluation", open_images(str(data / "test"))
-    wanted = {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
+    wanted = tree(folder)
     shutil.rmtree(folder)
     with monkeypatch.context() as patched:
         patched.setattr("ood_heatmap.pipeline.evaluate.metrics_table", raise_keyboard_interrupt)
@@ -787,7 +782,7 @@ def test_damaged_scores_of_a_stopped_evaluation_are_made_again(data, run, monkey
         content[len(content) // 2] ^= 1
     path.write_bytes({"flip": content, "cut": content[:-50], "empty": b""}[damage])
     evaluate(run, test, sets_of(data), CPU, CONFIG)
-    assert {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()} == wanted
+    assert tree(folder) == wanted
 
 
 def raise_keyboard_interrupt(*_):
