@@ -1,7 +1,9 @@
 """A fixed classifier: uint8 images in, penultimate features, logits and feature maps out."""
 
+import copy
 import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -159,6 +161,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.config = config
+        self._lock = threading.Lock()
         self.register_buffer("mean", torch.tensor(config.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(config.std)[:, None, None], persistent=False)
         self._to_float32()
@@ -179,6 +182,13 @@ class Classifier(nn.Module):
         self.num_features, self.num_classes = output.features.shape[1], output.logits.shape[1]
         self.map_shapes = tuple(tuple(item.shape[1:]) for item in output.maps)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
+        copied = Classifier.__new__(Classifier)
+        memo[id(self)] = copied
+        attributes = {name: value for name, value in vars(self).items() if name != "_lock"}
+        vars(copied).update(copy.deepcopy(attributes, memo), _lock=threading.Lock())
+        return copied
+
     @property
     def device(self) -> torch.device:
         """The device of the network."""
@@ -191,7 +201,13 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Output:
-        """Classify uint8 images ``(B, 3, H, W)`` of the classifier's input size."""
+        """Classify images of the classifier's input size.
+
+        Threads take turns: the hooks of one pass would also record another.
+
+        Args:
+            images: ``(B, 3, H, W)`` uint8, or normalized float32.
+        """
         modules = dict(self.network.named_modules())
         wanted = {name: modules[name] for name in (self.head, *(item.name for item in self.maps))}
         inputs: dict[str, Tensor] = {}
@@ -204,7 +220,7 @@ class Classifier(nn.Module):
             else:
                 outputs[name] = output.clone()
 
-        with forward_hooks(wanted, record):
+        with self._lock, forward_hooks(wanted, record):
             logits = self._logits(images)
         maps = tuple(item.to_grid(outputs[item.name]).float() for item in self.maps)
         return Output(inputs[self.head].float(), logits.float(), maps)
@@ -267,10 +283,12 @@ class Classifier(nn.Module):
         }
 
     def _logits(self, images: Tensor) -> Any:
-        """Return the output of the network for uint8 images."""
+        """Return the output of the network for uint8 or normalized float images."""
         pixels = images.to(torch.float32, memory_format=self._memory_format)
+        if not images.is_floating_point():
+            pixels = (pixels / 255 - self.mean) / self.std
         with self._precision():
-            return self.network((pixels / 255 - self.mean) / self.std)
+            return self.network(pixels)
 
     def _precision(self) -> AbstractContextManager[None]:
         """Return the autocast context of the network."""

@@ -2,62 +2,40 @@
 
 import logging
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.errors import UsageError
-from ood_heatmap.heatmap import pixel_score, score
-from ood_heatmap.images import Transform, apply_transform
+from ood_heatmap.images import Transform
+from ood_heatmap.pixels import ImageLike, Images, iter_pixels
+from ood_heatmap.result import Detection, Nearest, Result, Scale, TensorResult
+from ood_heatmap.scorer import HeatmapScorer, Scorer
 
 if TYPE_CHECKING:
     # only for annotations: this module calls them, but does not create them
     from ood_heatmap.classifier import Classifier, Output
     from ood_heatmap.decoder import Decoder
 
+__all__ = [
+    "Detection",
+    "HeatmapDetector",
+    "ImageLike",
+    "Images",
+    "Nearest",
+    "Result",
+    "TensorResult",
+]
+
 log = logging.getLogger(__name__)
-ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | NDArray[np.uint8] | Tensor
-Images: TypeAlias = ImageLike | Iterable[ImageLike]
-_EXPECTED = (
-    "images must be PIL images, paths, or uint8 arrays or tensors with values 0 to 255: "
-    "(H, W), (H, W, 3) or (3, H, W), a list of these, or (B, H, W, 3) or (B, 3, H, W)"
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Output of the detector for B images.
-
-    Args:
-        score: ``(B,)`` float32 in [0, 1]; larger is more OOD.
-        heatmap: ``(B, C, H, W)`` float32 output of the decoder: in [-1, 1] for a signed target, in
-            [0, 1] for a magnitude target.
-        prediction: ``(B,)`` int64 predicted class.
-        p_value: ``(B,)`` float64 in (0, 1], the share of held-out ID images that score at least as
-            high; NaN without a calibration.
-        is_ood: ``(B,)`` bool, the decision at the detector's false-alarm level. None without a
-            calibration, or if it has fewer held-out ID images than the level needs.
-    """
-
-    score: NDArray[np.float32]
-    heatmap: NDArray[np.float32]
-    prediction: NDArray[np.int64]
-    p_value: NDArray[np.float64]
-    is_ood: NDArray[np.bool_] | None
-
-    @property
-    def pixel_score(self) -> NDArray[np.float32]:
-        """``(B, H, W)`` in [0, 1], maximum of |heatmap| over channels; larger is more OOD."""
-        return pixel_score(torch.from_numpy(self.heatmap)).numpy()
+_BATCH_SIZE = 64
 
 
 class HeatmapDetector:
@@ -68,6 +46,7 @@ class HeatmapDetector:
     Args:
         classifier: The classifier, on its device.
         decoder: The decoder, on the same device and in eval mode.
+        scorer: Computes the score of an image, on the same device; the mean of the heatmap if None.
         classes: Class names, empty when unknown.
         color_max: Top of the colour scale shared by all heatmaps of this decoder.
         calibration: Scores of held-out ID images; without it there are no decisions.
@@ -83,6 +62,7 @@ class HeatmapDetector:
         classifier: "Classifier",
         decoder: "Decoder",
         *,
+        scorer: Scorer | None = None,
         classes: Sequence[str] = (),
         color_max: float = 1.0,
         calibration: Calibration | None = None,
@@ -91,7 +71,7 @@ class HeatmapDetector:
     ) -> None:
         if not 0 < false_alarm < 1:
             raise UsageError(f"the false-alarm level must be between 0 and 1, got {false_alarm}.")
-        self.classifier, self.decoder = classifier, decoder
+        self.classifier, self.decoder, self.scorer = classifier, decoder, scorer or HeatmapScorer()
         self.classes, self.color_max = tuple(classes), color_max
         self.calibration, self.false_alarm = calibration, false_alarm
         self.fingerprint = fingerprint
@@ -140,6 +120,7 @@ class HeatmapDetector:
         return HeatmapDetector(
             self.classifier,
             self.decoder,
+            scorer=self.scorer,
             classes=self.classes,
             color_max=self.color_max,
             calibration=calibration,
@@ -168,32 +149,99 @@ class HeatmapDetector:
         """
         return self.calibration.pixel_threshold(self.false_alarm) if self.calibration else math.nan
 
-    def __call__(self, images: Images) -> Result:
+    @property
+    def transform(self) -> Transform:
+        """Resizes and crops a PIL image to uint8 ``(3, H, W)`` at the input size.
+
+        For a data set with several workers: ``ImageFolder(root, transform=detector.transform)``.
+        """
+        return self.classifier.config.transform
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the detector."""
+        return self.classifier.device
+
+    def to(self, device: torch.device | str) -> "HeatmapDetector":
+        """Move the detector, and all made of it with ``at``, to a device; return it."""
+        for module in (self.classifier, self.decoder, self.scorer):
+            module.to(device)
+        return self
+
+    @overload
+    def __call__(
+        self,
+        images: Images,
+        *,
+        batch_size: int = ...,
+        normalized: bool = ...,
+        output: Literal["numpy"] = ...,
+    ) -> Result: ...
+    @overload
+    def __call__(
+        self,
+        images: Images,
+        *,
+        batch_size: int = ...,
+        normalized: bool = ...,
+        output: Literal["torch"],
+    ) -> TensorResult: ...
+    def __call__(
+        self,
+        images: Images,
+        *,
+        batch_size: int = _BATCH_SIZE,
+        normalized: bool = False,
+        output: Literal["numpy", "torch"] = "numpy",
+    ) -> Result | TensorResult:
         """Detect OOD images of any size.
 
+        Several threads may call the same detector.
+
         Args:
-            images: One image or several: PIL images, paths, or uint8 arrays or tensors, each
-                ``(H, W)``, ``(H, W, 3)`` or ``(3, H, W)``; or a batch ``(B, H, W, 3)`` or ``(B, 3,
-                H, W)``. Grey images may have one channel. Images of a list may differ in size and
-                type. Ambiguous shapes are read as channels-last.
+            images: One image or several: PIL images, paths, or uint8 arrays or tensors on any
+                device, each ``(H, W)``, ``(H, W, 3)`` or ``(3, H, W)``; or a batch ``(B, H, W, 3)``
+                or ``(B, 3, H, W)``. Grey images may have one channel. Images of a list may differ
+                in size and type. Ambiguous shapes are read as channels-last.
+            batch_size: Maximum number of images in a forward pass.
+            normalized: The images are floats ``(B, 3, H, W)`` or ``(3, H, W)`` of the input size,
+                normalized with the mean and std of ``detector.classifier.config``, as a data
+                loader yields them.
+            output: ``numpy`` for arrays on the host, ``torch`` for tensors on the detector's
+                device.
 
         Raises:
             UsageError: The type, dtype or shape is not supported, or there is no image.
             UnreadableImageError: A file cannot be read, or an image cannot be converted to RGB.
         """
-        return self.detect(_to_pixels(images, self.classifier.config.transform))[0]
+        if output not in ("numpy", "torch"):
+            raise UsageError(f"output must be 'numpy' or 'torch', got {output!r}.")
+        batches = iter_pixels(
+            images,
+            self.classifier.config,
+            batch_size=batch_size,
+            normalized=normalized,
+            keep_sources=output == "numpy",
+        )
+        results: list[TensorResult] = []
+        sources: list[ImageLike] = []
+        for batch in batches:
+            result = self._decode(self._classify(batch.pixels))
+            # heatmaps of many images need not fit on a GPU
+            results.append(result.to("cpu") if output == "numpy" else result)
+            sources += batch.sources
+        joined = TensorResult.concatenate(results)
+        return joined.to_numpy(self.scale, sources) if output == "numpy" else joined
 
-    @torch.inference_mode()
     def detect(self, pixels: NDArray[np.uint8]) -> "tuple[Result, Output]":
         """Detect OOD images in uint8 ``(B, 3, H, W)`` at the classifier's input size.
 
         Returns:
             The result, and the classifier's output.
         """
-        output = self.classifier(torch.from_numpy(pixels).to(self.classifier.device))
-        return self.decode(output), output
+        output = self._classify(torch.from_numpy(pixels))
+        return self._decode(output).to_numpy(self.scale, list(pixels)), output
 
-    @torch.inference_mode()
     def decode(self, output: "Output", *, heatmaps: bool = True) -> Result:
         """Compute heatmaps, scores and decisions from the classifier's output.
 
@@ -201,20 +249,43 @@ class HeatmapDetector:
             output: Output of the classifier, on the detector's device.
             heatmaps: Copy the heatmaps to the host; if False, the result has none.
         """
-        prediction = output.logits.argmax(dim=1)
+        result = self._decode(output)
+        if not heatmaps:
+            result = replace(result, heatmap=result.heatmap[:0])
+        return result.to_numpy(self.scale)
+
+    def _classify(self, pixels: Tensor) -> "Output":
+        """Run the classifier on uint8 or normalized float images."""
+        output: Output = self.classifier(pixels.to(self.device))
+        return output
+
+    # not inference_mode: a caller may modify the tensors in place
+    @torch.no_grad()
+    def _decode(self, output: "Output") -> TensorResult:
+        """Compute everything from the classifier's output, on its device."""
+        confidence, prediction = output.logits.softmax(dim=1).max(dim=1)
         heatmap = decode_heatmap(self.decoder, output, prediction)
-        scores = score(heatmap).cpu().numpy()
-        return Result(
-            scores,
-            heatmap[: len(heatmap) * heatmaps].cpu().numpy(),
-            prediction.cpu().numpy(),
-            self.p_value(scores),
-            scores > self.threshold if self.decides else None,
+        scores: Tensor = self.scorer(output, heatmap)
+        on_host = scores.numpy(force=True)
+        return TensorResult(
+            score=scores,
+            heatmap=heatmap,
+            prediction=prediction,
+            p_value=torch.from_numpy(self.p_value(on_host)).to(scores.device),
+            is_ood=scores > self.threshold if self.decides else None,
+            confidence=confidence,
+        )
+
+    @property
+    def scale(self) -> Scale:
+        """Names, thresholds and colours that all results have in common."""
+        return Scale(
+            self.classes, self.false_alarm, self.threshold, self.pixel_threshold, self.color_max
         )
 
     def class_name(self, label: int) -> str:
         """Return the name of a class, or its number if class names are unknown."""
-        return self.classes[label] if self.classes else str(label)
+        return self.scale.class_name(label)
 
     def p_value(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the p-value of each score, ``(B,)``; NaN without a calibration."""
@@ -229,61 +300,3 @@ def decode_heatmap(decoder: "Decoder", output: "Output", prediction: Tensor) -> 
     maps = [feature_map.half().float() for feature_map in output.maps]
     heatmap: Tensor = decoder(output.features, prediction, maps).float()
     return heatmap
-
-
-def _to_pixels(images: Images, transform: Transform) -> NDArray[np.uint8]:
-    """Convert images to uint8 ``(B, 3, H, W)`` at the input size."""
-    pixels = [
-        apply_transform(transform, _to_picture(image), _name(image, row))
-        for row, image in enumerate(_split(images))
-    ]
-    if not pixels:
-        raise UsageError(f"there is no image; {_EXPECTED}.")
-    return np.stack(pixels)
-
-
-def _split(images: Images) -> Iterable[ImageLike]:
-    """Return the images as an iterable, not yet validated."""
-    if isinstance(images, Tensor):
-        # one copy from a GPU, not one per image
-        images = images.cpu()
-    if isinstance(images, Tensor | np.ndarray):
-        return images if images.ndim == 4 else [images]
-    if isinstance(images, Image.Image | str | os.PathLike):
-        return [images]
-    if isinstance(images, Iterable) and not isinstance(images, Mapping | bytes | bytearray):
-        return images
-    raise UsageError(f"{_EXPECTED}; got {type(images).__name__}.")
-
-
-def _name(image: ImageLike, row: int) -> str:
-    """Return the name of an image for messages."""
-    return os.fsdecode(image) if isinstance(image, str | os.PathLike) else f"image {row}"
-
-
-def _to_picture(image: ImageLike) -> Image.Image:
-    """Convert one image to a PIL image of any mode."""
-    if isinstance(image, str | os.PathLike):
-        # imported lazily: only needed for paths
-        from ood_heatmap.source_folder import read_file
-
-        return read_file(Path(image))[0]
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise UsageError(f"an image has no pixels: its size is {image.width} x {image.height}.")
-        return image
-    if not isinstance(image, Tensor | np.ndarray):
-        raise UsageError(f"{_EXPECTED}; got {type(image).__name__} for one of them.")
-    if image.dtype not in (np.uint8, torch.uint8):
-        raise UsageError(
-            f"{_EXPECTED}; got {image.dtype}. Undo a normalization and convert to uint8 first."
-        )
-    array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
-    if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
-        array = array.transpose(1, 2, 0)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
-        raise UsageError(f"{_EXPECTED}; got shape {tuple(image.shape)} for one of them.")
-    if array.size == 0:
-        raise UsageError(f"an image has no pixels: its shape is {tuple(image.shape)}.")
-    grey = array.ndim == 3 and array.shape[2] == 1
-    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if grey else array))

@@ -1,7 +1,10 @@
 """The detector in a user's hands."""
 
+import copy
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import inf
 
@@ -15,6 +18,7 @@ from ood_heatmap import HeatmapDetector
 from ood_heatmap.cache import manifest as manifest_module
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.calibration import Calibration
+from ood_heatmap.classifier import Classifier
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
 from ood_heatmap.images import UnreadableImageError
 from ood_heatmap.pipeline import run as run_module
@@ -90,8 +94,9 @@ def test_images_on_a_gpu_are_what_they_are_on_the_cpu(finished_run):
 @pytest.mark.parametrize(
     ("images", "named"),
     [
-        (np.zeros((2, 16, 16, 3), np.float32), "float32"),
-        (torch.zeros(2, 3, 16, 16), "torch.float32"),
+        (np.zeros((2, 16, 16, 3), np.float32), r"float32.*pass normalized=True"),
+        (torch.zeros(2, 3, 16, 16), r"torch\.float32.*pass normalized=True"),
+        ([np.ones((3, 16, 16))], r"float64.*pass normalized=True"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), "torch.bfloat16"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "torch.int64"),
         ([np.zeros((16, 16, 3), bool)], "bool"),
@@ -116,6 +121,139 @@ def test_anything_else_is_refused_in_one_line(detector, images, named):
     with pytest.raises(UsageError, match=named) as caught:
         detector(images)
     assert "\n" not in str(caught.value)
+
+
+def standardize(detector: HeatmapDetector, images: np.ndarray) -> np.ndarray:
+    """Normalize uint8 ``(B, H, W, 3)`` as torchvision's ToTensor and Normalize."""
+    config = detector.classifier.config
+    pixels = images.astype(np.float64) / 255
+    return ((pixels - config.mean) / config.std).transpose(0, 3, 1, 2).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def normalizing(finished_run) -> HeatmapDetector:
+    """Return a detector whose classifier has a mean and std for each channel."""
+    detector = HeatmapDetector.load(finished_run, device="cpu")
+    config = detector.classifier.config
+    config = replace(config, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    return HeatmapDetector(Classifier(detector.classifier.network, config), detector.decoder)
+
+
+def test_normalized_batches_score_as_the_images_they_were_made_from(normalizing):
+    images = noise(0, 5)
+    wanted = normalizing(images)
+    batch = standardize(normalizing, images)
+    for given in (batch, torch.from_numpy(batch), list(torch.from_numpy(batch)), iter(batch)):
+        found = normalizing(given, normalized=True, batch_size=2)
+        np.testing.assert_allclose(found.score, wanted.score, rtol=1e-5)
+        np.testing.assert_allclose(found.heatmap, wanted.heatmap, atol=1e-5)
+        for row in range(5):
+            np.testing.assert_array_equal(np.asarray(found.image(row)), images[row])
+    alone = normalizing(torch.from_numpy(batch[3]), normalized=True)
+    np.testing.assert_allclose(alone.score, wanted.score[3:4], rtol=1e-5)
+    for dtype in (torch.float64, torch.bfloat16):
+        rounded = normalizing(torch.from_numpy(batch).to(dtype), normalized=True)
+        np.testing.assert_allclose(rounded.score, wanted.score, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        (
+            np.zeros((2, 3, 16, 16), np.uint8),
+            "normalized=True is for float images, got torch.uint8",
+        ),
+        (np.zeros((2, 3, 20, 20), np.float32), r"\(3, 16, 16\).*got shape \(2, 3, 20, 20\)"),
+        (np.zeros((2, 16, 16, 3), np.float32), r"got shape \(2, 16, 16, 3\)"),
+        (torch.zeros(16, 16), r"got one of shape \(16, 16\)"),
+        (torch.full((1, 3, 16, 16), 200.0), "not normalized with mean .* and std"),
+        (torch.full((1, 3, 16, 16), torch.nan), "not normalized with mean .* and std"),
+        (Image.new("RGB", (16, 16)), "normalized=True.*got Image: leave it out"),
+        (["a.png"], "normalized=True.*got str"),
+        ([], "there is no image"),
+    ],
+)
+def test_what_is_not_a_normalized_batch_is_refused_in_one_line(normalizing, images, named):
+    with pytest.raises(UsageError, match=named) as caught:
+        normalizing(images, normalized=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [({"batch_size": 0}, "batch_size must be at least 1"), ({"output": "jax"}, "got 'jax'")],
+)
+def test_arguments_of_a_call_are_checked(detector, argument, named):
+    with pytest.raises(UsageError, match=named):
+        detector(noise(0, 1), **argument)
+
+
+def test_the_size_of_a_batch_does_not_matter(detector, monkeypatch):
+    images = noise(0, 7)
+    sizes = []
+    classify = HeatmapDetector._classify
+
+    def record(self, pixels):
+        sizes.append(len(pixels))
+        return classify(self, pixels)
+
+    monkeypatch.setattr(HeatmapDetector, "_classify", record)
+    wanted = detector(images)
+    for given in (images, list(images), (Image.fromarray(image) for image in images)):
+        sizes.clear()
+        found = detector(given, batch_size=3)
+        assert sizes == [3, 3, 1]
+        np.testing.assert_allclose(found.score, wanted.score, rtol=1e-5)
+        np.testing.assert_array_equal(found.prediction, wanted.prediction)
+        np.testing.assert_array_equal(np.stack([found.image(row) for row in range(7)]), images)
+
+
+def test_tensors_on_request(detector):
+    images = noise(0, 5)
+    calibrated = detector.calibrated(calibrate(detector, noise(1, 30)), 0.2)
+    wanted, found = calibrated(images), calibrated(images, output="torch", batch_size=2)
+    assert len(found) == 5
+    for name in ("score", "heatmap", "prediction", "p_value", "is_ood", "confidence"):
+        tensor = getattr(found, name)
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.device == detector.device
+        np.testing.assert_allclose(tensor.numpy(), getattr(wanted, name), rtol=1e-5)
+    # an inference tensor could not be modified
+    found.score.add_(1)
+    assert detector(images, output="torch").is_ood is None
+
+
+def test_the_confidence_is_the_softmax_of_the_predicted_class(detector):
+    images = noise(0, 5)
+    result, output = detector.detect(images.transpose(0, 3, 1, 2))
+    softmax = np.exp(output.logits.double().numpy())
+    softmax /= softmax.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(result.confidence, softmax.max(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(result.prediction, softmax.argmax(axis=1))
+
+
+def test_many_threads_get_the_scores_of_one(detector):
+    batches = [noise(seed, 3) for seed in range(40)]
+    wanted = [detector(batch).score for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda batch: detector(batch).score, 5 * batches))
+    np.testing.assert_allclose(np.stack(found), np.stack(5 * wanted), rtol=1e-5)
+
+
+def test_a_deep_copy_is_another_detector_with_the_same_scores(detector):
+    images = noise(0, 3)
+    copied = copy.deepcopy(detector)
+    np.testing.assert_array_equal(copied(images).score, detector(images).score)
+    with torch.no_grad():
+        for parameter in copied.classifier.network.parameters():
+            parameter.zero_()
+    assert not np.array_equal(copied(images).score, detector(images).score)
+
+
+def test_a_data_loader_may_use_the_transform_of_the_detector(detector):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 25, 3)).astype(np.uint8))
+    pixels = pickle.loads(pickle.dumps(detector.transform))(photo)
+    np.testing.assert_array_equal(detector(pixels).score, detector(photo).score)
 
 
 @pytest.mark.parametrize("images", ["nowhere.png", ["nowhere.png"], Image.new("F", (20, 20))])

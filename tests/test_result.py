@@ -1,0 +1,127 @@
+"""Results: indexing, conversion to plain values, and what they say of themselves."""
+
+import json
+from math import nan
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.errors import UsageError
+from ood_heatmap.result import Nearest, Result, Scale
+
+
+def make_result(count: int = 4, **changed) -> Result:
+    rng = np.random.default_rng(0)
+    columns = {
+        "score": rng.random(count, np.float32),
+        "heatmap": rng.random((count, 3, 5, 5), np.float32),
+        "prediction": np.arange(count) % 3,
+        "p_value": rng.random(count),
+        "is_ood": np.arange(count) % 2 == 1,
+        "confidence": rng.random(count, np.float32),
+        "scale": Scale(("cat", "dog", "eel"), threshold=0.5, pixel_threshold=0.7),
+    }
+    return Result(**{**columns, **changed})
+
+
+def test_a_result_is_a_sequence_of_detections():
+    result = make_result()
+    assert len(result) == 4
+    for number, found in enumerate(result):
+        assert found.score == float(result.score[number])
+        assert found.is_ood is (number % 2 == 1)
+        assert found.class_name == ("cat", "dog", "eel", "cat")[number]
+        np.testing.assert_array_equal(found.heatmap, result.heatmap[number])
+    assert result[-1].score == result[np.int64(3)].score == float(result.score[3])
+    for outside in (4, -5):
+        with pytest.raises(IndexError):
+            result[outside]
+
+
+@pytest.mark.parametrize(
+    ("selected", "rows"),
+    [
+        (slice(1, 3), [1, 2]),
+        (np.array([True, False, False, True]), [0, 3]),
+        ([True, False, False, True], [0, 3]),
+        ([3, 0], [3, 0]),
+        (slice(0, 0), []),
+    ],
+)
+def test_a_part_of_a_result_is_a_result(selected, rows):
+    nearest = Nearest(np.arange(8).reshape(4, 2), np.arange(8.0).reshape(4, 2))
+    images = [Image.new("RGB", (6, 6), (value, 0, 0)) for value in range(4)]
+    result = make_result(nearest=nearest, images=images)
+    part = result[selected]
+    assert len(part) == len(rows)
+    for name in ("score", "heatmap", "prediction", "p_value", "is_ood", "confidence"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(result, name)[rows])
+    np.testing.assert_array_equal(part.nearest.row, nearest.row[rows])
+    assert [part.image(row).getpixel((0, 0))[0] for row in range(len(part))] == rows
+
+
+def test_a_result_becomes_json():
+    columns = make_result(p_value=np.array([0.25, nan, 0.5, 1.0])).to_dict()
+    assert json.loads(json.dumps(columns, allow_nan=False)) == columns
+    assert columns["p_value"] == [0.25, None, 0.5, 1.0]
+    assert columns["prediction"] == [0, 1, 2, 0]
+    assert columns["class_name"] == ["cat", "dog", "eel", "cat"]
+    assert columns.keys().isdisjoint({"heatmap", "nearest", "distance", "image"})
+    nearest = Nearest(np.array([[7], [8]]), np.array([[0.5], [1.5]]))
+    record = make_result(2, nearest=nearest, is_ood=None, images=["a.png", "b.png"])[1].to_dict()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["nearest"] == [8]
+    assert record["distance"] == [1.5]
+    assert record["is_ood"] is None
+    assert record["image"] == "b.png"
+
+
+def test_a_result_becomes_a_data_frame():
+    pandas = pytest.importorskip("pandas")
+    result = make_result(images=[f"{number}.png" for number in range(4)])
+    frame = result.to_pandas()
+    assert list(frame.columns)[:2] == ["image", "score"]
+    np.testing.assert_array_equal(frame["score"].to_numpy(np.float32), result.score)
+    assert frame["is_ood"].dtype == bool
+    assert isinstance(frame, pandas.DataFrame)
+
+
+def test_pandas_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+    with pytest.raises(UsageError, match="pip install pandas"):
+        make_result().to_pandas()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "2 OOD at false-alarm level 0.05"),
+        ({"is_ood": None}, "no decision at false-alarm level 0.05"),
+        ({"is_ood": None, "p_value": np.full(4, nan)}, "not calibrated"),
+    ],
+)
+def test_what_a_result_says_of_itself(changed, said):
+    score = np.array([0.5, 0.125, 0.25, 0.75], np.float32)
+    text = repr(make_result(score=score, **changed))
+    assert "4 images, score 0.1250 to 0.7500" in text
+    assert said in text
+    assert "heatmap 4 x 3 x 5 x 5" in text
+    assert "0.125" in repr(make_result(score=score)[1])
+    assert "0 images" in repr(make_result()[:0])
+
+
+def test_the_images_of_a_result_are_upright_at_their_own_size(finished_run, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3)).astype(np.uint8))
+    photo.save(tmp_path / "a.png", exif=exif)
+    detector = HeatmapDetector.load(finished_run, "cpu")
+    upright = np.asarray(photo.transpose(Image.Transpose.ROTATE_270))
+    for given in (tmp_path / "a.png", [Image.open(tmp_path / "a.png")]):
+        np.testing.assert_array_equal(np.asarray(detector(given).image(0)), upright)
+    # what an iterator yields is kept at the classifier's input size
+    assert detector(iter([photo])).image(0).size == (16, 16)
+    with pytest.raises(UsageError, match="has no images"):
+        make_result().image(0)
