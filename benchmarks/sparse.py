@@ -39,10 +39,10 @@ from ood_heatmap.pipeline.run import (
     make_paste_plan,
     map_index,
     read_manifest,
-    target_columns,
 )
 from ood_heatmap.pipeline.schedule import BackgroundWriter, content_hash, schedule_shards
 from ood_heatmap.pipeline.stage import Stage
+from ood_heatmap.pipeline.targets import columns_from_index, describe_inputs, heatmap_size
 
 # ImageNet-1k as ResNet-50 sees it
 NUM_ID, NUM_CLASSES, NUM_FEATURES, SIZE = 1_281_167, 1_000, 2_048, 224
@@ -195,12 +195,7 @@ def _make_index(run: Path, images: ImageSet) -> None:
 
 def targets_stage(run: Path, index: Index, images: ImageSet, config: TargetsConfig) -> Stage:
     """Return stage 2 as ``build_targets`` makes it."""
-    inputs = {
-        "index": index.manifest.fingerprint,
-        "images": images.describe(),
-        "options": result_options(config),
-    }
-    return Stage(run, "targets", inputs)
+    return Stage(run, "targets", describe_inputs(index, images, config))
 
 
 def _make_targets(run: Path, images: ImageSet) -> None:
@@ -209,7 +204,7 @@ def _make_targets(run: Path, images: ImageSet) -> None:
     rows = draw_rows(len(images), config.limit, config.seed)
     paste_plan = make_paste_plan(index, rows, config.patched, config.seed, squares=False)
     stage = targets_stage(run, index, images, config)
-    columns = target_columns(SIZE, NUM_FEATURES, MAP_SHAPES)
+    columns = columns_from_index(index, heatmap_size(index, config))
 
     ones = np.ones(max(len(rows), len(paste_plan)), np.uint8)
     classes = rows % NUM_CLASSES
@@ -258,6 +253,7 @@ def _write_shards(
         bytes_per_row(columns),
         shard_mb=config.shard_mb,
         overwrite=False,
+        computed_bytes=3 * SIZE**2,
     )
     digests = np.array([list(images.digest(row)) for row in range(_NUM_FILES)], np.uint8)
     with BackgroundWriter(stage, Meter(0, stage.name)) as writer:

@@ -159,16 +159,25 @@ def overlay(
 
     Args:
         image: ``(3, H, W)`` uint8.
-        pixel_score: ``(H, W)`` in [0, 1].
+        pixel_score: ``(h, w)`` in [0, 1], resized to the image.
         color_max: Top of the colour scale, shared by all images of a decoder.
         size: Minimum side of the result in pixels; the image is enlarged by an integer factor.
     """
-    share = share_of_scale(pixel_score, color_max)
+    share = share_of_scale(resize_scores(pixel_score, image.shape[-1]), color_max)
     picture = Image.fromarray(_blend(image.transpose(1, 2, 0), share))
     factor = max(1, -(-size // picture.width))
     return picture.resize(
         (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
     )
+
+
+def resize_scores(pixel_score: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Interpolate pixel scores ``(h, h)`` bilinearly to ``(size, size)``; unchanged if equal."""
+    scores = Image.fromarray(np.ascontiguousarray(pixel_score, np.float32))
+    resized: NDArray[np.float32] = np.asarray(
+        scores.resize((size, size), Image.Resampling.BILINEAR)
+    )
+    return resized
 
 
 def share_of_scale(pixel_score: NDArray[np.float32], color_max: float) -> NDArray[np.float32]:

@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import ClassOrder, ImageSet
@@ -138,3 +140,21 @@ def reopen_images(source: str, *, class_order: ClassOrder = "name") -> ImageSet:
         if len(sources) == 1:
             raise
     return open_union(sources, class_order=class_order, need_labels=False)
+
+
+@lru_cache(maxsize=4)
+def reopen_listed(source: str, listing: str) -> ImageSet | None:
+    """Open the set that a manifest was made from, or return None if it was moved or has changed.
+
+    Args:
+        source: What the manifest names as its source.
+        listing: Hash of its names in the manifest.
+    """
+    for order in get_args(ClassOrder):
+        try:
+            images = reopen_images(source, class_order=order)
+        except OodHeatmapError:
+            return None
+        if images.listing == listing:
+            return images
+    return None

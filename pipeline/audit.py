@@ -4,9 +4,8 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,15 +15,14 @@ from ood_heatmap.cache.manifest import MANIFEST, Manifest
 from ood_heatmap.cache.neighbours import FlatBank, k_nearest, unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.duplicates import AuditedSet, find_overlaps, hash_pixels, relative_difference
-from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.images import ClassOrder, ImageSet
+from ood_heatmap.images import ImageSet, apply_transform
 from ood_heatmap.pipeline.config import AuditConfig
 from ood_heatmap.pipeline.embed import embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, Targets, open_index, open_targets, read_file
 from ood_heatmap.sanity import Finding
-from ood_heatmap.sources import reopen_images
+from ood_heatmap.sources import reopen_listed
 
 _Float32 = NDArray[np.float32]
 _UInt64 = NDArray[np.uint64]
@@ -130,28 +128,42 @@ def audit_targets(
         name_of_row: Maps a row of the OOD training set to the name of the image.
         measured: Computed from the images before; None to read them.
     """
-    paired = np.flatnonzero(columns["patched"].read() == 0)
-    row = columns["row"].read()[paired]
+    row = columns["row"].read()[columns["patched"].read() == 0]
     return AuditedSet(
         f"the OOD training set ({source})",
         kind="OOD",
         fitted=True,
         name_of=lambda position: name_of_row(int(row[position])),
-        **(measured or _measure_targets(columns, index, paired)),
+        **(measured or measure_targets(columns, index)),
     )
 
 
-def _measure_targets(
-    columns: Mapping[str, Rows], index: Index, paired: NDArray[np.int64]
+def measure_targets(
+    columns: Mapping[str, Rows], index: Index, images: ImageSet | None = None
 ) -> _Measured:
-    """Hash the OOD images and compare them with their nearest ID images."""
+    """Hash the OOD images and compare them with their nearest ID images.
+
+    Args:
+        columns: Columns of stage 2.
+        index: Index of the run.
+        images: The OOD training set; None to recover the images from exact targets.
+    """
+    paired = np.flatnonzero(columns["patched"].read() == 0)
     positions = index.positions(columns["nearest"].read()[paired])
+
+    def read(chunk: NDArray[np.int64], id_images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if images is None:
+            recovered: NDArray[np.uint8] = (id_images - columns["heatmap"].take(chunk)).astype("u1")
+            return recovered
+        transform, rows = index.classifier_config.transform, columns["row"].take(chunk).tolist()
+        return np.stack(
+            [apply_transform(transform, images.read(row)[0], images.names[row]) for row in rows]
+        )
 
     def measure(start: int) -> _Measured:
         chunk = slice(start, start + _CHUNK)
         id_images = index.columns["images"].take(positions[chunk])
-        images = (id_images - columns["heatmap"].take(paired[chunk])).astype(np.uint8)
-        return measure_images(images, id_images)
+        return measure_images(read(paired[chunk], id_images), id_images)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         parts = list(pool.map(measure, range(0, len(paired), _CHUNK)))
@@ -196,21 +208,8 @@ def _hash_all(images: Rows) -> _UInt64:
 
 def _name_of_row(manifest: Manifest, source: str, row: int) -> str:
     """Return the name of an image that a stage was made from, or its row if the name is unknown."""
-    names = _names_of_source(source, manifest.inputs["images"]["listing"])
-    return f"row {row}" if names is None else names[row]
-
-
-@lru_cache(maxsize=4)
-def _names_of_source(source: str, listing: str) -> Sequence[str] | None:
-    """Return the names of a set, or None if it was moved or has changed."""
-    for order in get_args(ClassOrder):
-        try:
-            images = reopen_images(source, class_order=order)
-        except OodHeatmapError:
-            return None
-        if images.listing == listing:
-            return images.names
-    return None
+    images = reopen_listed(source, manifest.inputs["images"]["listing"])
+    return f"row {row}" if images is None else images.names[row]
 
 
 def audit(

@@ -422,6 +422,16 @@ class TargetsConfig(EmbedConfig):
             "Pairing",
         ),
     ] = "mixed"
+    heatmap_size: Annotated[
+        int | None,
+        Option(
+            "Side of targets and heatmaps in pixels; below the images' size, targets are area "
+            "averages of the difference.",
+            "Pairing",
+            min=4,
+            unset="the images' size, halved until it is at most 64",
+        ),
+    ] = None
     seed: Annotated[
         int,
         _seed("Random seed of the draw, of patches and of random pairing.", "Pairing"),

@@ -139,7 +139,7 @@ def _make_cards(
             set_name=set_name,
             name=subset.images.names[row],
             image=pixels[i],
-            pixel_score=result.pixel_score[i],
+            pixel_score=figures.resize_scores(result.pixel_score[i], pixels.shape[-1]),
             nearest=nearest[i],
             score=float(score[i]),
             distance=float(found.distance[i]),

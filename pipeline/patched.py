@@ -49,11 +49,13 @@ class PastePlan:
         Returns:
             ``(B, h, h)`` uint8, 0 outside the patch and 255 where only the OOD image is seen.
         """
-        presence = np.stack(
-            [self.patch(number, size).presence(size) for number in numbers.tolist()]
-        )
-        averaged = interpolate(torch.from_numpy(presence)[:, None], heatmap_size, mode="area")
-        return averaged[:, 0].mul(255).round().byte().numpy()
+        averaged = np.empty((len(numbers), heatmap_size, heatmap_size), np.uint8)
+        # one by one: at full size those of a shard would take more memory than its images
+        for row, number in enumerate(numbers.tolist()):
+            presence = torch.from_numpy(self.patch(number, size).presence(size))
+            averages = interpolate(presence[None, None], heatmap_size, mode="area")
+            averaged[row] = averages[0, 0].mul(255).round().numpy()
+        return averaged
 
 
 def draw_paste_plan(

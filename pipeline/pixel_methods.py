@@ -71,7 +71,7 @@ class LocalizationMethods:
 
     @torch.inference_mode()
     def _heatmap(self, output: Output, prediction: Tensor) -> _Float32:
-        """Return the decoder's pixel scores, ``(B, H, W)``."""
+        """Return the decoder's pixel scores at the images' size, ``(B, H, W)``."""
         device, pixel_scores = self.forward.classifier.device, []
         maps = output.maps[: len(self.decoder.config.map_shapes)]
         for start in range(0, len(prediction), self.batch_size):
@@ -81,7 +81,7 @@ class LocalizationMethods:
                 prediction[rows].to(device),
                 [item[rows].to(device).float() for item in maps],
             )
-            pixel_scores.append(pixel_score(heatmap).cpu())
+            pixel_scores.append(_resize(pixel_score(heatmap).cpu(), self.index.size))
         # shuffled weights may overflow to infinity and give NaN
         scores: _Float32 = torch.cat(pixel_scores).nan_to_num(0.0).numpy()
         return scores
@@ -100,9 +100,16 @@ class LocalizationMethods:
         """
         assert self.locations is not None
         distance, _ = self.locations.search(_locations(maps).reshape(-1, maps.shape[1]), k=1)
-        coarse = torch.from_numpy(distance).view(len(maps), 1, *maps.shape[2:])
-        fine: _Float32 = interpolate(coarse, (size, size), mode="bilinear")[:, 0].numpy()
+        coarse = torch.from_numpy(distance).view(len(maps), *maps.shape[2:])
+        fine: _Float32 = _resize(coarse, size).numpy()
         return fine
+
+
+def _resize(pixel_scores: Tensor, size: int) -> Tensor:
+    """Interpolate pixel scores ``(B, h, w)`` to ``(B, size, size)``; unchanged if equal."""
+    if pixel_scores.shape[-1] == size:
+        return pixel_scores
+    return interpolate(pixel_scores[:, None], (size, size), mode="bilinear")[:, 0]
 
 
 def make_localization_methods(

@@ -34,7 +34,12 @@ from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import map_index, map_targets, read_manifest, require_from
 from ood_heatmap.pipeline.schedule import num_writers, rows_per_shard
 from ood_heatmap.pipeline.step import make_adam, make_step, measure_ceiling
-from ood_heatmap.pipeline.targets import choose_rows, columns_from_index, max_pending_bytes
+from ood_heatmap.pipeline.targets import (
+    choose_rows,
+    columns_from_index,
+    heatmap_size,
+    max_pending_bytes,
+)
 from ood_heatmap.pipeline.train import check_maps, decoder_config
 
 _PROBE_SECONDS = 2.0
@@ -104,9 +109,11 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
         rate = _measure_embedding_rate(images, rows, index.classifier(device), config)
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
     count = len(rows) + round(config.patched * len(rows))
-    row_bytes = bytes_per_row(columns_from_index(index))
-    buffers = _shard_buffers(count, row_bytes, config.shard_mb)
-    buffers += min(len(rows) * row_bytes, max_pending_bytes())
+    row_bytes = bytes_per_row(columns_from_index(index, heatmap_size(index, config)))
+    # a row in memory is its image and what is stored
+    computed_bytes = max(row_bytes, 3 * index.size**2)
+    buffers = _shard_buffers(count, computed_bytes, config.shard_mb)
+    buffers += min(len(rows) * computed_bytes, max_pending_bytes())
     return Plan(
         rows=count,
         disk=count * row_bytes,

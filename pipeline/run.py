@@ -181,16 +181,25 @@ def index_columns(
 
 
 def target_columns(
-    size: int, num_features: int, map_shapes: Sequence[tuple[int, ...]]
+    size: int, heatmap_size: int, num_features: int, map_shapes: Sequence[tuple[int, ...]]
 ) -> dict[str, Column]:
     """Return the columns of stage 2, one row per OOD image and per patched image."""
-    return {
-        "heatmap": Column(
-            "int16",
-            (3, size, size),
-            "nearest ID image minus OOD image, [m, C, H, W]; times scale it is in [-1, 1]",
+    heatmap = Column(
+        "int16",
+        (3, size, size),
+        "nearest ID image minus OOD image, [m, C, H, W]; times scale it is in [-1, 1]",
+        {"scale": SCALE},
+    )
+    if heatmap_size != size:
+        heatmap = Column(
+            "uint8",
+            (2, 3, heatmap_size, heatmap_size),
+            "area averages of the positive and negative part of nearest ID image minus OOD image, "
+            "[m, 2, C, h, w]; first minus second, times scale, is in [-1, 1]",
             {"scale": SCALE},
-        ),
+        )
+    return {
+        "heatmap": heatmap,
         "features": _features(num_features, "m"),
         "prediction": Column("int32", (), "predicted class, [m]"),
         "row": Column("int64", (), "row of the OOD data set, [m]"),
@@ -204,9 +213,9 @@ def target_columns(
         ),
         PRESENCE: Column(
             "uint8",
-            (size, size),
-            "opacity of the OOD image, [m, H, W]; times scale it is in [0, 1]: 1 everywhere in an "
-            "OOD image, 0 outside the patch in a patched image",
+            (heatmap_size, heatmap_size),
+            "opacity of the OOD image, averaged as the heatmap, [m, h, w]; times scale it is in "
+            "[0, 1]: 1 everywhere in an OOD image, 0 outside the patch in a patched image",
             {"scale": 1 / 255},
         ),
         **_feature_maps(map_shapes),
@@ -393,6 +402,16 @@ class Targets:
         """Results of stage 2."""
         return TargetsResults.from_manifest(self.manifest)
 
+    @property
+    def heatmap_size(self) -> int:
+        """Side of the targets in pixels."""
+        return self.columns["heatmap"].shape[-1]
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the targets are smaller than the images: area averages of the difference."""
+        return self.columns["heatmap"].dtype == np.uint8
+
 
 def open_targets(run: Path, index: Index) -> Targets:
     """Open finished targets; rank 0 checks their files for all ranks.
@@ -409,7 +428,11 @@ def map_targets(run: Path, manifest: Manifest, index: Index) -> Targets:
     Raises:
         DamagedCacheError: A shard is missing or does not match the columns.
     """
-    columns = target_columns(index.size, index.results.num_features, index.results.map_shapes)
+    # an earlier version had no other size
+    heatmap_size = manifest.inputs["options"].get("heatmap_size") or index.size
+    columns = target_columns(
+        index.size, heatmap_size, index.results.num_features, index.results.map_shapes
+    )
     # an earlier version did not store it
     if "patch_shapes" not in manifest.inputs["options"]:
         del columns[PRESENCE]

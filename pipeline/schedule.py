@@ -158,6 +158,7 @@ def schedule_shards(
     shard_mb: int,
     overwrite: bool,
     other_bytes: int = 0,
+    computed_bytes: int = 0,
 ) -> Schedule:
     """Start or resume a stage of shards; missing shards are assigned to ranks round-robin.
 
@@ -169,12 +170,15 @@ def schedule_shards(
         shard_mb: Maximum size of a shard in megabytes.
         overwrite: As for ``Stage.resume_or_start``.
         other_bytes: Bytes of the files that are written beside the shards.
+        computed_bytes: Bytes of what a row is computed from, if it is larger: ``shard_mb`` bounds
+            the memory as well.
 
     Raises:
         OodHeatmapError: The stage was made from different inputs or is damaged, the disk is too
             small, or this rank sees another run directory than rank 0.
     """
-    size = rows_per_shard(sum(map(len, rows_by_prefix.values())), bytes_per_row, shard_mb)
+    largest = max(bytes_per_row, computed_bytes)
+    size = rows_per_shard(sum(map(len, rows_by_prefix.values())), largest, shard_mb)
     tasks = {
         prefix: _make_tasks(prefix, images, rows, size) for prefix, rows in rows_by_prefix.items()
     }

@@ -33,8 +33,8 @@ from ood_heatmap.distributed import (
     main_process_first,
 )
 from ood_heatmap.duplicates import find_overlaps
-from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import difference
+from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.heatmap import default_size, stored_target
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.pipeline.audit import (
     AUDIT,
@@ -42,6 +42,7 @@ from ood_heatmap.pipeline.audit import (
     audit_targets,
     join_measured,
     measure_images,
+    measure_targets,
     save_audit,
 )
 from ood_heatmap.pipeline.config import TargetsConfig, result_options
@@ -105,11 +106,7 @@ def build_targets(
     rows = choose_rows(images, config)
     with run_lock(run), kernel_selection(deterministic=config.deterministic):
         index = open_index(run)
-        inputs = {
-            "index": index.manifest.fingerprint,
-            "images": images.describe(),
-            "options": result_options(config),
-        }
+        size, inputs = heatmap_size(index, config), describe_inputs(index, images, config)
         environment = describe_environment(device, deterministic=config.deterministic)
         stage = Stage(run, "targets", inputs, environment)
         squares = config.patch_shapes == "squares"
@@ -118,7 +115,8 @@ def build_targets(
             stage,
             images,
             {_PAIRED: rows, _PATCHED: paste_plan.row},
-            bytes_per_row(columns_from_index(index)),
+            bytes_per_row(columns_from_index(index, size)),
+            computed_bytes=3 * index.size**2,
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
         )
@@ -131,8 +129,9 @@ def build_targets(
             classifier, bank = index.classifier(device), index.bank(search_device)
         meter = Meter(schedule.num_own_rows, "targets")
         forward = BatchedClassifier(classifier, config.batch_size)
-        _pair_all(stage, schedule.own[_PAIRED], images, forward, index, bank, config, meter)
-        _paste_all(stage, schedule.own[_PATCHED], images, forward, index, paste_plan, config, meter)
+        paired, patched = schedule.own[_PAIRED], schedule.own[_PATCHED]
+        _pair_all(stage, paired, images, forward, index, bank, size, config, meter)
+        _paste_all(stage, patched, images, forward, index, paste_plan, size, config, meter)
         with meter.waiting("finish"):
             barrier()
             results = _collect(stage, schedule, images, index, bank, config) if is_main() else None
@@ -158,10 +157,38 @@ def choose_rows(images: ImageSet, config: TargetsConfig) -> NDArray[np.int64]:
     return draw_rows(len(images), config.limit, config.seed)
 
 
-def columns_from_index(index: Index) -> dict[str, Column]:
-    """Return the columns of targets built from an index."""
+def describe_inputs(index: Index, images: ImageSet, config: TargetsConfig) -> dict[str, Any]:
+    """Return everything that the result of the stage depends on."""
+    size = heatmap_size(index, config)
+    # the default is what it is here; the images' own size is None, as in a run of an earlier
+    # version, which had no other
+    averaged = {"heatmap_size": None if size == index.size else size}
+    return {
+        "index": index.manifest.fingerprint,
+        "images": images.describe(),
+        "options": {**result_options(config), **averaged},
+    }
+
+
+def heatmap_size(index: Index, config: TargetsConfig) -> int:
+    """Return the side of the targets in pixels.
+
+    Raises:
+        UsageError: It is above that of the images.
+    """
+    size = config.heatmap_size or default_size(index.size)
+    if size > index.size:
+        raise UsageError(
+            f"--heatmap-size {size} is above the {index.size} px of the classifier's input: use at "
+            f"most {index.size}."
+        )
+    return size
+
+
+def columns_from_index(index: Index, size: int) -> dict[str, Column]:
+    """Return the columns of targets of ``size`` pixels built from an index."""
     results = index.results
-    return target_columns(index.size, results.num_features, results.map_shapes)
+    return target_columns(index.size, size, results.num_features, results.map_shapes)
 
 
 def _pair_all(
@@ -171,6 +198,7 @@ def _pair_all(
     forward: BatchedClassifier,
     index: Index,
     bank: Bank,
+    size: int,
     config: TargetsConfig,
     meter: Meter,
 ) -> None:
@@ -184,14 +212,15 @@ def _pair_all(
         skip_unreadable=config.skip_unreadable,
     )
     shards = zip(tasks, embedded, strict=True)
+    columns = columns_from_index(index, size)
     with BackgroundWriter(stage, meter) as writer:
         num_queries = _QUERIES_PER_CLASS * len(bank.classes)
         for group in _group_shards(shards, num_queries, max_pending_bytes()):
             with meter.waiting("search"):
                 pairs = _pair([shard for _, shard in group], index, bank, config)
             for (task, shard), found in zip(group, pairs, strict=True):
-                make_arrays = partial(_make_paired_arrays, stage, task, shard, found, index)
-                writer.write(task, make_arrays, columns_from_index(index), content=shard.content)
+                make_arrays = partial(_make_paired_arrays, stage, task, shard, found, index, size)
+                writer.write(task, make_arrays, columns, content=shard.content)
 
 
 def max_pending_bytes() -> int:
@@ -232,6 +261,7 @@ def _paste_all(
     forward: BatchedClassifier,
     index: Index,
     paste_plan: PastePlan,
+    size: int,
     config: TargetsConfig,
     meter: Meter,
 ) -> None:
@@ -247,10 +277,11 @@ def _paste_all(
         # patched images are already at the input size
         transform=Transform(transform.size),
     )
+    columns = columns_from_index(index, size)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            make_arrays = partial(_make_patched_arrays, shard, paste_plan, index)
-            writer.write(task, make_arrays, columns_from_index(index), content=shard.content)
+            make_arrays = partial(_make_patched_arrays, shard, paste_plan, index, size)
+            writer.write(task, make_arrays, columns, content=shard.content)
 
 
 def _pair(
@@ -291,23 +322,23 @@ def _distances_to(index: Index, row: NDArray[np.int64], shard: Embedded) -> NDAr
 
 
 def _make_paired_arrays(
-    stage: Stage, task: ShardTask, shard: Embedded, pairs: Nearest, index: Index
+    stage: Stage, task: ShardTask, shard: Embedded, pairs: Nearest, index: Index, size: int
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard of OOD images; writes what the audit needs of them."""
     nearest_images = index.columns["images"].take(index.positions(pairs.row))
     write_intermediate(stage, task, measure_images(shard.images, nearest_images))
-    presence = np.full((len(shard.rows), index.size, index.size), 255, np.uint8)
+    presence = np.full((len(shard.rows), size, size), 255, np.uint8)
     return _make_arrays(shard, shard.rows, pairs, nearest_images, presence, patched=False)
 
 
 def _make_patched_arrays(
-    shard: Embedded, paste_plan: PastePlan, index: Index
+    shard: Embedded, paste_plan: PastePlan, index: Index, size: int
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard of patched images, each paired with the ID image in it."""
     row = index.row[paste_plan.position[shard.rows]]
     pairs = Nearest(row, _distances_to(index, row, shard), np.ones(len(row), dtype=bool))
     id_images = index.columns["images"].take(index.positions(row))
-    presence = paste_plan.presence(shard.rows, index.size, index.size)
+    presence = paste_plan.presence(shard.rows, index.size, size)
     return _make_arrays(shard, paste_plan.row[shard.rows], pairs, id_images, presence, patched=True)
 
 
@@ -322,7 +353,7 @@ def _make_arrays(
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard; ``row`` is a row of the OOD set."""
     return {
-        "heatmap": difference(nearest_images, shard.images),
+        "heatmap": stored_target(nearest_images, shard.images, presence.shape[-1]),
         "features": shard.features,
         "prediction": shard.prediction,
         "row": row,
@@ -336,13 +367,18 @@ def _make_arrays(
 
 
 def _find_measured(
-    stage: Stage, tasks: Sequence[ShardTask], columns: Mapping[str, Rows], index: Index
-) -> Mapping[str, NDArray[Any]] | None:
-    """Return what was measured of the OOD images; None if an earlier version made some."""
+    stage: Stage,
+    tasks: Sequence[ShardTask],
+    columns: Mapping[str, Rows],
+    index: Index,
+    images: ImageSet,
+) -> Mapping[str, NDArray[Any]]:
+    """Return what was measured of the OOD images; all again if that of a shard is gone."""
     parts = list(iter_intermediates(stage, tasks))
     measured = [part for part in parts if part is not None]
     if len(measured) < len(parts):
-        return None
+        is_averaged = columns["heatmap"].dtype == np.uint8
+        return measure_targets(columns, index, images if is_averaged else None)
     paired = columns["patched"].read() == 0
     positions = index.positions(columns["nearest"].read()[paired])
     return {**join_measured(measured), "nearest": positions}
@@ -370,7 +406,7 @@ def _collect(
             index,
             images.source,
             lambda row: images.names[row],
-            _find_measured(stage, schedule.tasks[_PAIRED], columns, index),
+            _find_measured(stage, schedule.tasks[_PAIRED], columns, index, images),
         ),
     ]
     with stage.writing(AUDIT) as scratch:

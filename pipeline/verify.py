@@ -10,6 +10,8 @@ from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.heatmap import averaged_parts, difference
+from ood_heatmap.images import ImageSet, apply_transform
 from ood_heatmap.pipeline.config import VerifyConfig
 from ood_heatmap.pipeline.run import (
     COMMANDS,
@@ -25,6 +27,7 @@ from ood_heatmap.pipeline.run import (
     redraw_paste_plan,
     require_from,
 )
+from ood_heatmap.sources import reopen_listed
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +124,12 @@ def _check_targets(index: Index, targets: Targets, num_samples: int, seed: int) 
         if len(rows) or verb == "paired":
             check(index, targets, np.sort(sample))
             lines.append(f"targets: {len(sample)} of {len(rows)} {verb} again, all equal")
+    if targets.is_averaged:
+        size = targets.heatmap_size
+        how = "from the images again, all equal"
+        if _find_ood_set(targets) is None:
+            how = f"only their bounds checked: {targets.results.source} was moved or has changed"
+        lines.append(f"targets: averaged to {size} px, {how}")
     return lines
 
 
@@ -151,12 +160,47 @@ def _check_pairs(index: Index, targets: Targets, sample: NDArray[np.int64]) -> N
         elif partner not in row[searched]:
             raise DamagedCacheError(f"{name}: its nearest ID row {partner} is of another class.")
         _check_distance(squared[row[searched] == partner], stored["distance"][i], name)
-        image = index.columns["images"].take(index.positions(np.array([partner])))[0]
-        if not _is_image(image - stored["heatmap"][i]):
+        nearest = index.columns["images"].take(index.positions(np.array([partner])))
+        if targets.is_averaged:
+            image = _read_ood_image(index, targets, int(stored["row"][i]))
+            _check_averages(nearest, image, stored["heatmap"][i], name)
+        elif not _is_image(nearest[0] - stored["heatmap"][i]):
             raise DamagedCacheError(f"{name}: nearest minus heatmap is not an image.")
         # an earlier version did not store it
-        if PRESENCE in stored and (stored[PRESENCE][i] != 255).any():
-            raise DamagedCacheError(f"{name}: its presence is not 255 everywhere.")
+        if PRESENCE in stored:
+            message = f"{name}: its presence is not 255 everywhere"
+            _check_presence(stored[PRESENCE][i], np.uint8(255), message)
+
+
+def _check_averages(
+    nearest: NDArray[np.uint8],
+    image: NDArray[np.uint8] | None,
+    stored: NDArray[np.uint8],
+    name: str,
+) -> None:
+    """Average the difference to the nearest ID image again, and compare.
+
+    Args:
+        nearest: ``(1, 3, H, W)``, the nearest ID image.
+        image: Same shape, the image itself; None if it is no longer there.
+        stored: ``(2, 3, h, w)``, its target.
+        name: Name of the target, for messages.
+
+    Raises:
+        DamagedCacheError: The target is not what the image gives, or what no image can give.
+    """
+    size = stored.shape[-1]
+    if image is not None:
+        if not np.array_equal(averaged_parts(nearest, image, size)[0], stored):
+            raise DamagedCacheError(
+                f"{name}: its heatmap is not the average of nearest minus image, or the image has "
+                "changed since."
+            )
+        return
+    # no image is darker than black or brighter than white
+    bounds = [averaged_parts(nearest, np.full_like(nearest, value), size)[0] for value in (0, 255)]
+    if (stored > np.maximum(*bounds)).any():
+        raise DamagedCacheError(f"{name}: its heatmap is not an average of differences.")
 
 
 def _squared_distances(
@@ -186,18 +230,48 @@ def _check_patched(index: Index, targets: Targets, sample: NDArray[np.int64]) ->
         position = paste_plan.position[number : number + 1]
         if stored["nearest"] != index.columns["row"].take(position)[0]:
             raise DamagedCacheError(f"{name}: it was pasted into another ID row.")
-        source = paired[np.searchsorted(ood_rows, [stored["row"]])]
-        nearest = images.take(index.positions(columns["nearest"].take(source)))
-        ood_image = (nearest - columns["heatmap"].take(source)).astype(np.uint8)[0]
-        id_image = images.take(position)[0]
-        pasted = paste_plan.patch(int(number), index.size).paste(id_image, ood_image)
-        if not np.array_equal(id_image - stored["heatmap"], pasted):
-            raise DamagedCacheError(f"{name}: its heatmap is not the change made by the patch.")
-        presence = paste_plan.presence(number[None], index.size, index.size)[0]
-        if PRESENCE in stored and not np.array_equal(stored[PRESENCE], presence):
-            raise DamagedCacheError(f"{name}: its presence is not the opacity of the patch.")
+        id_image, patch = images.take(position), paste_plan.patch(int(number), index.size)
+        if targets.is_averaged:
+            image = _read_ood_image(index, targets, int(stored["row"]))
+            pasted = None if image is None else patch.paste(id_image[0], image[0])[None]
+            _check_averages(id_image, pasted, stored["heatmap"], name)
+        else:
+            source = paired[np.searchsorted(ood_rows, [stored["row"]])]
+            nearest = images.take(index.positions(columns["nearest"].take(source)))
+            ood_image = (nearest - columns["heatmap"].take(source)).astype(np.uint8)
+            pasted = patch.paste(id_image[0], ood_image[0])[None]
+            if not np.array_equal(difference(id_image, pasted)[0], stored["heatmap"]):
+                raise DamagedCacheError(f"{name}: its heatmap is not the change made by the patch.")
+        presence = paste_plan.presence(number[None], index.size, targets.heatmap_size)[0]
+        if PRESENCE in stored:
+            message = f"{name}: its presence is not the opacity of the patch"
+            _check_presence(stored[PRESENCE], presence, message)
         features = index.columns["features"].take(position)
         _check_distance(squared_distances(stored["features"], features), stored["distance"], name)
+
+
+def _find_ood_set(targets: Targets) -> ImageSet | None:
+    """Return the OOD training set, or None if it was moved or has changed."""
+    return reopen_listed(targets.results.source, targets.manifest.inputs["images"]["listing"])
+
+
+def _read_ood_image(index: Index, targets: Targets, row: int) -> NDArray[np.uint8] | None:
+    """Return an OOD image at the input size, ``(1, 3, H, W)``; None if its set is not found."""
+    images = _find_ood_set(targets)
+    if images is None:
+        return None
+    pixels = apply_transform(
+        index.classifier_config.transform, images.read(row)[0], images.names[row]
+    )
+    return pixels[None]
+
+
+def _check_presence(
+    stored: NDArray[np.uint8], wanted: NDArray[np.uint8] | np.uint8, message: str
+) -> None:
+    """Raise if a stored presence is not the wanted one."""
+    if (stored != wanted).any():
+        raise DamagedCacheError(f"{message}.")
 
 
 def _check_distance(squared: NDArray[np.float64], stored: float, name: str) -> None:

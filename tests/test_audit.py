@@ -71,7 +71,7 @@ def test_what_targets_store_of_the_images_is_what_reading_them_again_gives(run, 
         raise AssertionError("the images are read again")
 
     with monkeypatch.context() as patched:
-        for name in ("_hash_all", "_difference_within", "_measure_targets"):
+        for name in ("_hash_all", "_difference_within", "measure_targets"):
             patched.setattr(audits, name, fail)
         stored = audit_training_sets(index, targets)
         # of an earlier version

@@ -1,5 +1,7 @@
 """Target, loss and score against their formulas, written out."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ood_heatmap.heatmap import (
+    averaged_parts,
+    default_size,
     difference,
     pixel_score,
     region_weight,
     score,
+    stored_target,
     target_heatmap,
     weighted_squared_error,
 )
@@ -28,6 +33,54 @@ def test_the_ood_image_comes_back_without_loss(pair):
     heatmap = target_heatmap(torch.from_numpy(stored), signed=True).numpy().astype(np.float64)
     np.testing.assert_array_equal(np.rint(nearest - 255 * heatmap), image)
     assert np.abs(heatmap).max() <= 1
+
+
+@pytest.mark.parametrize(("size", "averaged"), [(8, 4), (12, 4), (9, 5), (31, 4)])
+def test_averages_are_those_of_the_pixels_that_each_of_them_covers(size, averaged):
+    generator = np.random.default_rng(0)
+    nearest, images = generator.integers(0, 256, (2, 40, 3, size, size)).astype(np.uint8)
+    found = averaged_parts(nearest, images, averaged)
+    assert found.dtype == np.uint8
+    change = nearest.astype(np.int64) - images
+    for row in range(averaged):
+        for column in range(averaged):
+            rows, columns = (
+                slice(math.floor(i * size / averaged), math.ceil((i + 1) * size / averaged))
+                for i in (row, column)
+            )
+            covered = change[:, :, rows, columns]
+            for part, sign in enumerate((1, -1)):
+                wanted = np.maximum(sign * covered, 0).mean(axis=(2, 3))
+                # NumPy and Python round halves to even
+                np.testing.assert_array_equal(found[:, part, :, row, column], np.rint(wanted))
+
+
+def test_a_stored_target_is_exact_at_the_images_size_and_averaged_below():
+    nearest, images = np.random.default_rng(0).integers(0, 256, (2, 5, 3, 8, 8)).astype(np.uint8)
+    np.testing.assert_array_equal(stored_target(nearest, images, 8), difference(nearest, images))
+    np.testing.assert_array_equal(
+        stored_target(nearest, images, 4), averaged_parts(nearest, images, 4)
+    )
+
+
+def test_averages_give_the_signed_and_the_absolute_average():
+    # one pixel of four 200 brighter, one 100 darker
+    nearest, images = np.full((2, 1, 3, 4, 4), 100, np.uint8)
+    images[..., ::2, ::2], images[..., 1::2, 1::2] = 0, 200
+    nearest[..., ::2, ::2] = 200
+    stored = torch.from_numpy(averaged_parts(nearest, images, 2))
+    for signed, wanted in ((True, 100 / 4), (False, 300 / 4)):
+        target = target_heatmap(stored, signed=signed)
+        assert target.shape == (1, 3, 2, 2)
+        torch.testing.assert_close(target, torch.full((1, 3, 2, 2), wanted / 255))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "size"),
+    [(16, 16), (32, 32), (64, 64), (65, 33), (128, 64), (224, 56), (299, 38), (384, 48)],
+)
+def test_default_sizes(image_size, size):
+    assert default_size(image_size) == size
 
 
 def test_a_target_points_from_the_ood_image_to_the_id_image():

@@ -9,8 +9,8 @@ import pytest
 import torch
 from simulated_cuda import CUDA, simulated_cuda
 
-from ood_heatmap.errors import OodHeatmapError, StaleCacheError
-from ood_heatmap.heatmap import difference
+from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
+from ood_heatmap.heatmap import stored_target, target_heatmap
 from ood_heatmap.images import Transform
 from ood_heatmap.patches import MIXED, SQUARES, draw_patch
 from ood_heatmap.pipeline import audit, schedule
@@ -245,9 +245,9 @@ def test_targets_are_computed_beside_the_loop_that_feeds_the_device(run, data, m
 
     def watched(*arrays):
         threads.append(threading.current_thread())
-        return difference(*arrays)
+        return stored_target(*arrays)
 
-    monkeypatch.setattr(module, "difference", watched)
+    monkeypatch.setattr(module, "stored_target", watched)
     config = TargetsConfig(patched=1.0, batch_size=16, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
     assert len(threads) == 2
@@ -280,13 +280,13 @@ def test_what_the_audit_needs_is_measured_beside_the_targets_or_from_their_files
 ):
     """An earlier version measured nothing beside: its images are recovered from the files."""
     monkeypatch.setattr(schedule, "rows_per_shard", lambda *_: 16)
-    measure, images = audit._measure_targets, open_images(str(data / "ood"))
+    measure, images = audit.measure_targets, open_images(str(data / "ood"))
     config = TargetsConfig(batch_size=16, patched=0.5, overwrite=True)
-    monkeypatch.setattr(audit, "_measure_targets", None)
+    monkeypatch.setattr(module, "measure_targets", None)
     build_targets(run, images, CPU, replace(config, seed=1))
     assert not list((run / "targets").glob("*.intermediate"))
     beside = (run / "targets" / "audit.npz").read_bytes()
-    monkeypatch.setattr(audit, "_measure_targets", measure)
+    monkeypatch.setattr(module, "measure_targets", measure)
     monkeypatch.setattr(module, "write_intermediate", lambda *_: None)
     (run / "targets" / "manifest.json").unlink()
     build_targets(run, images, CPU, replace(config, seed=1))
@@ -419,3 +419,66 @@ def test_an_image_that_cannot_be_read_is_in_no_patched_image(data, run, tmp_path
     assert 7 not in columns["row"]
     shutil.rmtree(run / "decoder")
     assert verify(run)[3] == "targets: 98 of 98 pasted again, all equal"
+
+
+def test_smaller_targets_are_area_averages_of_the_difference(data, classifier, run):
+    images, exact = open_images(str(data / "ood")), TargetsConfig(patched=0.5, batch_size=16)
+    averaged, stored = replace(exact, heatmap_size=8), []
+    for config in (exact, averaged):
+        build_targets(run, images, CPU, replace(config, overwrite=True))
+        targets = open_targets(run, open_index(run))
+        stored.append({name: rows.read() for name, rows in targets.columns.items()})
+    full, small = (columns.pop("heatmap") for columns in stored)
+    opacity, averages = (columns.pop("presence").astype(np.float64) for columns in stored)
+    wanted = opacity.reshape(75, 8, 2, 8, 2).mean(axis=(2, 4))
+    # the opacity is rounded as well
+    np.testing.assert_allclose(averages, wanted, rtol=0, atol=1)
+    for name, column in stored[0].items():
+        np.testing.assert_array_equal(column, stored[1][name], err_msg=name)
+    assert small.shape == (75, 2, 3, 8, 8)
+    blocks = full.reshape(75, 3, 8, 2, 8, 2).astype(np.float64) / 255
+    for signed, values in ((True, blocks), (False, np.abs(blocks))):
+        target = target_heatmap(torch.from_numpy(small), signed=signed)
+        # each of two parts is rounded to a level of 255
+        np.testing.assert_allclose(target, values.mean(axis=(3, 5)), rtol=0, atol=1.01 / 255)
+    assert (targets.heatmap_size, targets.is_averaged) == (8, True)
+    options = targets.manifest.inputs["options"]
+    assert options["heatmap_size"] == 8
+    assert build_targets(run, images, CPU, averaged).fingerprint == targets.manifest.fingerprint
+    with pytest.raises(StaleCacheError, match=r"options.heatmap_size \(8, now none\)"):
+        build_targets(run, images, CPU, exact)
+
+
+@pytest.mark.parametrize("asked", [None, 16])
+def test_targets_of_the_images_own_size_are_exact_by_default(run, data, asked):
+    config = TargetsConfig(patched=0.0, batch_size=16, heatmap_size=asked)
+    before = open_targets(run, open_index(run)).manifest
+    # already complete
+    assert build_targets(run, open_images(str(data / "ood")), CPU, config) == before
+    assert before.inputs["options"]["heatmap_size"] is None
+
+
+def test_targets_larger_than_the_images_are_refused(run, data):
+    config = TargetsConfig(heatmap_size=17)
+    with pytest.raises(UsageError, match=r"--heatmap-size 17 is above the 16 px .* at most 16"):
+        build_targets(run, open_images(str(data / "ood")), CPU, config)
+
+
+def test_shards_of_small_targets_bound_the_images_in_memory(run, data, monkeypatch):
+    monkeypatch.setattr(module, "bytes_per_row", lambda _: 100)
+    monkeypatch.setattr(schedule, "rows_per_shard", lambda _, size, __: 16 * 768 // size)
+    config = TargetsConfig(patched=0.0, batch_size=16, heatmap_size=4, overwrite=True)
+    build_targets(run, open_images(str(data / "ood")), CPU, config)
+    # 16 images of 3x16x16 values
+    assert [len(shard) for shard in columns_of(run)[1]["row"]] == [16, 16, 16, 2]
+
+
+def test_images_of_smaller_targets_are_measured_again_when_a_shard_is_lost(data, run, tree):
+    config = TargetsConfig(patched=0.5, batch_size=16, heatmap_size=8, overwrite=True)
+    images = open_images(str(data / "ood"))
+    build_targets(run, images, CPU, config)
+    before = tree(run / "targets")
+    # what the intact shards were measured with is gone by now
+    (run / "targets" / "targets-patched-00000.h5").unlink()
+    build_targets(run, images, CPU, config)
+    assert tree(run / "targets") == before

@@ -17,7 +17,7 @@ from ood_heatmap.pipeline.config import TargetsConfig
 from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.verify import verify
-from ood_heatmap.sources import open_images
+from ood_heatmap.sources import open_images, reopen_listed
 
 
 def test_a_whole_run_is_said_to_be_whole(run):
@@ -95,6 +95,47 @@ def test_a_wrong_patched_image_is_found_behind_a_right_checksum(run, data, colum
     ]
     change(run, "targets-patched-00000.h5", column, 7, value)
     with pytest.raises(DamagedCacheError, match=f"patched row 7 of .*{words}"):
+        verify(run)
+
+
+@pytest.fixture
+def averaged(run, data, tmp_path):
+    """Return a run with averaged targets, and the folder that it was made from."""
+    folder = shutil.copytree(data / "ood", tmp_path / "images")
+    config = TargetsConfig(patched=0.5, batch_size=16, heatmap_size=8, overwrite=True)
+    build_targets(run, open_images(str(folder)), torch.device("cpu"), config)
+    shutil.rmtree(run / "decoder")
+    return run, folder
+
+
+@pytest.mark.parametrize("name", ["targets-00000.h5", "targets-patched-00000.h5"])
+def test_averages_are_made_again_from_the_images(averaged, name):
+    run, _ = averaged
+    assert verify(run)[2:5] == [
+        "targets: 50 of 50 paired again, all equal",
+        "targets: 25 of 25 pasted again, all equal",
+        "targets: averaged to 8 px, from the images again, all equal",
+    ]
+    with h5py.File(run / "targets" / name) as file:
+        value = file["heatmap"][7]
+    value[0, 0, 0, 0] ^= 1
+    change(run, name, "heatmap", 7, value)
+    with pytest.raises(DamagedCacheError, match=r"row 7 of .*is not the average of nearest"):
+        verify(run)
+
+
+@pytest.mark.parametrize("name", ["targets-00000.h5", "targets-patched-00000.h5"])
+def test_without_the_images_averages_are_bounded_by_those_of_black_and_white(averaged, name):
+    run, folder = averaged
+    folder.rename(folder.with_name("moved"))
+    reopen_listed.cache_clear()
+    last = (
+        f"targets: averaged to 8 px, only their bounds checked: {folder} was moved or has changed"
+    )
+    assert verify(run)[4] == last
+    # the nearest ID image is nowhere both white and black
+    change(run, name, "heatmap", 7, 255)
+    with pytest.raises(DamagedCacheError, match=r"row 7 of .*is not an average of differ"):
         verify(run)
 
 
