@@ -6,15 +6,19 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from ood_heatmap.errors import printable
 from ood_heatmap.figures import (
     Card,
     add_legend,
     example_grid,
+    overlay,
+    resize_scores,
     roc_curves,
     roc_points,
     score_histograms,
@@ -129,3 +133,13 @@ print(matplotlib.get_backend())
         check=True,
     )
     assert result.stdout.strip() == "svg"
+
+
+def test_a_smaller_heatmap_is_interpolated_to_the_image():
+    coarse = np.random.default_rng(0).random((7, 7), dtype=np.float32)
+    wanted = interpolate(torch.from_numpy(coarse)[None, None], (56, 56), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(resize_scores(coarse, 56), wanted, atol=1e-6)
+    np.testing.assert_array_equal(resize_scores(coarse, 7), coarse)
+    image = np.zeros((3, 56, 56), np.uint8)
+    fine = overlay(image, resize_scores(coarse, 56), 1.0)
+    assert overlay(image, coarse, 1.0).tobytes() == fine.tobytes()
