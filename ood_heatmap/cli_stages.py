@@ -136,9 +136,9 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
     from ood_heatmap.devices import stage_device
     from ood_heatmap.pipeline.evaluate import evaluate as evaluate_run
     from ood_heatmap.pipeline.inputs import near_names, open_ood_sets, open_source, open_sources
+    from ood_heatmap.pipeline.overview import print_overview
     from ood_heatmap.pipeline.results import EvaluationResults
     from ood_heatmap.pipeline.run import read_result
-    from ood_heatmap.pipeline.tables import format_metrics
 
     config = replace(config, near=near_names(config.near, data.ood_sources))
     with stage_device(device) as torch_device:
@@ -154,7 +154,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             more_runs=data.runs,
         )
     results = EvaluationResults.from_manifest(manifest)
-    click.echo(format_metrics(read_result(run, "evaluation", "metrics.json")))
+    print_overview(read_result(run, "evaluation", "metrics.json"))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")
     next_command = f"predict {run} IMAGE_OR_FOLDER --out DIR"
     conclude(results, next_command, allow_suspicious=config.allow_suspicious)

@@ -28,13 +28,6 @@ from ood_heatmap.pipeline.scoring import (
     name_of_run,
 )
 
-_HEADS = {
-    "auroc": "AUROC",
-    "aupr_in": "AUPR-IN",
-    "aupr_out": "AUPR-OUT",
-    "fpr95_id_pos": "FPR95 ID+",
-    "fpr95_ood_pos": "FPR95 OOD+",
-}
 _ID_POSITIVE = ("auroc", "aupr_in", "fpr95_id_pos")
 _OOD_POSITIVE = ("auroc", "aupr_out", "fpr95_ood_pos")
 _HEADLINES = {"all": METRICS, "paper": _ID_POSITIVE, "openood": _OOD_POSITIVE}
@@ -295,37 +288,6 @@ def metrics_json(
         "methods": methods,
         "table": [row.to_json() for row in table],
     }
-
-
-def format_metrics(content: Mapping[str, Any]) -> str:
-    """Format ``metrics.json`` for the terminal: accuracy, the table and the decisions."""
-    parts = [format_table(content)]
-    if content["id_accuracy"] is not None:
-        parts.insert(
-            0,
-            f"accuracy {content['id_accuracy']:.2%} on {content['id_labelled']} labelled images of "
-            "the ID test set",
-        )
-    if "decisions" in content:
-        parts.append(format_decisions(content["decisions"]))
-    return "\n".join(parts)
-
-
-def format_table(content: Mapping[str, Any]) -> str:
-    """Format the table of ``metrics.json`` for the terminal, in percent.
-
-    AUROC is shown with its interval, or with the spread over several runs. The headline metrics of
-    the protocol come first.
-    """
-    first: list[str] = content["headline"]
-    keys = [*first, *(key for key in METRICS if key not in first)]
-    lines = [("method", "set", *(_HEADS[key] for key in keys), "OOD share")]
-    for row in content["table"]:
-        numbers = [f"{100 * row[key]:.2f}" for key in keys]
-        numbers[0] += f" {format_margin(row, 'auroc')}"
-        prevalence = f"{100 * row['prevalence_ood']:.1f}" if "prevalence_ood" in row else ""
-        lines.append((format_label(row["method"], content), row["set"], *numbers, prevalence))
-    return align_columns(lines)
 
 
 def format_label(method: str, content: Mapping[str, Any]) -> str:
