@@ -151,6 +151,19 @@ def remove_directory(path: Path) -> None:
         raise _write_error(path, error) from error
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file, or a directory to a name that is free, atomically.
+
+    Raises:
+        OodHeatmapError: It cannot be renamed.
+    """
+    try:
+        os.replace(source, target)
+        sync(target.parent)
+    except OSError as error:
+        raise _write_error(target, error) from error
+
+
 def require_space(directory: Path, num_bytes: int) -> None:
     """Fail before the work starts if ``num_bytes`` do not fit on the disk.
 

@@ -275,6 +275,36 @@ class Bank:
         found = self.nearest(queries, empty_class)
         return replace(found, same_class=np.isin(prediction, self.classes))
 
+    def k_nearest(
+        self, queries: _Float32, prediction: NDArray[np.integer[Any]], k: int
+    ) -> tuple[_Int64, _Float64]:
+        """Find the k nearest distinct rows in the predicted class, or in all if it is empty.
+
+        Args:
+            queries: ``(B, D)`` float32, finite.
+            prediction: ``(B,)`` predicted class of each query.
+            k: Number of neighbours; of candidates of equal float32 distance, any may be found.
+
+        Returns:
+            Data set row and Euclidean distance, ascending, ``(B, k)`` each; -1 and infinity where
+            a class has fewer rows.
+        """
+        row = np.full((len(queries), k), -1, np.int64)
+        squared = np.full((len(queries), k), np.inf)
+        without_class = np.flatnonzero(~np.isin(prediction, self.classes))
+        for label, selected in self._group_by_class(prediction, without_class).items():
+            search = self._search(label, queries[selected], max(k, _NUM_CANDIDATES))
+            candidates = self.unique[label][_to_numpy(search.positions)] + self.slices[label].start
+            exact = squared_distances(queries[selected, None], self.features[candidates])
+            exact[_to_numpy(search.positions) < 0] = np.inf
+            # queries of an empty class are searched in all
+            squared_so_far = np.concatenate([squared[selected], exact], axis=1)
+            row_so_far = np.concatenate([row[selected], self.row[candidates]], axis=1)
+            nearest = np.lexsort((row_so_far, squared_so_far))[:, :k]
+            squared[selected] = np.take_along_axis(squared_so_far, nearest, axis=1)
+            row[selected] = np.take_along_axis(row_so_far, nearest, axis=1)
+        return np.where(np.isinf(squared), -1, row), np.sqrt(squared)
+
     def random(
         self, queries: _Float32, prediction: NDArray[np.integer[Any]], rows: _Int64, seed: int
     ) -> Nearest:
@@ -331,7 +361,9 @@ class Bank:
             exact[chunk] = squared_distances(queries[chunk], self.features[position[chunk]])
         return self.row[position], exact, int(clear.sum()), scanned
 
-    def _search(self, label: int, queries: _Float32) -> "_Search":
+    def _search(
+        self, label: int, queries: _Float32, num_candidates: int = _NUM_CANDIDATES
+    ) -> "_Search":
         """Search a class in float32, and bound the rounding error of its distances.
 
         The error of a float32 sum of D products is at most ``D u |q| |b|`` (u: unit roundoff) for
@@ -341,7 +373,7 @@ class Bank:
         if label not in self.means:
             self._open_class(label)
         centred_queries = (queries - self.means[label]).astype(np.float32)
-        ((squared, positions),) = self.blocks.search([label], centred_queries, _NUM_CANDIDATES)
+        ((squared, positions),) = self.blocks.search([label], centred_queries, num_candidates)
         norms = np.linalg.norm(centred_queries.astype(np.float64), axis=1) + self.longest[label]
         bound = 1.001 * (queries.shape[1] + 8) * _UNIT_ROUNDOFF * norms**2
         return _Search(squared, positions, bound)

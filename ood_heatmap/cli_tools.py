@@ -35,7 +35,8 @@ def predict(
     """Score IMAGES and show where they are OOD: files, folders, or - for a list of files on stdin.
 
     IMAGES may also be image sets of other kinds, such as .tar shards and .parquet files.
-    Writes scores.csv with a row per image, and an overlay (PNG) and the raw heatmap (.npy) of each.
+    Writes scores.csv with a row per image, and below pictures/ and heatmaps/, in a tree like that
+    of IMAGES, a picture and the raw heatmap (.npy) of each.
     p_value and is_ood are empty until the run has been evaluated; is_ood also if it was evaluated
     on too few ID images for the level. Images that cannot be read are reported and skipped, and the
     exit code is then 1. In scores.csv, text that a spreadsheet would interpret as a formula begins
@@ -48,14 +49,24 @@ def predict(
     """
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.devices import keep_freed_memory
-    from ood_heatmap.pipeline.predict import open_inputs
+    from ood_heatmap.pipeline.nearest import NearestImages
     from ood_heatmap.pipeline.predict import predict as predict_images
+    from ood_heatmap.pipeline.predict_inputs import open_inputs
+    from ood_heatmap.pipeline.result_folder import common_folder
 
     keep_freed_memory()
     # before the classifier is loaded, so that a missing file is reported at once
     paths, image_set = open_inputs(images, given.out)
     detector = HeatmapDetector.load(run, device, given.false_alarm)
-    results = predict_images(detector, paths, given.out, config, image_set)
+    results = predict_images(
+        detector,
+        paths,
+        given.out,
+        config,
+        image_set,
+        root=common_folder(images, paths),
+        nearest=NearestImages(run) if config.nearest else None,
+    )
     click.echo(f"{results.num_images} images, scores in {results.table}")
     if results.problems:
         raise OodHeatmapError("; ".join(results.problems) + ".")

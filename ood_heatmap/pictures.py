@@ -106,6 +106,7 @@ class Decision:
     Args:
         score: Image score; larger is more OOD.
         prediction: Name of the predicted class.
+        is_ood: The decision; None without one.
         threshold: Score above which an image is called OOD; NaN without a calibration, infinite if
             that has too few images.
         false_alarm: Share of ID images that may be called OOD.
@@ -114,23 +115,23 @@ class Decision:
 
     score: float
     prediction: str
+    is_ood: bool | None = None
     threshold: float = math.nan
     false_alarm: float = 0.05
     p_value: float = math.nan
 
     def words(self) -> tuple[str, list[str]]:
         """Return the decision in words, and the lines that explain it."""
-        if math.isnan(self.threshold):
+        level = f"{100 * self.false_alarm:g}%"
+        if self.is_ood is None:
             title, reason = "no decision", "not calibrated: run `ood-heatmap evaluate` first"
-        elif math.isinf(self.threshold):
-            title = "no decision"
-            reason = f"too few held-out ID images for a false-alarm level of {self.false_alarm:g}"
+            if math.isinf(self.threshold):
+                reason = f"too few held-out ID images for a false-alarm level of {level}"
         else:
-            is_ood = self.score > self.threshold
-            title = "OOD: out of distribution" if is_ood else "ID: in distribution"
+            title = "OOD: out of distribution" if self.is_ood else "ID: in distribution"
             reason = (
-                f"{'above' if is_ood else 'not above'} the threshold {self.threshold:.4g}, "
-                f"which at most {100 * self.false_alarm:g}% of ID images exceed"
+                f"{'above' if self.is_ood else 'not above'} the threshold {self.threshold:.4g}, "
+                f"which at most {level} of ID images exceed"
             )
         lines = [f"predicted class: {self.prediction}", f"score {self.score:.4g}: {reason}"]
         if not math.isnan(self.p_value):

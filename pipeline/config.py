@@ -670,8 +670,21 @@ class PredictConfig(Settings):
         ),
     ] = "csv"
     pictures: Annotated[
-        bool, Option("Also write an overlay and the raw heatmap of each image.", "Output")
-    ] = True
+        Literal["panel", "overlay", "none"],
+        Option(
+            "Picture of each image, beside its raw heatmap: a panel with the photo, the heatmap "
+            "over it and the decision in words; the heatmap over the photo alone; or neither "
+            "picture nor heatmap. At the photo's size, at most 2,000 px.",
+            "Output",
+        ),
+    ] = "panel"
+    nearest: Annotated[
+        int,
+        Option("Number of nearest ID images of the predicted class in a panel.", "Output", max=5),
+    ] = 0
+    overwrite: Annotated[
+        bool, Option("Replace the results of an earlier run in the output folder.", "Output")
+    ] = False
 
     @property
     def num_workers(self) -> int:

@@ -547,3 +547,24 @@ def test_a_full_gpu_leaves_the_search_to_the_cpu_and_a_cache_does_not():
     lines = done.stdout.splitlines()
     says = "cuda:0 is out of memory for the search: falling back to the CPU"
     assert (done.returncode, lines) == (0, ["held", says, "cached"]), done.stderr
+
+
+def test_k_nearest_of_the_class_match_brute_force(device):
+    """With duplicates, a class of fewer rows than k, and one without rows."""
+    rng = np.random.default_rng(0)
+    bank, query = (rng.normal(100, 1, (count, 12)).astype(np.float32) for count in (300, 40))
+    bank[20:30], bank[250:260] = bank[10:20], bank[100:110]
+    bank_class = np.repeat([0, 1, 3], [120, 177, 3])
+    query_class = rng.integers(0, 4, 40)
+    row, distance = bank_of(bank, bank_class, device).k_nearest(query, query_class, 5)
+    for i, label in enumerate(query_class):
+        rows = np.flatnonzero(bank_class == label) if label != 2 else np.arange(300)
+        rows = np.sort([row for row in rows if not 20 <= row < 30])
+        exact = np.sqrt(((query[i].astype(np.float64) - bank[rows]) ** 2).sum(axis=1))
+        wanted = np.argsort(exact, kind="stable")[:5]
+        count = len(wanted)
+        assert count == min(5, len(rows))
+        assert row[i, :count].tolist() == rows[wanted].tolist()
+        np.testing.assert_allclose(distance[i, :count], exact[wanted], rtol=1e-12)
+        assert (row[i, count:] == -1).all()
+        assert np.isinf(distance[i, count:]).all()

@@ -254,10 +254,10 @@ def test_any_class_name_can_be_drawn(name):
 @pytest.mark.parametrize(
     ("decision", "title", "words"),
     [
-        (Decision(0.5, "cat", 0.3, 0.05, 0.01), "OOD", "above the threshold 0.3"),
-        (Decision(0.3, "cat", 0.3, 0.05, 0.06), "ID", "not above the threshold 0.3"),
+        (Decision(0.5, "cat", True, 0.3, 0.05, 0.01), "OOD", "above the threshold 0.3"),
+        (Decision(0.3, "cat", False, 0.3, 0.05, 0.06), "ID", "not above the threshold 0.3"),
         (Decision(0.5, "cat"), "no decision", "not calibrated"),
-        (Decision(0.5, "cat", math.inf, 0.01, 0.02), "no decision", "level of 0.01"),
+        (Decision(0.5, "cat", None, math.inf, 0.01, 0.02), "no decision", "level of 1%"),
     ],
 )
 def test_the_decision_in_words(decision, title, words):

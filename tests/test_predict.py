@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +16,21 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ood_heatmap import HeatmapDetector, figures, source_folder
+from ood_heatmap import HeatmapDetector, pictures, source_folder
+from ood_heatmap.cache import files
 from ood_heatmap.cache.files import locked
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Output
 from ood_heatmap.cli import main
-from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.figures import _truncate, add_legend, overlay
-from ood_heatmap.pipeline import predict as predict_module
+from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.images import to_rgb
+from ood_heatmap.pictures import ColorScale, draw_overlay
+from ood_heatmap.pipeline import picture_writer, predict_inputs
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.predict import _make_output_names, list_images, open_inputs, predict
+from ood_heatmap.pipeline.nearest import NearestImages
+from ood_heatmap.pipeline.predict import predict
+from ood_heatmap.pipeline.predict_inputs import list_images, open_inputs
+from ood_heatmap.pipeline.run import open_index
 
 CALIBRATION = Calibration.fit(*np.linspace((0, 0), (1, 1), 99, dtype=np.float32).T)
 
@@ -44,7 +50,7 @@ def read_csv(out) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_it_writes_overlays_raw_heatmaps_and_a_table(detector, paths, tmp_path):
+def test_it_writes_pictures_raw_heatmaps_and_a_table(detector, paths, tmp_path):
     results = predict(detector, paths, tmp_path / "out", PredictConfig(batch_size=7))
     assert (results.num_images, results.problems) == (25, [])
     assert results.table == tmp_path / "out" / "scores.csv"
@@ -59,32 +65,34 @@ def test_it_writes_overlays_raw_heatmaps_and_a_table(detector, paths, tmp_path):
         assert line["prediction"] == f"class{wanted.prediction[i]}"
         raw = np.load(tmp_path / "out" / line["heatmap"])
         np.testing.assert_allclose(raw, wanted.heatmap[i], atol=1e-5)
-        with Image.open(tmp_path / "out" / line["overlay"]) as picture:
-            assert picture.width == 224
-            assert picture.height > 224  # the legend
+        assert line["picture"] == f"pictures/{paths[i].name}"
+        with Image.open(tmp_path / "out" / line["picture"]) as picture:
+            # photo and overlay, enlarged from 24 pixels, above the decision
+            assert picture.width > 2 * 240
+            assert picture.height > 240
 
 
 def test_json_lines_say_the_same_as_csv(detector, paths, tmp_path):
     for kind in ("csv", "jsonl"):
-        predict(detector, paths, tmp_path / "out", PredictConfig(format=kind, pictures=False))
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [".lock", "scores.csv", "scores.jsonl"]  # no pictures
-    text = (tmp_path / "out" / "scores.jsonl").read_text()
-    for line, text_line in zip(read_csv(tmp_path / "out"), text.splitlines(), strict=True):
+        predict(detector, paths, tmp_path / kind, PredictConfig(format=kind, pictures="none"))
+        names = sorted(path.name for path in (tmp_path / kind).iterdir())
+        assert names == [".lock", f"scores.{kind}"]  # no pictures
+    text = (tmp_path / "jsonl" / "scores.jsonl").read_text()
+    for line, text_line in zip(read_csv(tmp_path / "csv"), text.splitlines(), strict=True):
         record = json.loads(text_line)
         assert record["score"] == float(line["score"])
         assert record["p_value"] == float(line["p_value"])
         assert json.dumps(record["is_ood"]) == line["is_ood"]
-        assert record["overlay"] is record["heatmap"] is None
+        assert record["picture"] is record["heatmap"] is None
 
 
 def test_without_a_calibration_the_decision_is_empty(detector, paths, tmp_path):
     for kind in ("csv", "jsonl"):
         plain = detector.calibrated(None, 0.05)
-        predict(plain, paths[:1], tmp_path, PredictConfig(format=kind, pictures=False))
-    (line,) = read_csv(tmp_path)
+        predict(plain, paths[:1], tmp_path / kind, PredictConfig(format=kind, pictures="none"))
+    (line,) = read_csv(tmp_path / "csv")
     assert (line["p_value"], line["is_ood"]) == ("", "")
-    record = json.loads((tmp_path / "scores.jsonl").read_text())
+    record = json.loads((tmp_path / "jsonl" / "scores.jsonl").read_text())
     assert record["p_value"] is record["is_ood"] is None
 
 
@@ -98,7 +106,7 @@ def test_corrupt_images_are_named_with_the_reason_and_skipped(detector, paths, t
     files = [*list_images([folder], tmp_path / "out"), folder / "gone.png"]
     bad = [folder / name for name in ("a.png", "b.png", "d.tif", "gone.png")]
     for batch_size in (1, 64):
-        config = PredictConfig(batch_size=batch_size)
+        config = PredictConfig(batch_size=batch_size, overwrite=True)
         results = predict(detector, files, tmp_path / "out", config)
         assert [image.name for image in results.skipped] == [str(path) for path in bad]
         assert [line["image"] for line in read_csv(tmp_path / "out")] == [str(folder / "c.png")]
@@ -111,12 +119,14 @@ def test_corrupt_images_are_named_with_the_reason_and_skipped(detector, paths, t
 def test_images_of_any_size_and_mode_go_through_the_transform(detector, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 47)).astype(np.uint8))
     image.save(tmp_path / "grey.png")
-    predict(detector, [tmp_path / "grey.png"], tmp_path, PredictConfig(pictures=False))
+    predict(detector, [tmp_path / "grey.png"], tmp_path, PredictConfig(pictures="none"))
     wanted = detector(Image.open(tmp_path / "grey.png")).score[0]
     assert float(read_csv(tmp_path)[0]["score"]) == pytest.approx(wanted, abs=2e-6)
 
 
-def test_an_interruption_leaves_whole_files_only(detector, paths, tmp_path, monkeypatch):
+def test_an_interruption_leaves_nothing_and_keeps_earlier_results(
+    detector, paths, tmp_path, monkeypatch, tree
+):
     decode, calls = detector.decode, []
 
     def interrupted(*arguments, **options):
@@ -125,17 +135,60 @@ def test_an_interruption_leaves_whole_files_only(detector, paths, tmp_path, monk
             raise KeyboardInterrupt
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(detector, "decode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        predict(detector, paths, tmp_path, PredictConfig(batch_size=4))
-    written = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
-    assert written  # the batches before it
-    for name in written:
-        assert name.endswith((".png", ".npy"))
-        if name.endswith(".png"):
-            Image.open(tmp_path / name).load()
-        else:
-            np.load(tmp_path / name)
+    for earlier in (paths[:0], paths[:2]):
+        if earlier:
+            predict(detector, earlier, tmp_path, PredictConfig())
+        before = tree(tmp_path)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(detector, "decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                predict(detector, paths, tmp_path, PredictConfig(batch_size=4, overwrite=True))
+        assert {**tree(tmp_path), ".lock": b""} == {**before, ".lock": b""}
+    assert predict(detector, paths, tmp_path, PredictConfig(overwrite=True)).num_images == 25
+
+
+def test_results_of_two_runs_are_never_mixed(detector, paths, tmp_path, tree):
+    """Without --overwrite the second is refused, with it nothing of the first is left."""
+    for name in ("out", "over"):
+        predict(detector, paths, tmp_path / name, PredictConfig())
+    before = tree(tmp_path / "out")
+    for config in (PredictConfig(), PredictConfig(format="jsonl"), PredictConfig(pictures="none")):
+        with pytest.raises(OodHeatmapError, match=r"earlier run \(scores\.csv\).*--overwrite"):
+            predict(detector, paths[:3], tmp_path / "out", config)
+        assert tree(tmp_path / "out") == before
+        new = tmp_path / f"new-{config.format}-{config.pictures}"
+        predict(detector, paths[:3], new, config)
+        predict(detector, paths[:3], tmp_path / "over", replace(config, overwrite=True))
+        assert tree(tmp_path / "over") == tree(new)
+
+
+def test_folders_that_are_not_of_predict_are_left_alone(detector, paths, tmp_path, tree):
+    for name in ("pictures", "heatmaps"):
+        out = tmp_path / name
+        (out / name).mkdir(parents=True)
+        (out / name / "mine.png").write_bytes(b"mine")
+        with pytest.raises(OodHeatmapError, match=f"{name} was not written by predict"):
+            predict(detector, paths[:1], out, PredictConfig(overwrite=True))
+        assert (out / name / "mine.png").read_bytes() == b"mine"
+    out, elsewhere = tmp_path / "linked", tmp_path / "elsewhere"
+    predict(detector, paths[:1], elsewhere, PredictConfig())
+    out.mkdir()
+    (out / "pictures").symlink_to(elsewhere / "pictures")
+    before = tree(elsewhere)
+    with pytest.raises(OodHeatmapError, match="not written by predict"):
+        predict(detector, paths[:1], out, PredictConfig(overwrite=True))
+    assert tree(elsewhere) == before
+
+
+def test_what_a_killed_run_leaves_is_replaced(detector, paths, tmp_path, tree):
+    """Killed while the results are put in place: folders, but no table."""
+    predict(detector, paths[:2], tmp_path / "new", PredictConfig())
+    predict(detector, paths, tmp_path / "out", PredictConfig())
+    (tmp_path / "out" / "scores.csv").unlink()
+    (tmp_path / "out" / ".unfinished" / "pictures").mkdir(parents=True)
+    predict(detector, paths[:2], tmp_path / "out", PredictConfig())
+    assert tree(tmp_path / "out") == tree(tmp_path / "new")
 
 
 def test_memory_holds_a_few_batches_however_many_images_there_are(
@@ -146,24 +199,26 @@ def test_memory_holds_a_few_batches_however_many_images_there_are(
 
     def read_bytes(path):
         read.append(path)
-        assert len(read) - len(written) <= 2 * 2 + 3  # two threads and what waits on both sides
+        # two threads and what waits on both sides; of an image in progress both reads count
+        assert len(read) - 2 * len(written) <= 2 * 2 + 3 + 2
         return Path(path).read_bytes()
 
-    def add_legend(*arguments):
+    def draw_panel(*arguments):
         written.append(1)
-        return figures.add_legend(*arguments)
+        return pictures.draw_panel(*arguments)
 
     monkeypatch.setattr(source_folder, "_read_bytes", read_bytes)
-    monkeypatch.setattr(predict_module, "add_legend", add_legend)
+    monkeypatch.setattr(picture_writer, "draw_panel", draw_panel)
     predict(detector, paths * 4, tmp_path, PredictConfig(batch_size=1, workers=2))
-    assert len(read) == len(written) == 100
+    # each once for its score and once for its picture
+    assert len(read) == 2 * len(written) == 200
 
 
 def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
     detector, paths, tmp_path, monkeypatch, caplog
 ):
-    predict(detector, paths, tmp_path, PredictConfig(batch_size=16))
-    wanted = read_csv(tmp_path)
+    predict(detector, paths, tmp_path / "wanted", PredictConfig(batch_size=16))
+    wanted = read_csv(tmp_path / "wanted")
     forward = detector.classifier.forward
 
     def small(images):
@@ -177,12 +232,115 @@ def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
     for line, other in zip(read_csv(tmp_path), wanted, strict=True):
         assert float(line.pop("score")) == pytest.approx(float(other.pop("score")), abs=2e-6)
         assert line == other
-    with Image.open(tmp_path / wanted[9]["overlay"]) as picture:
-        shown = np.asarray(picture)[:4, :4]
-    heatmap = np.load(tmp_path / wanted[9]["heatmap"])
-    pixels = detector.classifier.config.transform(Image.open(paths[9]))
-    own = overlay(pixels, np.abs(heatmap).max(axis=0), detector.color_max)
-    np.testing.assert_array_equal(shown, np.asarray(own)[:4, :4])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_overlay_is_drawn_from_the_raw_heatmap_at_the_size_of_the_upright_photo(
+    detector, tmp_path, orientation
+):
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(coarse).resize((400, 300))
+    stored.save(tmp_path / "photo.png", exif=exif)
+    out = tmp_path / "out"
+    predict(detector, [tmp_path / "photo.png"], out, PredictConfig(pictures="overlay"))
+    (line,) = read_csv(out)
+    heatmap = np.load(out / line["heatmap"])
+    photo = to_rgb(Image.open(tmp_path / "photo.png"))
+    assert photo.size == ((400, 300) if orientation == 1 else (300, 400))
+    wanted = draw_overlay(
+        photo,
+        np.abs(heatmap).max(axis=0),
+        detector.classifier.config.transform.seen_box(*photo.size),
+        ColorScale(detector.color_max, detector.pixel_threshold),
+    )
+    with Image.open(out / line["picture"]) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(wanted))
+
+
+def test_pictures_of_jpeg_files_are_jpeg_and_mirror_the_tree(detector, tmp_path):
+    photo = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+    ).resize((320, 240))
+    root = tmp_path / "in"
+    names = ["a.jpg", "only/deep/b.JPEG", "only/c.webp", "only/a.jpg", "only/a.png"]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        photo.save(root / name)
+    out = tmp_path / "out"
+    paths = list_images([root], out)
+    predict(detector, paths, out, PredictConfig(pictures="overlay"), root=root)
+    lines = {line["image"]: line for line in read_csv(out)}
+    for name in names:
+        line, suffix = lines[str(root / name)], ".png" if name.endswith(".webp") else ""
+        assert line["picture"] == f"pictures/{name}{suffix}"
+        assert line["heatmap"] == f"heatmaps/{name}{suffix}.npy"
+        with Image.open(out / line["picture"]) as picture:
+            assert picture.size == (320, 240)
+            assert picture.format == ("JPEG" if ".jp" in name.lower() else "PNG")
+
+
+def test_panels_have_the_nearest_images_of_the_index(finished_run, detector, paths, tmp_path):
+    nearest = NearestImages(finished_run)
+    drawn = []
+
+    def draw_panel(*arguments):
+        drawn.append(arguments[-1])
+        return pictures.draw_panel(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture_writer, "draw_panel", draw_panel)
+        config = PredictConfig(nearest=3, workers=1, batch_size=4)
+        predict(detector, paths, tmp_path / "out", config, nearest=nearest)
+    index = open_index(finished_run)
+    columns = {name: index.columns[name].read() for name in ("images", "features", "prediction")}
+    _, output = detector.detect(
+        np.stack([detector.classifier.config.transform(Image.open(path)) for path in paths])
+    )
+    prediction = output.logits.argmax(dim=1).numpy()
+    for i, found in enumerate(drawn):
+        of_class = np.flatnonzero(columns["prediction"] == prediction[i])
+        difference = columns["features"][of_class].astype(np.float64) - output.features[i].numpy()
+        distance = np.sqrt((difference**2).sum(axis=1))
+        wanted = np.argsort(distance)[:3]
+        assert [one.distance for one in found] == pytest.approx(distance[wanted].tolist(), rel=1e-4)
+        for one, position in zip(found, of_class[wanted], strict=True):
+            image = np.asarray(one.image).transpose(2, 0, 1)
+            np.testing.assert_array_equal(image, columns["images"][position])
+    config = PredictConfig(nearest=1, pictures="overlay")
+    with pytest.raises(UsageError, match="panels only"):
+        predict(detector, paths, tmp_path / "other", config, nearest=nearest)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_draws_the_nearest_images(run, paths, tmp_path):
+    sizes = []
+    for number in (0, 5):
+        out = tmp_path / str(number)
+        arguments = ["predict", run, paths[0], "--out", out, "--device", "cpu"]
+        result = CliRunner().invoke(main, [str(one) for one in (*arguments, "--nearest", number)])
+        assert result.exit_code == 0, result.output
+        with Image.open(out / "pictures" / paths[0].name) as picture:
+            sizes.append(picture.width)
+    assert sizes[1] > sizes[0] + 240
+
+
+def test_a_photo_that_changes_after_its_score_is_not_drawn(detector, paths, tmp_path, monkeypatch):
+    files = [tmp_path / path.name for path in paths[:3]]
+    for path, copy in zip(paths, files, strict=False):
+        copy.write_bytes(path.read_bytes())
+    decode = detector.decode
+
+    def change(*arguments, **options):
+        files[1].write_bytes(paths[9].read_bytes())
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(detector, "decode", change)
+    results = predict(detector, files, tmp_path / "out", PredictConfig())
+    assert [image.reason for image in results.not_drawn] == ["changed since it was scored"]
+    lines = read_csv(tmp_path / "out")
+    assert [bool(line["picture"]) for line in lines] == [True, False, True]
 
 
 def test_without_pictures_the_heatmaps_stay_on_the_device(detector, paths, tmp_path, monkeypatch):
@@ -195,7 +353,7 @@ def test_without_pictures_the_heatmaps_stay_on_the_device(detector, paths, tmp_p
 
     monkeypatch.setattr(detector, "decode", watched)
     predict(detector, paths[:4], tmp_path / "with", PredictConfig())
-    predict(detector, paths[:4], tmp_path / "without", PredictConfig(pictures=False))
+    predict(detector, paths[:4], tmp_path / "without", PredictConfig(pictures="none"))
     assert shapes == [(4, 3, 16, 16), (0, 3, 16, 16)]
     for line, other in zip(
         read_csv(tmp_path / "with"), read_csv(tmp_path / "without"), strict=True
@@ -227,7 +385,7 @@ def test_standard_input_lists_files_and_folders(paths, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
         return list_images(list_images_argument, tmp_path / "out")
 
-    list_images_argument = [predict_module._STANDARD_INPUT]
+    list_images_argument = [predict_inputs._STANDARD_INPUT]
     folder = paths[0].parent
     found = type_in(f"{paths[3]}\r\n\nno/such.png\n{folder}".encode() + b"\n\xff.png\n")
     assert found[:2] == [paths[3], type(folder)("no/such.png")]
@@ -240,25 +398,17 @@ def test_standard_input_lists_files_and_folders(paths, tmp_path, monkeypatch):
 def test_the_command_reads_a_list_and_ends_in_1_when_some_were_skipped(run, paths, tmp_path):
     def call(*options: str, text: str):
         arguments = ["predict", str(run), "-", "--out", str(tmp_path / "out"), "--device", "cpu"]
-        return CliRunner().invoke(main, [*arguments, "--no-pictures", *options], input=text)
+        return CliRunner().invoke(main, [*arguments, "--pictures", "none", *options], input=text)
 
     result = call("--format", "jsonl", text=f"{paths[0]}\n{paths[1]}\n")
     assert result.exit_code == 0, result.output
     assert "2 images, scores in" in result.output
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 2
-    result = call(text=f"{paths[0]}\nnowhere.png\n")
+    result = call("--overwrite", text=f"{paths[0]}\nnowhere.png\n")
     assert result.exit_code == 1
     wanted = "images without a score: 1, nowhere.png first (No such file or directory)."
     assert wanted in result.output
     assert len(read_csv(tmp_path / "out")) == 1
-
-
-def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
-    paths = [
-        tmp_path / name
-        for name in ("a/x.png", "b/x.png", "x_png-2", "c/x.png", "x.jpg", "X.PNG", "x_png")
-    ]
-    assert len({name.casefold() for name in _make_output_names(paths)}) == len(paths)
 
 
 ODD_NAMES = [
@@ -285,20 +435,25 @@ def test_any_file_name_gets_its_line_and_its_pictures(detector, paths, tmp_path)
     assert max(len(os.fsencode(name)) for name in ODD_NAMES) >= 252
     files = [folder / name for name in ODD_NAMES]
     for kind in ("csv", "jsonl"):
-        results = predict(detector, files, out, PredictConfig(format=kind, batch_size=4))
+        results = predict(detector, files, out / kind, PredictConfig(format=kind, batch_size=4))
         assert (results.num_images, results.problems) == (len(files), [])
+    out = out / "csv"
     with (out / "scores.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         lines = list(csv.DictReader(file))
-    records = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "out/jsonl/scores.jsonl").read_text().splitlines()
+    ]
     for path, line, record in zip(files, lines, records, strict=True):
         assert line["image"] == record["image"] == str(path)
-        assert len(line["overlay"].encode()) <= 140
-        assert line["overlay"].isprintable()
-        assert line["overlay"][0] not in "=+-@"
-        with Image.open(out / line["overlay"]) as picture:
-            assert picture.width == 224
+        folder, name = line["picture"].split("/")
+        assert folder == "pictures"
+        assert len(name.encode()) <= 140
+        assert name.isprintable()
+        assert name[0] not in "=+-@."
+        with Image.open(out / line["picture"]) as picture:
+            assert picture.width > 480
         assert np.load(out / line["heatmap"]).shape == (3, 16, 16)
-    assert len({line["overlay"] for line in lines}) == len(files)
+    assert len({line["picture"] for line in lines}) == len(files)
 
 
 def test_text_that_a_spreadsheet_would_run_begins_with_an_apostrophe(
@@ -310,14 +465,14 @@ def test_text_that_a_spreadsheet_would_run_begins_with_an_apostrophe(
     for name in names:
         Path(name).write_bytes(paths[0].read_bytes())
     for kind in ("csv", "jsonl"):
-        predict(detector, [Path(name) for name in names], Path("out"), PredictConfig(format=kind))
-    with Path("out/scores.csv").open(newline="") as file:
+        predict(detector, [Path(name) for name in names], Path(kind), PredictConfig(format=kind))
+    with Path("csv/scores.csv").open(newline="") as file:
         table = list(csv.reader(file))
     for row in table:
         for text in row:
             assert not text.startswith(("=", "+", "-", "@", "\t", "\r"))
     assert [row[0] for row in table[1:]] == [f"'{name}" for name in names[:-1]] + ["a=1.png"]
-    records = [json.loads(line) for line in Path("out/scores.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in Path("jsonl/scores.jsonl").read_text().splitlines()]
     assert [record["image"] for record in records] == names
     assert {record["prediction"] for record in records} <= set(detector.classes)
 
@@ -330,56 +485,69 @@ def test_a_level_too_fine_for_the_calibration_leaves_decisions_empty(
     (message,) = caplog.messages
     assert "needs at least 199 held-out ID images, the calibration has 99" in message
     for kind in ("csv", "jsonl"):
-        predict(strict, paths[:3], tmp_path, PredictConfig(format=kind, pictures=False))
-    assert [line["is_ood"] for line in read_csv(tmp_path)] == ["", "", ""]
-    assert all(0 < float(line["p_value"]) <= 1 for line in read_csv(tmp_path))
-    records = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+        predict(strict, paths[:3], tmp_path / kind, PredictConfig(format=kind, pictures="none"))
+    lines = read_csv(tmp_path / "csv")
+    assert [line["is_ood"] for line in lines] == ["", "", ""]
+    assert all(0 < float(line["p_value"]) <= 1 for line in lines)
+    text = (tmp_path / "jsonl" / "scores.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
     assert [record["is_ood"] for record in records] == [None] * 3
     assert len(caplog.messages) == 1
 
 
-def test_overlays_say_id_or_ood_only_where_there_is_a_decision(
+def test_panels_say_id_or_ood_only_where_there_is_a_decision(
     detector, paths, tmp_path, monkeypatch
 ):
     drawn = []
 
-    def add_legend(picture, lines, color_max):
-        drawn.append(lines)
-        return figures.add_legend(picture, lines, color_max)
+    def draw_panel(*arguments):
+        drawn.append(arguments[4])
+        return pictures.draw_panel(*arguments)
 
-    monkeypatch.setattr(predict_module, "add_legend", add_legend)
+    monkeypatch.setattr(picture_writer, "draw_panel", draw_panel)
     scores = detector(paths).score
     calibration = Calibration.fit(scores, scores)
-    for level, wanted in ((0.5, {"ID", "OOD"}), (0.005, set())):
+    for level in (0.5, 0.005):
         drawn.clear()
-        predict(detector.calibrated(calibration, level), paths, tmp_path, PredictConfig())
-        words = {word for lines in drawn for word in lines[1].split()}
-        assert words & {"ID", "OOD"} == wanted
-        assert "p" in words
+        config = PredictConfig(workers=1, overwrite=True)
+        predict(detector.calibrated(calibration, level), paths, tmp_path, config)
+        lines = read_csv(tmp_path)
+        said = {"true": "OOD", "false": "ID", "": "no decision"}
+        for decision, line in zip(drawn, lines, strict=True):
+            title, explained = decision.words()
+            assert title.partition(":")[0] == said[line["is_ood"]]
+            assert any("p-value" in text for text in explained)
+            assert any(line["prediction"] in text for text in explained)
+    assert {line["is_ood"] for line in lines} == {""}
 
 
 def test_the_command_warns_once_when_the_level_is_too_fine(run, paths, tmp_path, caplog):
     arguments = ["predict", str(run), str(paths[0]), "--out", str(tmp_path), "--device", "cpu"]
-    result = CliRunner().invoke(main, [*arguments, "--no-pictures", "--false-alarm", "0.001"])
+    result = CliRunner().invoke(main, [*arguments, "--pictures", "none", "--false-alarm", "0.001"])
     assert result.exit_code == 0, result.output
     assert caplog.text.count("needs at least 999 held-out ID images") == 1
     assert read_csv(tmp_path)[0]["is_ood"] == ""
 
 
-def test_a_picture_that_cannot_be_written_costs_no_line(detector, paths, tmp_path):
-    (tmp_path / "003_png.npy" / "in the way").mkdir(parents=True)
-    (tmp_path / "005_png.png").mkdir()
+def test_a_picture_that_cannot_be_written_costs_no_line(detector, paths, tmp_path, monkeypatch):
+    def make_directory(path):
+        files.make_directory(path)
+        # in the way of a file
+        for name in ("003.png.npy/x", "005.png/x"):
+            files.make_directory(path / name)
+
+    monkeypatch.setattr(picture_writer, "make_directory", make_directory)
     results = predict(detector, paths, tmp_path, PredictConfig(batch_size=4))
     assert results.num_images == len(paths)
     assert [image.row for image in results.not_drawn] == [3, 5]
     (problem,) = results.problems
-    assert "images without an overlay and heatmap: 2" in problem
-    assert "003_png.npy" in problem
+    assert "images without a picture and heatmap: 2" in problem
+    assert "003.png.npy" in problem
     assert "Is a directory" in problem
     lines = read_csv(tmp_path)
-    assert [i for i, line in enumerate(lines) if not line["overlay"]] == [3, 5]
+    assert [i for i, line in enumerate(lines) if not line["picture"]] == [3, 5]
     assert [i for i, line in enumerate(lines) if not line["heatmap"]] == [3, 5]
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_an_image_for_which_the_classifier_returns_nan_costs_the_others_nothing(
@@ -397,7 +565,7 @@ def test_an_image_for_which_the_classifier_returns_nan_costs_the_others_nothing(
         return Output(features, output.logits, output.maps)
 
     monkeypatch.setattr(detector.classifier, "forward", poisoned)
-    results = predict(detector, paths, tmp_path, PredictConfig(batch_size=4, pictures=False))
+    results = predict(detector, paths, tmp_path, PredictConfig(batch_size=4, pictures="none"))
     assert [image.row for image in results.skipped] == [5]
     assert f"skipped {paths[5]}: the classifier returns NaN or infinity" in caplog.messages
     found = [float(line["score"]) for line in read_csv(tmp_path)]
@@ -408,7 +576,7 @@ def test_an_image_of_extreme_shape_costs_the_others_nothing(detector, paths, tmp
     for name, size in (("thin.png", (1, 80_000)), ("wide.png", (60_000, 1))):
         Image.new("L", size).save(tmp_path / name)
     files = [paths[0], tmp_path / "thin.png", tmp_path / "wide.png", paths[1]]
-    results = predict(detector, files, tmp_path / "out", PredictConfig(pictures=False))
+    results = predict(detector, files, tmp_path / "out", PredictConfig(pictures="none"))
     assert results.num_images + len(results.skipped) == 4
     named = [line["image"] for line in read_csv(tmp_path / "out")]
     assert {str(paths[0]), str(paths[1])} <= set(named)
@@ -419,7 +587,7 @@ def test_exif_orientation_is_applied(detector, paths, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    results = predict(detector, [tmp_path / "turned.png"], tmp_path, PredictConfig(pictures=False))
+    results = predict(detector, [tmp_path / "turned.png"], tmp_path, PredictConfig(pictures="none"))
     assert results.num_images == 1
     found = float(read_csv(tmp_path)[0]["score"])
     assert found == pytest.approx(detector(upright).score[0], abs=2e-6)
@@ -433,43 +601,8 @@ def test_a_second_process_is_refused_while_one_writes(detector, paths, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".lock", "scores.csv"]
     assert (tmp_path / "scores.csv").read_text() == "of the other"
-    assert predict(detector, paths[:2], tmp_path, PredictConfig()).num_images == 2
-
-
-def test_an_overlay_shows_the_image_where_the_heatmap_is_zero():
-    image = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
-    strength = np.zeros((8, 8), np.float32)
-    strength[2, 3] = 0.4
-    picture = np.asarray(overlay(image, strength, color_max=0.4, size=8))
-    changed = (picture != image.transpose(1, 2, 0)).any(axis=2)
-    assert np.argwhere(changed).tolist() == [[2, 3]]
-    half = np.asarray(overlay(image, strength, color_max=0.8, size=8))
-    assert (half[2, 3] != picture[2, 3]).any()  # one scale for all, not one for each image
-
-
-@pytest.mark.parametrize(("size", "wanted"), [(32, 224), (64, 256), (224, 224), (300, 300)])
-def test_every_pixel_of_an_image_is_equally_large_on_its_overlay(size, wanted):
-    image, strength = np.zeros((3, size, size), np.uint8), np.zeros((size, size), np.float32)
-    assert overlay(image, strength, 1.0).size == (wanted, wanted)
-
-
-def test_a_legend_leaves_the_picture_as_it_is_and_its_bar_goes_up_the_scale():
-    picture = Image.new("RGB", (224, 224), (10, 20, 30))
-    drawn = np.asarray(add_legend(picture, ["a" * 200, "score 0.1"], 0.4))
-    np.testing.assert_array_equal(drawn[:224], np.asarray(picture))
-    wanted = figures._blend(np.full((1, 2, 3), 160, np.uint8), np.array([[0.0, 1.0]]))
-    rows = [row for row in drawn[224:] if (row[6] == wanted[0, 0]).all()]
-    assert rows
-    assert (rows[0][217] == wanted[0, 1]).all()
-    assert (drawn[224:, [0, -1]] == 255).all()  # long names are cut, nothing is cut off
-
-
-def test_long_names_are_cut_at_the_width():
-    font = figures._load_font(12)
-    assert _truncate("cat", font, 200) == "cat"
-    cut = _truncate("Cardigan Welsh corgi, Cardigan", font, 100)
-    assert cut.endswith("…")
-    assert font.getlength(cut) <= 100 < font.getlength(cut[:-1] + "xxx…")
+    config = PredictConfig(overwrite=True)
+    assert predict(detector, paths[:2], tmp_path, config).num_images == 2
 
 
 def test_images_of_any_image_set_are_scored_as_their_files_are(detector, data, tmp_path):
@@ -490,6 +623,10 @@ def test_images_of_any_image_set_are_scored_as_their_files_are(detector, data, t
     )
     assert [line.pop("image") for line in found] == list(map(str, paths))
     assert [line.pop("image") for line in wanted] == list(map(str, files))
+    for line in (*found, *wanted):
+        # at another place below the common folder
+        assert line.pop("picture")
+        assert line.pop("heatmap")
     assert found == wanted
 
 

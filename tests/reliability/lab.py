@@ -406,7 +406,7 @@ class Lab:
             "train": {"epochs": 2, "width": 8, "feature_maps": 1, **small},
             "evaluate": {**tests, "gallery": 1, "batch_size": 32},
             "localize": {**tests, "count": 1},
-            "predict": {"out": place / "out", "device": "cpu"},
+            "predict": {"out": place / "out", "device": "cpu", "overwrite": True},
             "export": {"format": "torch", "out": place / "detector.pt2"},
             "verify": {},
         }
