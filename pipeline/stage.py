@@ -395,7 +395,7 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def log_event(run: Path, command: str, **stats: Any) -> None:
+def log_event(run: Path, command: str, /, **stats: Any) -> None:
     """Append a line with time, version and stats of a command to ``log.jsonl`` of a run."""
     line = {
         "time": _now(),
