@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ood_heatmap.config_file import save_config
 from ood_heatmap.options import (
     Command,
     CommandGroup,
@@ -74,6 +75,7 @@ def index(
         maps = [f"{name} {shape}" for name, shape in zip(network.map_names, shapes, strict=True)]
         click.echo(f"feature maps: {', '.join(maps) or 'none'}")
         results = IndexResults.from_manifest(build_index(run, images, network, config))
+    save_config(run)
     conclude(results, f"targets {run} --ood SOURCE", allow_suspicious=config.allow_suspicious)
 
 
@@ -97,6 +99,7 @@ def targets(run: Path, data: TargetsData, config: TargetsConfig, device: str) ->
     with stage_device(device) as torch_device:
         images = open_sources(data.ood_sources, data, need_labels=False)
         results = TargetsResults.from_manifest(build_targets(run, images, torch_device, config))
+    save_config(run)
     conclude(results, f"train {run}", allow_suspicious=config.allow_suspicious)
 
 
@@ -117,6 +120,7 @@ def train(run: Path, config: TrainConfig, device: str) -> None:
 
     with stage_device(device) as torch_device:
         results = DecoderResults.from_manifest(train_decoder(run, torch_device, config))
+    save_config(run)
     conclude(results, f"evaluate {run} --id SOURCE --ood NAME=SOURCE")
 
 
@@ -154,6 +158,7 @@ def evaluate(run: Path, data: EvaluateData, config: EvaluateConfig, device: str)
             more_runs=data.runs,
         )
     results = EvaluationResults.from_manifest(manifest)
+    save_config(run)
     print_overview(read_result(run, "evaluation", "metrics.json"))
     click.echo(f"report: {run / 'evaluation' / 'report.html'}")
     next_command = f"predict {run} IMAGE_OR_FOLDER --out DIR"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from ood_heatmap.config_file import save_config
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.options import Command, device_option, existing_run, options, trust_option
 from ood_heatmap.output import conclude
@@ -131,6 +132,7 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     with stage_device(device) as torch_device:
         manifest = localize_run(run, id_images, ood_sets, torch_device, config)
     results = LocalizationResults.from_manifest(manifest)
+    save_config(run)
     folder = run / "localization"
     click.echo(format_localization(read_result(run, "localization", "localization.json")))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from ood_heatmap.config_file import choose, use_config
 from ood_heatmap.cores import local_world_size, num_cores
 from ood_heatmap.errors import OodHeatmapError, UsageError, printable
 from ood_heatmap.output import choose_level
@@ -47,12 +48,12 @@ class GroupedOption(click.Option):
 
 
 class Command(click.Command):
-    """A command with grouped options, one-line errors, ``-v`` and ``-q``."""
+    """A command with grouped options, one-line errors, ``--config``, ``-v`` and ``-q``."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters, including those that every command has."""
         *own, help_option = super().get_params(ctx)
-        return [*own, *_VERBOSITY, help_option]
+        return [*own, *_COMMON, help_option]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section for each group, required options first."""
@@ -184,6 +185,7 @@ def options(**kinds: type[Settings]) -> _Decorator[Any]:
             }
             for settings in filled.values():
                 _LOG.debug("%s", settings)
+            choose(filled.values())
             return command(**filled, **arguments)
 
         for kind in reversed(kinds.values()):
@@ -280,7 +282,26 @@ def _verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], N
     return callback
 
 
-_VERBOSITY = [
+def _take_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take the options that are not given from a file."""
+    if path is not None:
+        try:
+            use_config(context, path)
+        except UsageError as error:
+            raise click.UsageError(printable(str(error)), context) from error
+
+
+_COMMON = [
+    GroupedOption(
+        ["--config"],
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        # before the options whose defaults it sets
+        is_eager=True,
+        expose_value=False,
+        callback=_take_config,
+        help="YAML file with a section for each command: options that are not given are taken from "
+        "it. It can name code to run.",
+    ),
     GroupedOption(
         ["-v", "--verbose"],
         is_flag=True,

@@ -90,14 +90,14 @@ def interruptible() -> Iterator[None]:
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Return what reads all that must not differ when a stage is made again, by path.
 
-    Every file but the log and the stamps, which hold times, and of manifests all but ``speed`` and
-    the checksum over it.
+    Every file but the log and the stamps, which hold times, and the options as typed; of manifests
+    all but ``speed`` and the checksum over it.
     """
 
     def read(folder: Path) -> dict[str, bytes]:
         found = {}
         for path in sorted(folder.rglob("*")):
-            if path.is_dir() or path.name in ("log.jsonl", STAMPS):
+            if path.is_dir() or path.name in ("log.jsonl", "run.yaml", STAMPS):
                 continue
             content = path.read_bytes()
             if path.name == "manifest.json":

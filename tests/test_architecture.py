@@ -17,7 +17,7 @@ FOLDERS = {
 # the command line, and what belongs to it
 FRONT = {
     f"ood_heatmap.{name}"
-    for name in ("cli", "cli_stages", "cli_tools", "options", "output", "__main__")
+    for name in ("cli", "cli_stages", "cli_tools", "config_file", "options", "output", "__main__")
 }
 STAGES = {"index", "targets", "train", "evaluate", "localize", "predict", "export", "verify"}
 

@@ -95,6 +95,8 @@ Output:
   --overwrite                 Write again.
 
 Other:
+  --config FILE               YAML file with a section for each command: options that are not given
+                              are taken from it. It can name code to run.
   -v, --verbose               Log details for debugging.
   -q, --quiet                 Print results, warnings and errors only, no progress.
   --help                      Show this message and exit.

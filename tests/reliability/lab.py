@@ -49,7 +49,7 @@ STAGES = ("index", "targets", "train", "evaluate", "localize")
 OUTPUTS = ("predict",)
 # of a command beside index, targets and predict: dear ones are rare in a short run
 COST = {"train": 5, "evaluate": 10, "localize": 1000}
-OWN_NAMES = {".lock", "log.jsonl", "history.jsonl", "manifest.json", "unfinished.json"}
+OWN_NAMES = {".lock", "log.jsonl", "run.yaml", "history.jsonl", "manifest.json", "unfinished.json"}
 SLOW = ("evaluate", "localize")
 SAME_FILE = 3  # calls of one function on one file that a full run disturbs
 DIRECTORIES = {"train": "decoder", "evaluate": "evaluation", "localize": "localization"}
@@ -482,7 +482,7 @@ class Lab:
         found = {
             path.relative_to(place).as_posix(): (path.lstat().st_mode, b"")
             for path in place.rglob("*")
-            if path.name not in ("log.jsonl", STAMPS)
+            if path.name not in ("log.jsonl", "run.yaml", STAMPS)
         }
         # for the message of a second writer alone: what it says of nobody is no harm
         content = {name: b"" if name.endswith(".lock") else item for name, item in content.items()}
