@@ -46,7 +46,8 @@ from ood_heatmap.pipeline.targets import columns_from_index, describe_inputs, he
 
 # ImageNet-1k as ResNet-50 sees it
 NUM_ID, NUM_CLASSES, NUM_FEATURES, SIZE = 1_281_167, 1_000, 2_048, 224
-MAP_SHAPES = ((2_048, 7, 7),)
+# of 2,048 channels, as they are cached
+MAP_SHAPES = ((256, 7, 7),)
 # columns that are written in full: without them a run is not valid
 _KEPT = {"row", "prediction", "nearest", "same_class", "patched"}
 # number of distinct image files, and their size, the mean of ImageNet
@@ -167,7 +168,8 @@ def _make_index(run: Path, images: ImageSet) -> None:
         file.truncate(count * NUM_FEATURES * 4)
     generator = np.random.default_rng(0)
     features, spatial = (
-        generator.random(shape, np.float32) for shape in ((2, NUM_FEATURES), (2, 2, NUM_FEATURES))
+        generator.random(shape, np.float32)
+        for shape in ((2, NUM_FEATURES), (2, 2, MAP_SHAPES[0][0]))
     )
     with stage.writing(STATISTICS) as scratch:
         scratch.write_bytes(save(shard_moments(features, [spatial], MAP_SHAPES)))

@@ -37,6 +37,7 @@ from ood_heatmap.probing import (
     head_candidates,
     random_pixels,
 )
+from ood_heatmap.projection import Projection
 from ood_heatmap.user_code import describe_error
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class Output:
     Args:
         features: ``(B, D)`` float32, the input of the last linear layer.
         logits: ``(B, L)`` float32.
-        maps: Spatial feature maps ``(B, C, h, w)`` float32, deepest first.
+        maps: Spatial feature maps ``(B, C, h, w)`` float32, deepest first; projected to fewer
+            channels if the classifier does, see ``Classifier.project``.
     """
 
     features: Tensor
@@ -177,10 +179,12 @@ class Classifier(nn.Module):
         if maps is None:
             maps = find_maps(network, self._run, size, config.num_maps) if config.num_maps else ()
         self.maps = tuple(maps)
+        self._projected: tuple[str, ...] = ()
         with self._explaining():
             output = self._check_outputs(pixels)
         self.num_features, self.num_classes = output.features.shape[1], output.logits.shape[1]
-        self.map_shapes = tuple(tuple(item.shape[1:]) for item in output.maps)
+        self.whole_shapes = tuple(tuple(item.shape[1:]) for item in output.maps)
+        self.project({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
         copied = Classifier.__new__(Classifier)
@@ -198,6 +202,31 @@ class Classifier(nn.Module):
     def map_names(self) -> tuple[str, ...]:
         """Modules whose outputs are the feature maps, with their layout if not (B, C, h, w)."""
         return tuple(map(str, self.maps))
+
+    def project(self, projections: Mapping[str, Projection]) -> None:
+        """Project feature maps from now on, given a projection by name of the map.
+
+        Those without one stay as they are, also if they were projected before.
+        """
+        self._projected = tuple(name for name in self.map_names if name in projections)
+        shapes = dict(zip(self.map_names, self.whole_shapes, strict=True))
+        for number, name in enumerate(self._projected):
+            # buffers, which move and are copied with the network; its own weights are stored
+            for field in ("weight", "mean"):
+                value = getattr(projections[name], field).to(self.device)
+                self.register_buffer(f"projection_{field}_{number}", value, persistent=False)
+            shapes[name] = (len(projections[name].weight), *shapes[name][1:])
+        self.map_shapes = tuple(shapes.values())
+
+    def projections(self) -> dict[str, Projection]:
+        """Return the projections in use, by name of the feature map."""
+        return {
+            name: Projection(
+                self.get_buffer(f"projection_weight_{number}"),
+                self.get_buffer(f"projection_mean_{number}"),
+            )
+            for number, name in enumerate(self._projected)
+        }
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Output:
@@ -222,8 +251,10 @@ class Classifier(nn.Module):
 
         with self._lock, forward_hooks(wanted, record):
             logits = self._logits(images)
-        maps = tuple(item.to_grid(outputs[item.name]).float() for item in self.maps)
-        return Output(inputs[self.head].float(), logits.float(), maps)
+        maps = {str(item): item.to_grid(outputs[item.name]).float() for item in self.maps}
+        for name, projection in self.projections().items():
+            maps[name] = projection(maps[name])
+        return Output(inputs[self.head].float(), logits.float(), tuple(maps.values()))
 
     def last_layer(self) -> nn.Linear:
         """Return the head as a linear layer; a copy if it is a 1x1 convolution."""

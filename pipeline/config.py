@@ -380,6 +380,15 @@ class IndexConfig(EmbedConfig):
     ignore_labels: Annotated[
         bool, Option("Ignore class folders: index the images without labels.", "Data")
     ] = False
+    map_channels: Annotated[
+        int,
+        Option(
+            "Maximum number of channels of a cached feature map; wider ones are projected to their "
+            "principal components over ID images. 0 for all channels.",
+            "Classifier",
+            min=0,
+        ),
+    ] = 256
     shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
     allow_suspicious: _AllowSuspicious = False
     deterministic: _Deterministic = False

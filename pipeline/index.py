@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ood_heatmap.cache.files import make_directory, save_tensors
-from ood_heatmap.cache.manifest import Manifest
+from ood_heatmap.cache.files import hash_file, make_directory, save_tensors
+from ood_heatmap.cache.manifest import Manifest, hash_json
 from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
 from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, map_shard
 from ood_heatmap.checks import library_versions
@@ -23,6 +23,7 @@ from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.duplicates import hash_pixels
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
+from ood_heatmap.pipeline.channels import cached_shapes, is_projected, project_maps
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.forward import BatchedClassifier
@@ -40,6 +41,7 @@ from ood_heatmap.pipeline.run import (
     PIXEL_HASHES,
     PROBE,
     PROBED,
+    PROJECTIONS,
     WEIGHTS,
     check_probe,
     index_columns,
@@ -91,10 +93,12 @@ def build_index(
     if config.ignore_labels:
         images = replace(images, labels=np.full(len(images), -1, np.int32), classes=())
     make_directory(run)
+    # None if all maps are narrow, as in a run of an earlier version, which projected none
+    channels = config.map_channels if is_projected(classifier, config.map_channels) else None
     inputs = {
         "classifier": classifier.fingerprint(),
         "images": images.describe(),
-        "options": result_options(config),
+        "options": {**result_options(config), "map_channels": channels},
     }
     environment = describe_environment(classifier.device, deterministic=config.deterministic)
     stage = Stage(run, "index", inputs, environment)
@@ -103,7 +107,7 @@ def build_index(
             stage,
             images,
             {_SHARDS: np.arange(len(images))},
-            bytes_per_row(columns_from_classifier(classifier)),
+            bytes_per_row(columns_from_classifier(classifier, config)),
             shard_mb=config.shard_mb,
             overwrite=config.overwrite,
             # index.faiss and the weights
@@ -112,6 +116,7 @@ def build_index(
         )
         if schedule.manifest is not None:
             return schedule.manifest
+        project_maps(stage, images, classifier, config)
         meter = Meter(schedule.num_own_rows, "index")
         forward = BatchedClassifier(classifier, config.batch_size, spatial=True)
         _embed_shards(stage, schedule.own[_SHARDS], images, forward, config, meter)
@@ -123,6 +128,9 @@ def build_index(
         if results is not None:
             names = [*schedule.names, INDEX, WEIGHTS, STATISTICS, PIXEL_HASHES, PROBE]
             content = stage_content(stage, schedule.names)
+            if channels is not None:
+                names.append(PROJECTIONS)
+                content = hash_json([content, hash_file(stage.directory / PROJECTIONS)])
             manifest = stage.commit(results, names, content=content, speed=speed)
         return broadcast(manifest)
 
@@ -144,7 +152,7 @@ def _embed_shards(
         workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     )
-    columns = columns_from_classifier(forward.classifier)
+    columns = columns_from_classifier(forward.classifier, config)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
             make_arrays = partial(_make_arrays, stage, task, shard, images)
@@ -199,10 +207,10 @@ def _make_arrays(
     }
 
 
-def columns_from_classifier(classifier: Classifier) -> dict[str, Column]:
+def columns_from_classifier(classifier: Classifier, config: IndexConfig) -> dict[str, Column]:
     """Return the columns of an index built with a classifier."""
-    size = classifier.config.transform.size
-    return index_columns(size, classifier.num_features, classifier.map_shapes)
+    size, shapes = classifier.config.transform.size, cached_shapes(classifier, config.map_channels)
+    return index_columns(size, classifier.num_features, shapes)
 
 
 def _write_derived(
@@ -286,7 +294,8 @@ def _write_probe(stage: Stage, columns: Mapping[str, Rows], classifier: Classifi
         restored = restore_classifier(
             classifier.config, stage.directory / WEIGHTS, stage.inputs["classifier"]
         )
-    check_probe(restored.to(classifier.device), tensors, library_versions())
+    restored.to(classifier.device).project(classifier.projections())
+    check_probe(restored, tensors, library_versions())
 
 
 def _check(

@@ -83,7 +83,7 @@ def plan_index(images: ImageSet, classifier: Classifier, config: IndexConfig) ->
     weights = sum(tensor.nbytes for tensor in classifier.network.state_dict().values())
     # index.faiss: built in memory, then written
     bank = len(images) * classifier.num_features * 4
-    row_bytes = bytes_per_row(columns_from_classifier(classifier))
+    row_bytes = bytes_per_row(columns_from_classifier(classifier, config))
     return Plan(
         rows=len(images),
         disk=len(images) * row_bytes + bank + weights,

@@ -36,11 +36,12 @@ from ood_heatmap.pipeline.results import (
     IndexResults,
     TargetsResults,
 )
+from ood_heatmap.projection import Projection, load_projections
 
 log = logging.getLogger(__name__)
 
 PROBE, PROBED = "probe.safetensors", ("images", "features")
-PIXEL_HASHES = "pixel_hashes.safetensors"
+PIXEL_HASHES, PROJECTIONS = "pixel_hashes.safetensors", "projections.safetensors"
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
 # column of the targets
@@ -309,7 +310,7 @@ class Index:
             self.manifest.inputs["classifier"],
             num_maps,
         )
-        classifier.to(device)
+        classifier.to(device).project(self._projections())
         path = self.run / "index" / PROBE
         try:
             tensors = load(read_file(self.run, self.manifest, PROBE))
@@ -319,6 +320,13 @@ class Index:
             raise DamagedCacheError(f"{path} lacks {' or '.join(PROBED)}. Index again.")
         check_probe(classifier, tensors, self.results.versions)
         return classifier
+
+    def _projections(self) -> dict[str, Projection]:
+        """Return the projections of feature maps by name; none if all maps are narrow."""
+        if PROJECTIONS not in self.manifest.files:
+            return {}
+        content = read_file(self.run, self.manifest, PROJECTIONS)
+        return load_projections(content, self.run / "index" / PROJECTIONS)
 
     def pixel_hashes(self) -> NDArray[np.uint64] | None:
         """Return the pixel hash of each image; None if an earlier version made the index.

@@ -38,8 +38,8 @@ def test_a_sparse_run_is_whole_but_takes_no_space(modules, case):
     assert len(targets.columns["row"]) == 3 * NUM_OOD
     assert "targets: 5 of 600 paired again, all equal" in "\n".join(lines)
     statuses = [path.stat() for path in case.run.rglob("*")]
-    # 600 x 359,440 bytes of the index and 1,800 x 230,874 of the targets, on paper
-    assert sum(item.st_size for item in statuses) > 600 * 359_440 + 1_800 * 230_874
+    # 600 x 183,824 bytes of the index and 1,800 x 55,258 of the targets, on paper
+    assert sum(item.st_size for item in statuses) > 600 * 183_824 + 1_800 * 55_258
     assert sum(512 * item.st_blocks for item in statuses) < 5e6
 
 
