@@ -3,11 +3,11 @@
 Most are post-hoc: they need only the classifier and ID images. The last two are controls: they are
 trained on the auxiliary OOD images, as the decoder is. ``METHODS`` is the only list of them: every
 method in it is computed, stored and shown. A fitted score is a ``partial`` of a function of this
-module: rank 0 fits and sends it to the other ranks.
+module: rank 0 fits and sends it to the other ranks. The sum of three of them, in
+``distances``, is standardised on held-out ID images once these are scored.
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +18,10 @@ import torch
 from numpy.typing import NDArray
 from pytorch_ood.detector import ASH, ReAct, ViM
 from scipy.special import logsumexp
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ood_heatmap.distances import Mahalanobis
+from ood_heatmap.controls import logistic_regression, mlp
+from ood_heatmap.distances import Mahalanobis, join_layers
 
 log = logging.getLogger(__name__)
 _Float32: TypeAlias = NDArray[np.float32]
@@ -34,8 +30,31 @@ _FeatureScore: TypeAlias = Callable[[_Float32], _Float32]
 
 _REACT_PERCENTILE = 0.9
 _ASH_PERCENTILE = 0.65
-_MLP_WIDTH, _MLP_EPOCHS = 256, 30
+_GEN_POWER, _GEN_CLASSES = 0.1, 100
 _MAX_NEIGHBOURS = 50
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the methods use of the classifier's outputs.
+
+    Args:
+        features: ``(B, D)``.
+        prediction: ``(B,)`` predicted class.
+        map_means: ``(B, C)`` spatial mean of each feature map, the deepest first.
+        map_std: ``(B, C)`` spatial standard deviation of the deepest map; C is 0 if the decoder
+            does without.
+    """
+
+    features: _Float32
+    prediction: NDArray[np.integer[Any]]
+    map_means: Sequence[_Float32]
+    map_std: _Float32
+
+    @property
+    def decoder_inputs(self) -> _Float32:
+        """What the decoder is given beside the class and the maps themselves, ``(B, K)``."""
+        return np.concatenate([self.features, self.map_std], axis=1)
 
 
 @dataclass(frozen=True)
@@ -43,17 +62,19 @@ class FitData:
     """Training data of the methods.
 
     Args:
-        features: ``(N, D)`` features of ID training images.
+        id: N ID training images.
         labels: ``(N,)`` their classes.
-        ood_features: ``(M, D)`` features of auxiliary OOD images.
+        ood: M auxiliary OOD images.
         head: The classifier's last linear layer, on the CPU.
+        noise: Standard deviation of the noise on the decoder's inputs in training.
         seed: Random seed.
     """
 
-    features: _Float32
+    id: Outputs
     labels: NDArray[np.integer[Any]]
-    ood_features: _Float32
+    ood: Outputs
     head: nn.Linear
+    noise: float
     seed: int
 
 
@@ -62,13 +83,13 @@ class ScoreInputs:
     """Inputs of the methods for a batch of images.
 
     Args:
-        features: ``(B, D)``.
+        outputs: Of the classifier.
         logits: ``(B, L)``.
         knn_distance: ``(B,)`` distance between the unit-length features and those of the k-th
             nearest ID training image.
     """
 
-    features: _Float32
+    outputs: Outputs
     logits: _Float32
     knn_distance: _Float32
 
@@ -84,13 +105,13 @@ class Method:
     Args:
         name: Name in ``metrics.json`` and in the score files.
         label: Label in tables and figures.
-        fit: Fits the method and returns its score.
+        fit: Fits the method and returns its score; None where it does not apply.
         sees_ood: Whether it is fitted on auxiliary OOD images.
     """
 
     name: str
     label: str
-    fit: Callable[[FitData], Score]
+    fit: Callable[[FitData], Score | None]
     sees_ood: bool = False
 
 
@@ -142,6 +163,96 @@ def energy(logits: _Float32) -> _Float32:
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
     return _float32(-logsumexp(logits.astype(np.float64), axis=1))
+
+
+def gen(logits: _Float32) -> _Float32:
+    """Return the generalized entropy of the most probable classes, ``(B,)``.
+
+    The sum of ``p^0.1 (1 - p)^0.1`` over at most 100 classes, as in the paper. In float64 from the
+    logits, whereas pytorch-ood bounds probabilities at 1e-7 and so gives confident images the same
+    score.
+
+    Source: Liu et al., GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection, CVPR
+        2023.
+    """
+    descending = -np.sort(-logits.astype(np.float64), axis=1)
+    normalizer = logsumexp(descending, axis=1, keepdims=True)
+    log_p = descending - normalizer
+    # of the first, `1 - p` would round to 0; all others are at most 0.5
+    log_rest = np.log1p(-np.exp(log_p[:, 1:]))
+    log_rest_of_first = logsumexp(descending[:, 1:], axis=1, keepdims=True) - normalizer
+    log_terms = log_p + np.concatenate([log_rest_of_first, log_rest], axis=1)
+    return _float32(np.exp(_GEN_POWER * log_terms[:, :_GEN_CLASSES]).sum(axis=1))
+
+
+def fdbd(features: _Float32, head: nn.Linear) -> Score:
+    """Fit fDBD: minus the mean distance to the other classes' decision boundaries.
+
+    Divided by the distance to the mean of the ID features. In memory of L x L, whereas pytorch-ood
+    needs L x L x D.
+
+    Args:
+        features: ``(N, D)`` features of ID images.
+        head: The classifier's last linear layer, on the CPU.
+
+    Source: Liu and Qin, Fast Decision Boundary based Out-of-Distribution Detector, ICML 2024.
+    """
+    weight = head.weight.detach().double().numpy()
+    squared = (weight**2).sum(axis=1)
+    between = squared[:, None] + squared - 2 * weight @ weight.T
+    # without a boundary there is no distance to it: of a class to itself, or to one like it
+    apart = between > 1e-9 * squared.max()
+    inverse = np.where(apart, 1 / np.sqrt(np.where(apart, between, 1)), 0)
+    return partial(_fdbd_score, features.mean(axis=0, dtype=np.float64), _float32(inverse))
+
+
+def _fdbd_score(mean: NDArray[np.float64], inverse: _Float32, inputs: ScoreInputs) -> _Float32:
+    """Return the score of fDBD.
+
+    Args:
+        mean: ``(D,)`` mean of the ID features.
+        inverse: ``(L, L)`` one over the distances between the rows of the head's weight.
+        inputs: Inputs of the methods.
+    """
+    logits = inputs.logits
+    lead = logits.max(axis=1, keepdims=True) - logits
+    distance = (lead * inverse[logits.argmax(axis=1)]).sum(axis=1) / max(1, logits.shape[1] - 1)
+    from_mean = np.linalg.norm(inputs.outputs.features - mean, axis=1)
+    return _float32(-distance / np.maximum(from_mean, np.finfo(np.float32).tiny))
+
+
+def multi_layer_mahalanobis(data: FitData) -> Score | None:
+    """Fit Mahalanobis++ to the features and the spatial means of the feature maps, concatenated.
+
+    Each is divided by its norm first. A map whose mean is the features, as the deepest often is, is
+    left out. None if there is only one map, or none is left.
+
+    Source: after Mueller and Hein, Mahalanobis++, ICML 2025; several layers as in Lee et al.,
+        NeurIPS 2018.
+    """
+    features, map_means = data.id.features, data.id.map_means
+    layers = [
+        number for number, means in enumerate(map_means) if not _are_features(means, features)
+    ]
+    if len(map_means) < 2 or not layers:
+        return None
+    joined = join_layers(features, [map_means[number] for number in layers])
+    return partial(_multi_layer_score, Mahalanobis.fit_unit(joined, data.labels), layers)
+
+
+def _multi_layer_score(
+    mahalanobis: Mahalanobis, layers: Sequence[int], inputs: ScoreInputs
+) -> _Float32:
+    """Score features and spatial means of some feature maps."""
+    outputs = inputs.outputs
+    means = [outputs.map_means[number] for number in layers]
+    return mahalanobis(join_layers(outputs.features, means))
+
+
+def _are_features(means: _Float32, features: _Float32) -> bool:
+    """Return whether spatial means of a map, stored in float16, are the features."""
+    tolerance = 0.01 * float(np.abs(features).mean())
+    return means.shape == features.shape and np.allclose(means, features, 0.01, tolerance)
 
 
 def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:
@@ -205,61 +316,6 @@ def _score_arrays(predict: Callable[[Tensor], Tensor], features: _Float32) -> _F
         return predict(torch.from_numpy(features)).numpy()
 
 
-def logistic_regression(id_features: _Float32, ood_features: _Float32) -> _FeatureScore:
-    """Fit a linear classifier of ID against auxiliary OOD features; the score is its log-odds.
-
-    Args:
-        id_features: ``(N, D)``.
-        ood_features: ``(M, D)``.
-    """
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    _fit_quietly(model, id_features, ood_features)
-    return partial(_decide, model)
-
-
-def _decide(model: Any, features: _Float32) -> _Float32:
-    """Return the log-odds of a linear classifier of scikit-learn."""
-    return _float32(model.decision_function(features))
-
-
-def _small_mlp(id_features: _Float32, ood_features: _Float32, seed: int) -> _FeatureScore:
-    """Fit an MLP of ID against auxiliary OOD features; the score is its log-odds.
-
-    Args:
-        id_features: ``(N, D)``.
-        ood_features: ``(M, D)``.
-        seed: Random seed of its weights and of the order of images.
-    """
-    network = MLPClassifier(_MLP_WIDTH, max_iter=_MLP_EPOCHS, random_state=seed)
-    scaler = StandardScaler()
-    _fit_quietly(make_pipeline(scaler, network), id_features, ood_features)
-    return partial(_mlp_log_odds, scaler, network.coefs_, network.intercepts_)
-
-
-def _mlp_log_odds(
-    scaler: StandardScaler,
-    weights: Sequence[_Float32],
-    biases: Sequence[_Float32],
-    features: _Float32,
-) -> _Float32:
-    """Return the log-odds of a network with one hidden layer.
-
-    From the weights: ``predict_proba`` would round to exactly 1 for every clear OOD image.
-    """
-    hidden = np.maximum(scaler.transform(features) @ weights[0] + biases[0], 0)
-    return _float32((hidden @ weights[1] + biases[1])[:, 0])
-
-
-def _fit_quietly(model: Any, id_features: _Float32, ood_features: _Float32) -> None:
-    """Fit a scikit-learn model to ID (0) and OOD (1), without convergence warnings."""
-    both = np.concatenate([id_features, ood_features])
-    is_ood = np.repeat([0, 1], [len(id_features), len(ood_features)])
-    with warnings.catch_warnings():
-        # the limited number of steps is intended
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(both, is_ood)
-
-
 def _of_logits(score: Callable[[_Float32], _Float32]) -> Callable[[FitData], Score]:
     """Wrap a score of logits, which needs no fit, for ``Method.fit``."""
     return lambda data: partial(_score_logits, score)
@@ -270,6 +326,23 @@ def _score_logits(score: Callable[[_Float32], _Float32], inputs: ScoreInputs) ->
     return score(inputs.logits)
 
 
+def _fit_mlp(data: FitData) -> Score:
+    """Fit the MLP to the decoder's inputs."""
+    id_inputs, ood_inputs = (
+        (outputs.decoder_inputs, outputs.prediction) for outputs in (data.id, data.ood)
+    )
+    num_classes = data.head.out_features
+    fitted = mlp(id_inputs, ood_inputs, num_classes, noise=data.noise, seed=data.seed)
+    return partial(_mlp_score, fitted)
+
+
+def _mlp_score(
+    fitted: Callable[[_Float32, NDArray[np.integer[Any]]], _Float32], inputs: ScoreInputs
+) -> _Float32:
+    """Score the decoder's inputs."""
+    return fitted(inputs.outputs.decoder_inputs, inputs.outputs.prediction)
+
+
 def _of_features(fit: Callable[[FitData], _FeatureScore]) -> Callable[[FitData], Score]:
     """Wrap the fit of a score of features for ``Method.fit``."""
     return lambda data: partial(_score_features, fit(data))
@@ -277,7 +350,7 @@ def _of_features(fit: Callable[[FitData], _FeatureScore]) -> Callable[[FitData],
 
 def _score_features(score: _FeatureScore, inputs: ScoreInputs) -> _Float32:
     """Score the features."""
-    return score(inputs.features)
+    return score(inputs.outputs.features)
 
 
 def _knn_distance(inputs: ScoreInputs) -> _Float32:
@@ -289,40 +362,39 @@ METHODS = (
     Method("msp", "MSP", _of_logits(maximum_softmax)),
     Method("max_logit", "max logit", _of_logits(maximum_logit)),
     Method("energy", "energy", _of_logits(energy)),
+    Method("gen", "GEN", _of_logits(gen)),
     # Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022
     Method("knn", "kNN", lambda data: _knn_distance),
     Method(
         "mahalanobis",
         "Mahalanobis",
-        _of_features(lambda data: Mahalanobis.fit(data.features, data.labels)),
+        _of_features(lambda data: Mahalanobis.fit(data.id.features, data.labels)),
     ),
     Method(
         "mahalanobis_pp",
         "Mahalanobis++",
-        _of_features(lambda data: Mahalanobis.fit_unit(data.features, data.labels)),
+        _of_features(lambda data: Mahalanobis.fit_unit(data.id.features, data.labels)),
     ),
-    Method("vim", "ViM", _of_features(lambda data: vim(data.features, data.head))),
-    Method("react", "ReAct", _of_features(lambda data: react(data.features, data.head))),
+    Method("mahalanobis_pp_layers", "Maha++ all layers", multi_layer_mahalanobis),
+    Method("fdbd", "fDBD", lambda data: fdbd(data.id.features, data.head)),
+    Method("vim", "ViM", _of_features(lambda data: vim(data.id.features, data.head))),
+    Method("react", "ReAct", _of_features(lambda data: react(data.id.features, data.head))),
     Method("ash", "ASH", _of_features(lambda data: ash(data.head))),
     Method(
         "logistic_regression",
         "logistic regression",
-        _of_features(lambda data: logistic_regression(data.features, data.ood_features)),
+        _of_features(lambda data: logistic_regression(data.id.features, data.ood.features)),
         sees_ood=True,
     ),
-    Method(
-        "mlp",
-        "MLP",
-        _of_features(lambda data: _small_mlp(data.features, data.ood_features, data.seed)),
-        sees_ood=True,
-    ),
+    Method("mlp", "MLP", _fit_mlp, sees_ood=True),
 )
 
 
 def fit_methods(data: FitData) -> dict[str, Score]:
-    """Fit every method of ``METHODS``; return the scores, which can be pickled, by name."""
+    """Fit every method of ``METHODS`` that applies; return the scores by name, for a pickle."""
     log.info(
         "fitting %d baselines on %d ID and %d auxiliary OOD images",
-        *(len(METHODS), len(data.features), len(data.ood_features)),
+        *(len(METHODS), len(data.labels), len(data.ood.features)),
     )
-    return {method.name: method.fit(data) for method in METHODS}
+    fitted = {method.name: method.fit(data) for method in METHODS}
+    return {name: score for name, score in fitted.items() if score is not None}

@@ -13,7 +13,7 @@ counts the same, and only ID images are needed. (The logarithm of the cosine dis
 Everything is fitted from arrays, computed in float64, and stored as plain tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,6 +30,8 @@ _Labels: TypeAlias = NDArray[np.integer[Any]]
 _STEP = 1024
 # smaller distances count as this: float32 search of unit-length features cannot tell them from 0
 _SMALLEST = 1e-3
+# names of the three scores in ``baselines.METHODS``, as the arguments of ``three_terms``
+TERMS = ("max_logit", "knn", "mahalanobis_pp")
 _PREFIX = "sum_of_three."
 
 
@@ -164,6 +166,12 @@ def _unit_length(rows: _Float64) -> _Float64:
     """Return rows divided by their norm; a zero row stays zero."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.maximum(norms, np.finfo(np.float32).tiny))
+
+
+def join_layers(features: _Float32, map_means: Sequence[_Float32]) -> _Float32:
+    """Concatenate features and means of feature maps, ``(B, C)`` each, all of unit length."""
+    items = [_unit_length(item.astype(np.float64)) for item in (features, *map_means)]
+    return np.concatenate(items, axis=1).astype(np.float32)
 
 
 def _rounded(values: _Float64) -> _Float64:

@@ -24,6 +24,7 @@ from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.audit import audit_training_sets
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
+from ood_heatmap.pipeline.fitting import check_methods, num_neighbours
 from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
 from ood_heatmap.pipeline.results import EvaluationResults
 from ood_heatmap.pipeline.run import (
@@ -38,13 +39,13 @@ from ood_heatmap.pipeline.run import (
 from ood_heatmap.pipeline.schedule import source_hash
 from ood_heatmap.pipeline.scoring import (
     HEATMAP,
+    HELD_OUT,
     ID,
+    SUM,
     ScoredSet,
     Subset,
-    check_methods,
     current_content,
     make_detection_methods,
-    num_neighbours,
     open_detectors,
     score_set,
     scores_name,
@@ -64,8 +65,6 @@ from ood_heatmap.sanity import (
 
 log = logging.getLogger(__name__)
 
-# name of the set that thresholds are calibrated on
-_HELD_OUT = "calibration"
 # ID images per OOD image in the paper's protocol
 _ID_TO_OOD = 5
 
@@ -122,7 +121,9 @@ def evaluate(
         missing = [name for name in subsets if name not in scored]
         if missing:
             methods = make_detection_methods(index, targets, detectors, config)
-            scored |= {name: score_set(stage, name, subsets[name], methods) for name in missing}
+            # first the held-out images, on which the sum of three is standardised
+            for name in sorted(missing, key=lambda name: name != HELD_OUT):
+                scored[name] = score_set(stage, name, subsets[name], methods, scored.get(HELD_OUT))
         scored = {name: scored[name] for name in subsets}
         if is_main():
             _publish(stage, scored, subsets, decoders, detectors[0], index, targets, config)
@@ -141,7 +142,7 @@ def _publish(
     config: EvaluateConfig,
 ) -> None:
     """Write the table, the thresholds, the figures and the report, then the manifest."""
-    shown = {name: item for name, item in scored.items() if name != _HELD_OUT}
+    shown = {name: item for name, item in scored.items() if name != HELD_OUT}
     table = metrics_table({name: item.scores for name, item in shown.items()}, config)
     metrics = metrics_json(table, shown[ID], num_neighbours(index, config), config)
     metrics["runs"] = [_describe_decoder(decoder) for decoder in decoders]
@@ -149,7 +150,7 @@ def _publish(
         name: _write_names(stage, name, subset.images, scored[name])
         for name, subset in subsets.items()
     }
-    calibration = _calibrate(stage, scored.get(_HELD_OUT))
+    calibration = _calibrate(stage, scored.get(HELD_OUT))
     if calibration is not None:
         metrics["decisions"] = decisions(shown, calibration, config.false_alarm)
     findings = _check(scored, subsets, index, targets, config)
@@ -184,13 +185,13 @@ def _check(
         ),
     ]
     for name, subset in subsets.items():
-        if name not in (ID, _HELD_OUT):
+        if name not in (ID, HELD_OUT):
             findings += check_ood_names(subset.images.source, subset.images.class_names, classes)
     findings += check_scores({name: item.by_method for name, item in scored.items()})
     findings += check_resamples(config.resamples)
     findings += check_methods(index, targets, config)
-    if _HELD_OUT in scored:
-        findings += check_calibration(len(scored[_HELD_OUT]), config.false_alarm)
+    if HELD_OUT in scored:
+        findings += check_calibration(len(scored[HELD_OUT]), config.false_alarm)
     return [*findings, *_find_overlaps(scored, subsets, index, targets)]
 
 
@@ -201,7 +202,7 @@ def _find_overlaps(
     targets: Targets,
 ) -> list[Finding]:
     """Check that no image is in two sets that must not share one."""
-    titles = {_HELD_OUT: "the held-out ID images", ID: "the ID test set"}
+    titles = {HELD_OUT: "the held-out ID images", ID: "the ID test set"}
     titles |= {name: f"the OOD test set {name}" for name in scored if name not in titles}
     sets = audit_training_sets(index, targets)
     for name, title in titles.items():
@@ -216,8 +217,8 @@ def _to_audited(
     """Prepare a scored set for the search of overlaps."""
     return AuditedSet(
         f"{title} ({images.source})",
-        kind="ID" if name in (ID, _HELD_OUT) else "OOD",
-        fitted=name == _HELD_OUT,
+        kind="ID" if name in (ID, HELD_OUT) else "OOD",
+        fitted=name == HELD_OUT,
         name_of=lambda position: images.names[scored.row[position]],
         pixel_hash=scored.pixel_hash,
         nearest=index.positions(scored.nearest),
@@ -239,12 +240,12 @@ def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> No
     bad = [
         name
         for name in ood_sets
-        if name in (ID, _HELD_OUT) or not name.replace("-", "").replace("_", "").isalnum()
+        if name in (ID, HELD_OUT) or not name.replace("-", "").replace("_", "").isalnum()
     ]
     if bad:
         raise UsageError(
             f"an OOD set cannot be named {bad[0]!r}: "
-            f"use letters, digits, - and _, and neither {ID!r} nor {_HELD_OUT!r}."
+            f"use letters, digits, - and _, and neither {ID!r} nor {HELD_OUT!r}."
         )
 
 
@@ -318,7 +319,7 @@ def _choose_images(
         )
     subsets = {ID: Subset(id_images, kept, classes)}
     if len(held_out.rows):
-        subsets[_HELD_OUT] = held_out
+        subsets[HELD_OUT] = held_out
     for name, images in ood_sets.items():
         subsets[name] = Subset(images, _ood_rows(name, images, len(kept), config), classes)
     return subsets
@@ -375,6 +376,9 @@ def _resume_or_start(
         for name, file in files.items()
         if complete is not None or stage.is_intact(file)
     }
+    if complete is None:
+        # sets scored by an earlier version lack methods: they are scored again
+        scored = {name: item for name, item in scored.items() if SUM in item.scores}
     sources = stage.sources(list(files.values()), complete)
     for name, item in scored.items():
         source = source_hash(subsets[name].images, subsets[name].rows)
@@ -436,7 +440,7 @@ def _finish(
     content = hash_json({name: item.content for name, item in scored.items()})
     names = [scores_name(name) for name in scored]
     names += [f"images-{name}.txt" for name in scored]
-    sets = [name for name in scored if name not in (ID, _HELD_OUT)]
+    sets = [name for name in scored if name not in (ID, HELD_OUT)]
     if calibration is not None:
         names.append(CALIBRATION)
     results = EvaluationResults(

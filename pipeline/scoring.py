@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ood_heatmap.baselines import FitData, Score, ScoreInputs, choose_neighbours, fit_methods
+from ood_heatmap.baselines import Outputs, Score, ScoreInputs, fit_methods
 from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.detector import HeatmapDetector, decode_heatmap
+from ood_heatmap.distances import TERMS, Standardization, three_terms
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
 from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
@@ -23,25 +24,27 @@ from ood_heatmap.heatmap import pixel_score, score
 from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
+from ood_heatmap.pipeline.fitting import fit_data, num_neighbours, sample, to_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.run import Index, Targets, make_detector, open_decoder
 from ood_heatmap.pipeline.schedule import content_hash, source_hash
 from ood_heatmap.pipeline.stage import Stage, log_event
-from ood_heatmap.sanity import Finding, check_fits
 
 _Float32 = NDArray[np.float32]
 _Int64 = NDArray[np.int64]
 _UInt8 = NDArray[np.uint8]
 
-ID, HEATMAP = "id", "heatmap"
+ID, HEATMAP, SUM = "id", "heatmap", "sum"
+# name of the set that the sum of three is standardised on, and thresholds are calibrated on
+HELD_OUT = "calibration"
 # the score that the detector decides with
 DEFAULT = HEATMAP
 
 # images scored at once, which bounds the heatmaps in memory, and the unit of distribution to ranks
 _CHUNK = 1024
-# maximum number of ID images, and of OOD images, that methods are fitted on
-_MAX_FIT = 50_000
+# ID training images that stand in for held-out ones
+_MAX_REFERENCE = 2000
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class _DetectionMethods:
 
     Args:
         detectors: Detector of the run, then of runs with other seeds; they share a classifier.
+        classifier: The classifier; returns all feature maps of the index.
         index: Index of the run.
         id_features: Features of all ID training images, searched at unit length.
         by_name: The fitted methods.
@@ -161,6 +165,7 @@ class _DetectionMethods:
     """
 
     detectors: Sequence[HeatmapDetector]
+    classifier: Classifier
     index: Index
     id_features: FlatBank
     by_name: Mapping[str, Score]
@@ -176,7 +181,14 @@ class _DetectionMethods:
         """
         heatmap_scores, max_pixel_score = self._decode(embedded)
         distance, positions = self.id_features.search(embedded.features, self.neighbours)
-        inputs = ScoreInputs(embedded.features, embedded.logits, distance[:, -1])
+        outputs = to_outputs(
+            embedded.features,
+            embedded.prediction,
+            embedded.spatial,
+            self.classifier.map_shapes,
+            self._num_maps,
+        )
+        inputs = ScoreInputs(outputs, embedded.logits, distance[:, -1])
         scores = {name: method(inputs) for name, method in self.by_name.items()}
         nearest = positions[:, 0]
         return ScoredSet(
@@ -193,11 +205,40 @@ class _DetectionMethods:
             content=embedded.content,
         )
 
+    @cached_property
+    def training_reference(self) -> dict[str, _Float32]:
+        """Scores of ID training images, which stand in for held-out ID images where there are none.
+
+        The nearest neighbour of an image in the bank is itself: one more is searched.
+        """
+        rows = self.index.columns["features"]
+        chosen = sample(np.arange(len(rows)), self.config.seed, _MAX_REFERENCE)
+        features = rows.take(chosen)
+        distance, _ = self.id_features.search(features, self.neighbours + 1)
+        head = copy.deepcopy(self.classifier.last_layer()).cpu()
+        with torch.inference_mode():
+            logits = head(torch.from_numpy(features)).numpy()
+        outputs = Outputs(features, logits.argmax(axis=1), (), features[:, :0])
+        inputs = ScoreInputs(outputs, logits, distance[:, -1])
+        return {name: self.by_name[name](inputs) for name in TERMS}
+
+    def add_sum(self, scored: ScoredSet, held_out: ScoredSet | None) -> ScoredSet:
+        """Return the scores of a set with the sum of three, standardised on held-out ID images."""
+        reference = self.training_reference if held_out is None else held_out.scores
+        standardization = Standardization.fit(_three_terms(reference))
+        total = standardization(_three_terms(scored.scores)).sum(axis=1).astype(np.float32)
+        return replace(scored, scores={**scored.scores, SUM: total})
+
+    @property
+    def _num_maps(self) -> int:
+        """Number of feature maps that the decoders use."""
+        return len(self.detectors[0].decoder.config.map_shapes)
+
     def _decode(self, embedded: Embedded) -> tuple[dict[str, _Float32], _Float32]:
         """Return the image scores of each decoder, and the maximum pixel scores of the run's."""
         device, size = self.detectors[0].classifier.device, self.config.batch_size
         batches = [
-            _to_output(embedded, slice(start, start + size), device)
+            _to_output(embedded, slice(start, start + size), device, self._num_maps)
             for start in range(0, len(embedded.rows), size)
         ]
         scores, max_pixel_score = {}, np.empty(0, np.float32)
@@ -209,6 +250,11 @@ class _DetectionMethods:
         return scores, max_pixel_score
 
 
+def _three_terms(scores: Mapping[str, _Float32]) -> NDArray[np.float64]:
+    """Return the terms of the sum of three, ``(B, 3)``, from the scores by method."""
+    return three_terms(*(scores[name] for name in TERMS))
+
+
 @torch.inference_mode()
 def _score_images(detector: HeatmapDetector, output: Output) -> tuple[_Float32, _Float32]:
     """Return the mean and the maximum pixel score of each heatmap, which stays on the device."""
@@ -217,12 +263,12 @@ def _score_images(detector: HeatmapDetector, output: Output) -> tuple[_Float32, 
     return score(heatmap).cpu().numpy(), pixels.amax(dim=(1, 2)).cpu().numpy()
 
 
-def _to_output(embedded: Embedded, rows: slice, device: torch.device) -> Output:
-    """Return the classifier's outputs of some rows, on the device."""
+def _to_output(embedded: Embedded, rows: slice, device: torch.device, num_maps: int) -> Output:
+    """Return the classifier's outputs of some rows, on the device, with the decoder's maps."""
     return Output(
         torch.from_numpy(embedded.features[rows]).to(device),
         torch.from_numpy(embedded.logits[rows]).to(device),
-        tuple(torch.from_numpy(maps[rows]).to(device) for maps in embedded.maps),
+        tuple(torch.from_numpy(maps[rows]).to(device) for maps in embedded.maps[:num_maps]),
     )
 
 
@@ -239,64 +285,23 @@ def make_detection_methods(
     index: Index, targets: Targets, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
 ) -> _DetectionMethods:
     """Fit every method, on rank 0 for all ranks."""
-    classifier = detectors[0].classifier
+    detector = detectors[0]
+    classifier, decoder = detector.classifier, detector.decoder
     fitted = None
     if is_main():
-        fitted = fit_methods(_fit_data(index, targets, classifier, config.seed))
+        num_maps = len(decoder.config.map_shapes)
+        fitted = fit_methods(fit_data(index, targets, classifier, num_maps, config.seed))
+    if len(classifier.map_shapes) < len(index.results.map_shapes):
+        classifier = index.classifier(classifier.device)
     return _DetectionMethods(
         detectors,
+        classifier,
         index,
         FlatBank(index.columns["features"], unit_length, classifier.device),
         broadcast(fitted),
         num_neighbours(index, config),
         config,
     )
-
-
-def num_neighbours(index: Index, config: EvaluateConfig) -> int:
-    """Return k of the kNN score: the setting, or chosen from the class sizes."""
-    if config.neighbours is None:
-        return choose_neighbours(index.results.class_counts)
-    return min(config.neighbours, index.results.num_images)
-
-
-def _fit_data(index: Index, targets: Targets, classifier: Classifier, seed: int) -> FitData:
-    """Return the cached data that the methods are fitted on."""
-    columns = index.columns
-    rows = _sample(np.arange(len(columns["row"])), seed)
-    features, prediction, label = (
-        columns[name].take(rows) for name in ("features", "prediction", "label")
-    )
-    # patched images are partly ID
-    paired = np.flatnonzero(targets.columns["patched"].read() == 0)
-    head = copy.deepcopy(classifier.last_layer()).cpu()
-    return FitData(
-        features,
-        np.where(label >= 0, label, prediction) if index.results.classes else prediction,
-        targets.columns["features"].take(_sample(paired, seed)),
-        head,
-        seed,
-    )
-
-
-def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> list[Finding]:
-    """Check that the cached data suit all methods."""
-    num_images = index.results.num_images
-    some = np.arange(0, num_images, -(-num_images // 1000))
-    return check_fits(
-        index.columns["features"].take(some),
-        min(num_images, _MAX_FIT),
-        targets.results.num_images,
-        num_neighbours(index, config),
-        index.results.class_counts,
-    )
-
-
-def _sample(rows: _Int64, seed: int) -> _Int64:
-    """Return the rows to fit on, ascending: all, or a seeded sample of ``_MAX_FIT``."""
-    if len(rows) <= _MAX_FIT:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, _MAX_FIT, replace=False))
 
 
 def scores_name(name: str) -> str:
@@ -332,16 +337,30 @@ def current_content(subset: Subset, rows: _Int64) -> str | None:
         return None
 
 
-def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethods) -> ScoredSet:
-    """Score a set and write its scores; chunks are assigned to ranks round-robin."""
-    config, classifier = methods.config, methods.detectors[0].classifier
+def score_set(
+    stage: Stage,
+    name: str,
+    subset: Subset,
+    methods: _DetectionMethods,
+    held_out: ScoredSet | None,
+) -> ScoredSet:
+    """Score a set and write its scores; chunks are assigned to ranks round-robin.
+
+    Args:
+        stage: The evaluation stage.
+        name: Name of the set.
+        subset: Its images.
+        methods: The fitted methods.
+        held_out: The scored held-out ID images; None if there are none, or these are the set.
+    """
+    config, classifier = methods.config, methods.classifier
     chunks = _chunks(subset)
     assigned = range(len(chunks))[rank() :: world_size()]
     meter = Meter(sum(len(chunks[number]) for number in assigned), f"evaluate {name}")
     embedded = embed(
         subset.images,
         [chunks[number] for number in assigned],
-        BatchedClassifier(classifier, config.batch_size),
+        BatchedClassifier(classifier, config.batch_size, spatial=True),
         meter,
         workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
@@ -353,6 +372,7 @@ def score_set(stage: Stage, name: str, subset: Subset, methods: _DetectionMethod
     stats = meter.close()
     gathered = {number: item for of_rank in all_gather(own) for number, item in of_rank.items()}
     scored = ScoredSet.concatenate([gathered[number] for number in range(len(chunks))])
+    scored = methods.add_sum(scored, scored if name == HELD_OUT else held_out)
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
         source = source_hash(subset.images, subset.rows)

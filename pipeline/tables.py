@@ -24,6 +24,7 @@ from ood_heatmap.pipeline.scoring import (
     DEFAULT,
     HEATMAP,
     ID,
+    SUM,
     ScoredSet,
     name_of_run,
 )
@@ -265,9 +266,12 @@ def metrics_json(
 ) -> dict[str, Any]:
     """Return the first part of ``metrics.json``: the table and what its columns mean."""
     methods: dict[str, dict[str, Any]] = {
-        method.name: {"label": method.label, "sees_ood": method.sees_ood} for method in METHODS
+        method.name: {"label": method.label, "sees_ood": method.sees_ood}
+        for method in METHODS
+        if method.name in id_set.scores
     }
     methods["knn"] |= {"label": f"kNN (k = {neighbours})", "neighbours": neighbours}
+    methods[SUM] = {"label": "sum of three", "sees_ood": False}
     known = id_set.label >= 0
     right = id_set.prediction[known] == id_set.label[known]
     return {

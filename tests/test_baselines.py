@@ -1,10 +1,13 @@
 """Every baseline equals its literal formula in float64, and larger is more OOD."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from pytorch_ood.detector import GEN, fDBD
+from sklearn.covariance import ledoit_wolf
 from torch import nn
 
 from ood_heatmap import baselines
@@ -119,73 +122,145 @@ def test_a_head_without_a_bias_is_one_of_zeros(drawn):
         close(*scores)
 
 
-def standardised(drawn):
-    both = np.concatenate([drawn["features"], drawn["auxiliary"]]).astype(np.float64)
-    mean, deviation = both.mean(axis=0), both.std(axis=0)
-    is_ood = np.repeat([0, 1], [len(drawn["features"]), len(drawn["auxiliary"])])
-    return (both - mean) / deviation, is_ood, (drawn["queries"] - mean) / deviation
+def outputs_of(features, logits, maps=()):
+    """Return outputs with the spatial mean of each map, and the deviation of the first."""
+    means = [item.mean(axis=(2, 3)) for item in maps]
+    std = maps[0].std(axis=(2, 3), ddof=1) if maps else features[:, :0]
+    return baselines.Outputs(features, logits.argmax(axis=1), means, std)
 
 
-def test_logistic_regression_is_at_the_minimum_of_its_loss(drawn):
-    """There the gradient is 0: the weights are the sum of residual times input.
+@pytest.fixture
+def data(drawn):
+    """Return what all methods are fitted on, with two feature maps, and inputs to score."""
+    generator = np.random.default_rng(2)
 
-    It stops where no component of the mean gradient exceeds 1e-4, scikit-learn's tolerance.
-    """
-    inputs, is_ood, queries = standardised(drawn)
-    score = baselines.logistic_regression(drawn["features"], drawn["auxiliary"])
-    both = np.concatenate([drawn["features"], drawn["auxiliary"]])
-    residual = is_ood - 1 / (1 + np.exp(-score(both).astype(np.float64)))
-    gradient = 1e-4 * len(inputs)
-    assert abs(residual.sum()) < gradient
-    found, weights = score(drawn["queries"]), residual @ inputs
-    error = np.abs(found - found[0] - (queries - queries[0]) @ weights)
-    assert (error <= gradient * np.abs(queries - queries[0]).sum(axis=1) + 1e-3).all()
+    def outputs(features):
+        logits = drawn["head"](torch.from_numpy(features)).numpy()
+        noise = generator.normal(size=(len(features), NUM_FEATURES, 3, 3))
+        # the mean of the deepest is the features
+        deepest = features[:, :, None, None] + noise - noise.mean(axis=(2, 3), keepdims=True)
+        shallow = features[:, :5, None, None] ** 2 + noise[:, :5]
+        maps = [item.astype(np.float16).astype(np.float32) for item in (deepest, shallow)]
+        return outputs_of(features, logits, maps), logits
 
-
-def test_the_mlp_gives_the_log_odds_of_its_probabilities(drawn, monkeypatch):
-    fitted = []
-    fit = baselines._fit_quietly
-    monkeypatch.setattr(
-        baselines, "_fit_quietly", lambda model, *data: (fitted.append(model), fit(model, *data))
+    (of_id, _), (of_ood, _), (of_queries, logits) = (
+        outputs(drawn[name]) for name in ("features", "auxiliary", "queries")
     )
-    score = baselines._small_mlp(drawn["features"], drawn["auxiliary"], seed=0)
-    probability = fitted[0].predict_proba(drawn["queries"])[:, 1].astype(np.float64)
-    np.testing.assert_allclose(1 / (1 + np.exp(-score(drawn["queries"]))), probability, rtol=1e-4)
+    fit_data = baselines.FitData(of_id, drawn["labels"], of_ood, drawn["head"], noise=0.5, seed=0)
+    return fit_data, baselines.ScoreInputs(of_queries, logits, logits[:, 0])
 
 
-def test_the_mlp_is_the_same_for_the_same_seed_alone(drawn):
-    first, again, other = (
-        baselines._small_mlp(drawn["features"], drawn["auxiliary"], seed)(drawn["queries"])
-        for seed in (0, 0, 1)
+def doubled(outputs):
+    return baselines.Outputs(
+        np.tile(outputs.features, (2, 1)),
+        np.tile(outputs.prediction, 2),
+        [np.tile(item, (2, 1)) for item in outputs.map_means],
+        np.tile(outputs.map_std, (2, 1)),
     )
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
 
 
-def test_every_method_scores_clear_ood_higher(drawn):
-    far = np.random.default_rng(1).gamma(2, 1, (40, NUM_FEATURES)).astype(np.float32) * 2
-    features, auxiliary = (drawn[name] for name in ("features", "auxiliary"))
-    for score in (
-        baselines.logistic_regression(features, auxiliary),
-        baselines._small_mlp(features, auxiliary, 0),
-    ):
-        assert np.median(score(far)) > np.median(score(features))
-
-
-def test_fitted_methods_come_out_of_a_pickle_the_same(drawn):
+def test_fitted_methods_come_out_of_a_pickle_the_same(data):
     """Rank 0 fits them and sends them to the other ranks."""
-    data = baselines.FitData(
-        drawn["features"], drawn["labels"], drawn["auxiliary"], drawn["head"], seed=0
-    )
-    logits = drawn["head"](torch.from_numpy(drawn["queries"])).numpy()
-    inputs = baselines.ScoreInputs(drawn["queries"], logits, logits[:, 0])
-    fitted = baselines.fit_methods(data)
+    fit_data, inputs = data
+    fitted = baselines.fit_methods(fit_data)
     assert list(fitted) == [method.name for method in baselines.METHODS]
     content = pickle.dumps(fitted)
+    twice = replace(fit_data, id=doubled(fit_data.id), labels=np.tile(fit_data.labels, 2))
     # what is sent does not grow with the images that were fitted on
-    assert len(content) < 100_000
+    assert abs(len(pickle.dumps(baselines.fit_methods(twice))) - len(content)) < 1000
     for name, score in pickle.loads(content).items():
         np.testing.assert_array_equal(score(inputs), fitted[name](inputs))
+
+
+def test_gen_is_the_generalized_entropy_of_the_100_most_probable_classes():
+    logits = np.random.default_rng(0).normal(0, 3, (20, 130)).astype(np.float32)
+    powers = np.exp(logits.astype(np.float64))
+    largest = np.sort(powers / powers.sum(axis=1, keepdims=True), axis=1)[:, -100:]
+    close(baselines.gen(logits), (largest**0.1 * (1 - largest) ** 0.1).sum(axis=1))
+    few = torch.from_numpy(logits[:, :10])
+    # its score is the mean over classes
+    close(baselines.gen(logits[:, :10]), 10 * GEN.score(few, gamma=0.1).numpy())
+
+
+def test_gen_keeps_the_order_of_confident_images():
+    logits = np.array([[30, 0, 0], [35, 0, 0], [40, 0, 0]], dtype=np.float32)
+    assert (np.diff(baselines.gen(logits)) < 0).all()
+
+
+def fdbd_of(features, head, queries):
+    logits = head(torch.from_numpy(queries)).numpy()
+    inputs = baselines.ScoreInputs(outputs_of(queries, logits), logits, logits[:, 0])
+    return baselines.fdbd(features, head)(inputs)
+
+
+def test_fdbd_is_the_mean_distance_to_the_decision_boundaries(drawn):
+    weight, bias = head_of(drawn["head"])
+    mean, wanted = drawn["features"].mean(axis=0, dtype=np.float64), []
+    for query in drawn["queries"].astype(np.float64):
+        logits = weight @ query + bias
+        top = logits.argmax()
+        distances = [
+            (logits[top] - logits[other]) / np.linalg.norm(weight[top] - weight[other])
+            for other in range(NUM_CLASSES)
+            if other != top
+        ]
+        wanted.append(-np.mean(distances) / np.linalg.norm(query - mean))
+    found = fdbd_of(drawn["features"], drawn["head"], drawn["queries"])
+    close(found, wanted)
+    theirs = fDBD(None, drawn["head"]).fit_features(torch.from_numpy(drawn["features"]))
+    close(found, theirs.predict_features(torch.from_numpy(drawn["queries"])).numpy())
+
+
+def test_fdbd_of_two_classes_with_one_weight_counts_the_boundaries_there_are(drawn):
+    head = nn.Linear(NUM_FEATURES, NUM_CLASSES).requires_grad_(False)
+    head.weight[1] = head.weight[0]
+    assert np.isfinite(fdbd_of(drawn["features"], head, drawn["queries"])).all()
+
+
+def test_layers_are_the_features_and_the_means_of_the_other_maps(data):
+    """Each of unit length; Mahalanobis++ of both side by side."""
+    fit_data, inputs = data
+
+    def joined(outputs):
+        means = [outputs.features, outputs.map_means[1]]
+        return np.concatenate([unit_length(item) for item in means], axis=1)
+
+    score = baselines.fit_methods(fit_data)["mahalanobis_pp_layers"]
+    features = joined(fit_data.id).astype(np.float64)
+    labels = fit_data.labels
+    means = np.stack([features[labels == label].mean(axis=0) for label in range(NUM_CLASSES)])
+    inverse = np.linalg.inv(ledoit_wolf(features - means[labels], assume_centered=True)[0])
+    difference = joined(inputs.outputs)[:, None] - means
+    wanted = np.einsum("qld,de,qle->ql", difference, inverse, difference).min(axis=1)
+    close(score(inputs), wanted, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("kept", [[], [0], [1], [0, 0]])
+def test_layers_are_left_out_without_another_map(data, kept):
+    """With one map alone, or where the means of all are the features."""
+    fit_data, _ = data
+    means = [fit_data.id.map_means[number] for number in kept]
+    fit_data = replace(fit_data, id=replace(fit_data.id, map_means=means))
+    assert "mahalanobis_pp_layers" not in baselines.fit_methods(fit_data)
+
+
+def test_the_mlp_sees_what_the_decoder_sees(data, monkeypatch):
+    """Features, deviations of the deepest map, and the predicted class."""
+    fit_data, inputs = data
+    seen = []
+    monkeypatch.setattr(
+        baselines,
+        "mlp",
+        lambda *sets, **more: seen.append((sets, more)) or (lambda rows, classes: (rows, classes)),
+    )
+    score = baselines.fit_methods(fit_data)["mlp"]
+    sets = [fit_data.id, fit_data.ood, inputs.outputs]
+    wanted = [(np.concatenate([one.features, one.map_std], axis=1), one.prediction) for one in sets]
+    (*fitted, num_classes), more = seen[0]
+    for found, expected in zip([*fitted, score(inputs)], wanted, strict=True):
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+    assert (num_classes, more) == (NUM_CLASSES, {"noise": 0.5, "seed": 0})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import beta
+from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -27,14 +28,16 @@ from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import load_classifier
 from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.distances import Mahalanobis
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.metrics import METRICS
 from ood_heatmap.pipeline import scoring
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
+from ood_heatmap.pipeline.fitting import fit_data
 from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.run import Index, open_index, open_targets
-from ood_heatmap.pipeline.scoring import _fit_data, score_set
+from ood_heatmap.pipeline.scoring import score_set
 from ood_heatmap.pipeline.tables import (
     format_decisions,
     metrics_table,
@@ -45,7 +48,7 @@ from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 CALIBRATION_FILE = "evaluation/calibration.safetensors"
-METHODS = ("heatmap", *(method.name for method in BASELINES))
+METHODS = ("heatmap", *(method.name for method in BASELINES), "sum")
 CONFIG = EvaluateConfig(near=("near",), batch_size=16, neighbours=5, examples=3)
 
 
@@ -141,6 +144,105 @@ def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finis
     np.testing.assert_allclose(scores(finished_run, "far")["logistic_regression"], odds, atol=0.02)
 
 
+def pixels_of(detector, folder):
+    transform = detector.classifier.config.transform
+    return torch.from_numpy(
+        np.stack([transform(Image.open(path)) for path in sorted(folder.iterdir())])
+    )
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_mahalanobis_of_layers_uses_all_cached_maps(data, classifier, finished_run):
+    """Also those that the decoder does without, as here; on the images themselves."""
+    with h5py.File(finished_run / "index" / "images-00000.h5") as file:
+        maps = [file[f"feature_maps_{number}"][...].astype(np.float64) for number in (1, 2)]
+        features, label = file["features"][...].astype(np.float64), file["label"][...]
+    output = classifier(pixels_of(HeatmapDetector.load(finished_run, "cpu"), data / "far"))
+    bank = [features, *(item.mean(axis=(2, 3)) for item in maps)]
+    of_far = [item.numpy().astype(np.float64) for item in (output.features, *output.maps)]
+    of_far = [of_far[0], *(item.mean(axis=(2, 3)) for item in of_far[1:])]
+    # the deepest map of this network is what its features are the mean of
+    np.testing.assert_allclose(bank[1], bank[0], rtol=1e-2, atol=1e-3)
+    joined, queries = (
+        np.concatenate([unit(one[0]), unit(one[2])], axis=1) for one in (bank, of_far)
+    )
+    means = np.stack([joined[label == one].mean(axis=0) for one in range(4)])
+    inverse = np.linalg.inv(ledoit_wolf(joined - means[label], assume_centered=True)[0])
+    difference = queries[:, None] - means
+    wanted = np.einsum("qld,de,qle->ql", difference, inverse, difference).min(axis=1)
+    found = scores(finished_run, "far")["mahalanobis_pp_layers"]
+    np.testing.assert_allclose(found, wanted, rtol=2e-2)
+
+
+def three(saved):
+    names = ("max_logit", "knn", "mahalanobis_pp")
+    first, *rest = (saved[name].astype(np.float64) for name in names)
+    return np.stack([first, *map(np.log, rest)])
+
+
+def sum_of(terms, reference):
+    mean, std = reference.mean(axis=1), reference.std(axis=1)
+    return ((terms - mean[:, None]) / std[:, None]).sum(axis=0)
+
+
+@pytest.mark.parametrize("name", ["id", "far", "near", "calibration"])
+def test_the_sum_of_three_is_standardised_on_held_out_images(finished_run, name):
+    saved = scores(finished_run, name)
+    wanted = sum_of(three(saved), three(scores(finished_run, "calibration")))
+    np.testing.assert_allclose(saved["sum"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_without_held_out_images_id_training_images_stand_in(data, run):
+    """Each without itself among its neighbours."""
+    config = replace(CONFIG, calibration_share=0, overwrite=True)
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config)
+    with h5py.File(run / "index" / "images-00000.h5") as file:
+        features, label = file["features"][...], file["label"][...]
+    last = HeatmapDetector.load(run, "cpu").classifier.last_layer()
+    logits = last(torch.from_numpy(features)).detach().numpy()
+    distance = np.linalg.norm(unit(features)[:, None] - unit(features), axis=2)
+    np.fill_diagonal(distance, np.inf)
+    reference = {
+        "max_logit": -logits.max(axis=1),
+        "knn": np.sort(distance, axis=1)[:, CONFIG.neighbours - 1],
+        "mahalanobis_pp": Mahalanobis.fit_unit(features, label)(features),
+    }
+    saved = scores(run, "far")
+    np.testing.assert_allclose(
+        saved["sum"], sum_of(three(saved), three(reference)), rtol=1e-2, atol=1e-2
+    )
+
+
+def test_sets_scored_by_a_version_without_a_method_are_scored_again(data, run, monkeypatch):
+    test, wanted = open_images(str(data / "test")), table(run)[0]
+    shutil.rmtree(run / "evaluation")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(scoring._DetectionMethods, "add_sum", lambda self, scored, _: scored)
+        earlier.setattr("ood_heatmap.pipeline.evaluate.metrics_table", raise_keyboard_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, test, sets_of(data), CPU, CONFIG)
+    assert "sum" not in scores(run, "far").files
+    evaluate(run, test, sets_of(data), CPU, CONFIG)
+    assert table(run)[0] == wanted
+
+
+@pytest.mark.parametrize("num_maps", [0, 1])
+def test_the_mlp_is_fitted_on_the_inputs_and_noise_of_the_decoder(run, num_maps):
+    index = open_index(run)
+    targets = open_targets(run, index)
+    found = fit_data(index, targets, index.classifier(CPU), num_maps, 0)
+    assert found.noise == TrainConfig().noise
+    for stage, outputs in ((index, found.id), (targets, found.ood)):
+        columns = {name: column.read() for name, column in stage.columns.items()}
+        maps = torch.from_numpy(columns["feature_maps_1"].astype(np.float32))
+        std = maps.std(dim=(2, 3)).numpy()[:, : 10**6 * num_maps]
+        np.testing.assert_allclose(outputs.map_std, std, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(outputs.prediction, columns["prediction"])
+
+
 def test_rank_0_fits_for_all_and_no_rank_reads_all_features(data, run, monkeypatch):
     """The other ranks get what rank 0 has fitted; features are read in blocks."""
 
@@ -192,7 +294,7 @@ def test_controls_do_not_take_patched_id_images_for_ood(data, run):
     def auxiliary():
         index = open_index(run)
         targets = open_targets(run, index)
-        return _fit_data(index, targets, index.classifier(CPU), 0).ood_features
+        return fit_data(index, targets, index.classifier(CPU), 0, 0).ood.features
 
     before = auxiliary()
     config = TargetsConfig(batch_size=16, patched=1.0, overwrite=True)

@@ -1,0 +1,136 @@
+"""What the methods of ``evaluate`` are fitted on: outputs of the classifier, from the caches."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ood_heatmap.baselines import FitData, Outputs, choose_neighbours
+from ood_heatmap.cache.shards import Rows
+from ood_heatmap.classifier import Classifier
+from ood_heatmap.pipeline.config import EvaluateConfig, TrainConfig
+from ood_heatmap.pipeline.ranges import spatial_statistics
+from ood_heatmap.pipeline.run import Index, Targets, map_column, read_manifest
+from ood_heatmap.sanity import Finding, check_fits
+
+_Float32 = NDArray[np.float32]
+_Int64 = NDArray[np.int64]
+
+# maximum number of ID images, and of OOD images, that methods are fitted on
+_MAX_FIT = 50_000
+# cached rows whose feature maps are in memory at once
+_ROWS_PER_CHUNK = 256
+
+
+def num_neighbours(index: Index, config: EvaluateConfig) -> int:
+    """Return k of the kNN score: the setting, or chosen from the class sizes."""
+    if config.neighbours is None:
+        return choose_neighbours(index.results.class_counts)
+    return min(config.neighbours, index.results.num_images)
+
+
+def fit_data(
+    index: Index, targets: Targets, classifier: Classifier, num_maps: int, seed: int
+) -> FitData:
+    """Return the cached data that the methods are fitted on.
+
+    Args:
+        index: The ID training images.
+        targets: The auxiliary OOD images.
+        classifier: The classifier.
+        num_maps: Number of feature maps that the decoder uses.
+        seed: Random seed.
+    """
+    rows = sample(np.arange(len(index.columns["row"])), seed)
+    label = index.columns["label"].take(rows)
+    # patched images are partly ID
+    paired = np.flatnonzero(targets.columns["patched"].read() == 0)
+    id_outputs, ood_outputs = (
+        _read_outputs(stage.columns, chosen, index.results.map_shapes, num_maps)
+        for stage, chosen in ((index, rows), (targets, sample(paired, seed)))
+    )
+    known = (label >= 0) & bool(index.results.classes)
+    return FitData(
+        id_outputs,
+        np.where(known, label, id_outputs.prediction),
+        ood_outputs,
+        copy.deepcopy(classifier.last_layer()).cpu(),
+        _training_noise(index),
+        seed,
+    )
+
+
+def _training_noise(index: Index) -> float:
+    """Return the noise on the inputs of the run's decoder in training."""
+    options = read_manifest(index.run, "decoder").inputs["options"]
+    return float(options.get("noise", TrainConfig.noise))
+
+
+def _read_outputs(
+    columns: Mapping[str, Rows], rows: _Int64, shapes: Sequence[Sequence[int]], num_maps: int
+) -> Outputs:
+    """Return cached outputs of the classifier, with the means of all cached feature maps.
+
+    Args:
+        columns: Of stage 1 or 2.
+        rows: The rows.
+        shapes: ``(C, h, w)`` of each cached feature map.
+        num_maps: Number of feature maps that the decoder uses.
+    """
+    spatial = []
+    for number, (width, _, _) in enumerate(shapes):
+        column = columns[map_column(number)]
+        statistics = np.empty((len(rows), 2, width), np.float32)
+        for start in range(0, len(rows), _ROWS_PER_CHUNK):
+            maps = column.take(rows[start : start + _ROWS_PER_CHUNK])
+            # a copy: PyTorch warns about read-only memory maps
+            found = spatial_statistics(torch.from_numpy(maps.astype(np.float32)))
+            statistics[start : start + _ROWS_PER_CHUNK] = found.numpy()
+        spatial.append(statistics)
+    features, prediction = (columns[name].take(rows) for name in ("features", "prediction"))
+    return to_outputs(features, prediction, spatial, shapes, num_maps)
+
+
+def to_outputs(
+    features: _Float32,
+    prediction: NDArray[np.int32],
+    spatial: Sequence[_Float32],
+    shapes: Sequence[Sequence[int]],
+    num_maps: int,
+) -> Outputs:
+    """Return what the methods use.
+
+    Args:
+        features: ``(B, D)``.
+        prediction: ``(B,)``.
+        spatial: ``(B, 2, C)`` of each feature map, see ``ranges.spatial_statistics``.
+        shapes: ``(C, h, w)`` of each feature map.
+        num_maps: Number of feature maps that the decoder uses; without any it gets no deviations.
+    """
+    std = np.empty((len(features), 0), np.float32)
+    if num_maps:
+        _, height, width = shapes[0]
+        std = np.sqrt(spatial[0][:, 1] / max(height * width - 1, 1))
+    return Outputs(features, prediction, [item[:, 0] for item in spatial], std)
+
+
+def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> list[Finding]:
+    """Check that the cached data suit all methods."""
+    num_images = index.results.num_images
+    some = np.arange(0, num_images, -(-num_images // 1000))
+    return check_fits(
+        index.columns["features"].take(some),
+        min(num_images, _MAX_FIT),
+        targets.results.num_images,
+        num_neighbours(index, config),
+        index.results.class_counts,
+    )
+
+
+def sample(rows: _Int64, seed: int, count: int = _MAX_FIT) -> _Int64:
+    """Return at most ``count`` of the rows, ascending: all, or a seeded sample."""
+    if len(rows) <= count:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
