@@ -261,21 +261,16 @@ def draw_panel(
         RGB; photo and overlay have the size of ``draw_overlay``.
     """
     fitted, fitted_box = _fit(photo, box)
-    height = fitted.height
     em = max(14, round(1.6 * max(fitted.size) / 60))
-    cells = [
-        ("photo", fitted),
-        ("heatmap", draw_overlay(photo, pixel_score, box, scale)),
+    is_cropped = _whole_pixels(fitted, fitted_box) != (0, 0, *fitted.size)
+    overlay = draw_overlay(fitted, pixel_score, fitted_box, scale)
+    row = [
+        _with_title(fitted, ["photo", _format_size(photo, fitted)], em),
+        _with_title(overlay, ["heatmap", "dark: not seen" if is_cropped else ""], em),
+        *_neighbour_columns(neighbours, fitted.height, em),
     ]
-    row = [_with_title(picture, title, em) for title, picture in cells]
-    row += _neighbour_columns(neighbours, height, em)
-    notes = []
-    if fitted.size != photo.size:
-        notes.append(f"drawn at {_format_size(fitted)} of {_format_size(photo)} pixels")
-    if _whole_pixels(fitted, fitted_box) != (0, 0, *fitted.size):
-        notes.append("dark: not seen by the classifier")
     width = max(34 * em, sum(item.width for item in row) + (len(row) - 1) * em)
-    text = _draw_text(decision, scale, notes, width, em)
+    text = _draw_text(decision, scale, width, em)
     canvas = Image.new("RGB", (width + 2 * em, row[0].height + text.height + 2 * em), "white")
     left = em
     for item in row:
@@ -285,59 +280,65 @@ def draw_panel(
     return canvas
 
 
-def _format_size(picture: Image.Image) -> str:
-    return f"{picture.width:,} x {picture.height:,}"
+def _format_size(photo: Image.Image, fitted: Image.Image) -> str:
+    """Return the size of a photo, and the one at which it is drawn if it differs."""
+    size, drawn = (f"{picture.width:,} x {picture.height:,}" for picture in (photo, fitted))
+    return size if photo.size == fitted.size else f"{size}, drawn at {drawn}"
 
 
-def _with_title(picture: Image.Image, title: str, em: int) -> Image.Image:
-    """Return a picture with a line of text above it."""
-    canvas = Image.new("RGB", (picture.width, picture.height + 3 * em // 2), "white")
-    _draw_line(canvas, title, (0, 0), _GREY, _load_font(em), picture.width)
-    canvas.paste(picture, (0, 3 * em // 2))
+def _with_title(picture: Image.Image, lines: Sequence[str], em: int) -> Image.Image:
+    """Return a picture with lines of text above it."""
+    line_height = 3 * em // 2
+    canvas = Image.new("RGB", (picture.width, picture.height + len(lines) * line_height), "white")
+    for number, line in enumerate(lines):
+        place, color = (0, number * line_height), "black" if number == 0 else _GREY
+        _draw_line(canvas, line, place, color, _load_font(em), picture.width)
+    canvas.paste(picture, (0, len(lines) * line_height))
     return canvas
 
 
 def _neighbour_columns(neighbours: Sequence[Neighbour], height: int, em: int) -> list[Image.Image]:
-    """Return columns of ID images with class and distance: one image, or two above each other."""
+    """Return columns of ID images with class and distance: one image, or two above each other.
+
+    Args:
+        neighbours: The ID images, nearest first.
+        height: Height of the columns without the title of the upper images, in pixels.
+        em: Size of the text.
+    """
     rows = min(2, len(neighbours))
     if rows == 0:
         return []
-    caption = 3 * em // 2
-    side = max(6 * em, (height - (rows - 1) * caption) // rows)
-    columns = []
-    for start in range(0, len(neighbours), rows):
-        column = Image.new("RGB", (side, height + caption), "white")
-        for number, neighbour in enumerate(neighbours[start : start + rows]):
-            title = f"nearest ID: {neighbour.label}, {neighbour.distance:.3g} away"
-            enlarge = (
-                Image.Resampling.NEAREST
-                if neighbour.image.width < MIN_SIDE
-                else Image.Resampling.BICUBIC
-            )
-            picture = neighbour.image.resize((side, side), enlarge)
-            column.paste(_with_title(picture, title, em), (0, number * (side + caption)))
-        columns.append(column)
+    title_height = 2 * (3 * em // 2)
+    side = max(6 * em, (height - (rows - 1) * (title_height + em // 2)) // rows)
+    num_columns = -(-len(neighbours) // rows)
+    size = (side, title_height + height)
+    columns = [Image.new("RGB", size, "white") for _ in range(num_columns)]
+    for number, neighbour in enumerate(neighbours):
+        is_small = neighbour.image.width < MIN_SIDE
+        resample = Image.Resampling.NEAREST if is_small else Image.Resampling.BICUBIC
+        titles = [
+            f"{'' if number else 'nearest ID: '}{neighbour.label}",
+            f"distance {neighbour.distance:.3g}",
+        ]
+        picture = _with_title(neighbour.image.resize((side, side), resample), titles, em)
+        row, column = divmod(number, num_columns)
+        columns[column].paste(picture, (0, row * (picture.height + em // 2)))
     return columns
 
 
-def _draw_text(
-    decision: Decision, scale: ColorScale, notes: Sequence[str], width: int, em: int
-) -> Image.Image:
+def _draw_text(decision: Decision, scale: ColorScale, width: int, em: int) -> Image.Image:
     """Draw the decision in words, and the legend of the colours."""
     title, lines = decision.words()
     color = {"O": _RED, "I": _BLUE}.get(title[0], _GREY)
     font, line_height = _load_font(em), 3 * em // 2
     # the title takes 13/4 em, the legend 13/4 em with its distance
-    height = (len(lines) + len(notes)) * line_height + 26 * em // 4
+    height = len(lines) * line_height + 26 * em // 4
     canvas = Image.new("RGB", (width, height), "white")
     top = em
     _draw_line(canvas, title, (0, top), color, _load_font(3 * em // 2, bold=True), width)
     top += 9 * em // 4
     for line in lines:
         _draw_line(canvas, line, (0, top), "black", font, width)
-        top += line_height
-    for note in notes:
-        _draw_line(canvas, note, (0, top), _GREY, font, width)
         top += line_height
     _draw_legend(canvas, scale, top + em // 2, em)
     return canvas
