@@ -111,6 +111,7 @@ class Decision:
             that has too few images.
         false_alarm: Share of ID images that may be called OOD.
         p_value: Share of held-out ID images that score at least as high; NaN without a calibration.
+        confidence: Softmax probability of the predicted class, if it is to be shown.
     """
 
     score: float
@@ -119,6 +120,7 @@ class Decision:
     threshold: float = math.nan
     false_alarm: float = 0.05
     p_value: float = math.nan
+    confidence: float | None = None
 
     def words(self) -> tuple[str, list[str]]:
         """Return the decision in words, and the lines that explain it."""
@@ -133,7 +135,8 @@ class Decision:
                 f"{'above' if self.is_ood else 'not above'} the threshold {self.threshold:.4g}, "
                 f"which at most {level} of ID images exceed"
             )
-        lines = [f"predicted class: {self.prediction}", f"score {self.score:.4g}: {reason}"]
+        sure = "" if self.confidence is None else f" ({100 * self.confidence:.0f}%)"
+        lines = [f"predicted class: {self.prediction}{sure}", f"score {self.score:.4g}: {reason}"]
         if not math.isnan(self.p_value):
             lines.append(
                 f"p-value {self.p_value:.3g}: share of held-out ID images that score as high"

@@ -104,5 +104,6 @@ class PictureWriter:
             threshold=detector.threshold,
             false_alarm=detector.false_alarm,
             p_value=float(result.p_value[i]),
+            confidence=float(result.confidence[i]),
         )
         return draw_panel(photo, pixels, box, scale, decision, scored.neighbours[i])

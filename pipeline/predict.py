@@ -218,4 +218,5 @@ def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) ->
         p_value=None if math.isnan(p_value) else round(p_value, 6),
         is_ood=None if result.is_ood is None else bool(result.is_ood[i]),
         prediction=detector.class_name(int(result.prediction[i])),
+        confidence=round(float(result.confidence[i]), 6),
     )

@@ -22,6 +22,7 @@ class TableLine:
             calibration.
         is_ood: The decision; None without one, see ``Result``.
         prediction: Name of the predicted class.
+        confidence: Softmax probability of the predicted class.
         picture: Path of the picture in the output folder.
         heatmap: Path of the raw heatmap in the output folder.
     """
@@ -31,6 +32,7 @@ class TableLine:
     p_value: float | None
     is_ood: bool | None
     prediction: str
+    confidence: float
     picture: str | None = None
     heatmap: str | None = None
 

@@ -111,3 +111,17 @@ def test_opening_a_run_loads_no_training_code():
     ).stdout.split()
     makers = {f"ood_heatmap.pipeline.{name}" for name in (*STAGES, "feed", "step", "stage")}
     assert not makers & set(output)
+
+
+def test_only_the_command_line_configures_the_allocator_of_the_process():
+    """By no module that a library's user imports, directly or through the stages' device."""
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if module in {*FRONT, "ood_heatmap.devices"}:
+                continue
+            named = {
+                getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
+                for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            }
+            assert not named & {"keep_freed_memory", "stage_device", "mallopt"}, path

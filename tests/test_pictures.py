@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -266,6 +267,7 @@ def test_the_decision_in_words(decision, title, words):
     text = "\n".join(lines)
     assert words in text
     assert ("p-value" in text) == (not math.isnan(decision.p_value))
+    assert "predicted class: cat (97%)" in replace(decision, confidence=0.9701).words()[1]
     if math.isfinite(decision.threshold):
         assert "at most 5% of ID images" in text
 

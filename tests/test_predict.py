@@ -63,6 +63,7 @@ def test_it_writes_pictures_raw_heatmaps_and_a_table(detector, paths, tmp_path):
         assert float(line["p_value"]) == pytest.approx(wanted.p_value[i], abs=0.0101)
         assert (line["is_ood"] == "true") == (float(line["p_value"]) <= 0.6)
         assert line["prediction"] == f"class{wanted.prediction[i]}"
+        assert float(line["confidence"]) == pytest.approx(wanted.confidence[i], abs=1e-5)
         raw = np.load(tmp_path / "out" / line["heatmap"])
         np.testing.assert_allclose(raw, wanted.heatmap[i], atol=1e-5)
         assert line["picture"] == f"pictures/{paths[i].name}"
