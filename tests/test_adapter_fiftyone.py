@@ -55,6 +55,8 @@ def test_samples_say_what_the_detector_says(detector, photos, tmp_path):
     assert [sample["ood"]["label"] for sample in samples] == labels
     names = [detector.class_name(label) for label in result.prediction]
     assert [sample["prediction"]["label"] for sample in samples] == names
+    confidence = [sample["prediction"]["confidence"] for sample in samples]
+    np.testing.assert_allclose(confidence, result.confidence, rtol=1e-5)
     assert {sample["prediction"]["_cls"] for sample in samples} == {"Classification"}
     for sample, path in zip(samples, photos, strict=True):
         assert sample["heatmap"]["_cls"] == "Heatmap"

@@ -129,7 +129,10 @@ def _make_sample(
         "filepath": path,
         "tags": [],
         "ood_score": float(result.score[i]),
-        "prediction": _classification(detector.class_name(int(result.prediction[i]))),
+        "prediction": {
+            **_classification(detector.class_name(int(result.prediction[i]))),
+            "confidence": float(result.confidence[i]),
+        },
         "heatmap": {"_cls": "Heatmap", "tags": [], "map_path": heatmap.as_posix()},
     }
     if detector.calibration is not None:
