@@ -67,7 +67,8 @@ class Evaluator:
         image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
         self.net, self.postprocessor = net, postprocessor
         pixels = preprocessor(Image.fromarray(image))
-        self.loader = DataLoader([{"data": pixels, "label": 1}] * 6, batch_size=4)
+        dataset: Any = [{"data": pixels, "label": 1}] * 6
+        self.loader: DataLoader[Any] = DataLoader(dataset, batch_size=4)
         postprocessor.setup(net, {"test": self.loader}, {})
 
     def eval_ood(self):
@@ -79,9 +80,6 @@ class Evaluator:
 def fake_modules(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stand in for packages that the tests do not install; return what FiftyOne was given."""
     calls: list[Any] = []
-    openood, api = ModuleType("openood"), ModuleType("openood.evaluation_api")
-    api.Evaluator = Evaluator
-    fiftyone = ModuleType("fiftyone")
     dataset = SimpleNamespace(sort_by=lambda *given, **options: calls.append((given, options)))
 
     def from_dir(folder, dataset_type):
@@ -89,11 +87,19 @@ def fake_modules(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(dataset_type)
         return dataset
 
-    fiftyone.types = SimpleNamespace(FiftyOneDataset="FiftyOneDataset")
-    fiftyone.Dataset = SimpleNamespace(from_dir=from_dir)
-    fiftyone.launch_app = calls.append
-    for module in (openood, api, fiftyone):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    contents: dict[str, dict[str, Any]] = {
+        "openood": {},
+        "openood.evaluation_api": {"Evaluator": Evaluator},
+        "fiftyone": {
+            "types": SimpleNamespace(FiftyOneDataset="FiftyOneDataset"),
+            "Dataset": SimpleNamespace(from_dir=from_dir),
+            "launch_app": calls.append,
+        },
+    }
+    for name, content in contents.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
     return calls
 
 

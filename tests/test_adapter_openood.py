@@ -74,7 +74,7 @@ def test_with_openood_it_is_one_of_its_postprocessors(monkeypatch, finished_run)
             raise AssertionError("needs a config")
 
     package, module = ModuleType("openood"), ModuleType("openood.postprocessors")
-    module.BasePostprocessor = BasePostprocessor
+    vars(module)["BasePostprocessor"] = BasePostprocessor
     monkeypatch.setitem(sys.modules, "openood", package)
     monkeypatch.setitem(sys.modules, "openood.postprocessors", module)
     try:

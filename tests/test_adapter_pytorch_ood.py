@@ -29,7 +29,7 @@ def sample(seed: int, count: int, label: int) -> TensorDataset:
     return TensorDataset(torch.from_numpy(noise(seed, count)), torch.full((count,), label))
 
 
-class Noise(Benchmark):
+class Noise(Benchmark):  # type: ignore[misc]
     """Two OOD sets, one of them darker."""
 
     ood_names = ["noise", "dark"]  # noqa: RUF012
