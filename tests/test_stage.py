@@ -56,11 +56,12 @@ def write(stage: Stage, name: str, content: bytes) -> None:
         scratch.write_bytes(content)
 
 
-def make(run: Path, inputs=INPUTS):
+def make(run: Path, inputs=INPUTS, speed=None):
     stage = start(run, inputs)
     write(stage, "data.bin", b"content")
     write(stage, "figures/roc.png", b"picture")
-    return stage.commit(Results(warnings=("odd",)), ["data.bin", "figures/roc.png"], content="hash")
+    files = ["data.bin", "figures/roc.png"]
+    return stage.commit(Results(warnings=("odd",)), files, content="hash", speed=speed)
 
 
 def names(directory: Path) -> list[str]:
@@ -132,7 +133,7 @@ def test_the_manifest_has_time_version_and_command_line(tmp_path):
     @group.command()
     @click.argument("text")
     def store(text):
-        make(tmp_path)
+        make(tmp_path, speed={"images": 7})
 
     begin = datetime.now(timezone.utc).replace(microsecond=0)
     assert CliRunner().invoke(group, ["store", "two words"]).exit_code == 0
@@ -140,6 +141,8 @@ def test_the_manifest_has_time_version_and_command_line(tmp_path):
     assert begin <= datetime.strptime(speed["time"], "%Y-%m-%dT%H:%M:%S%z")
     assert speed["version"] == __version__
     assert shlex.split(speed["command"]) == ["ood-heatmap", "store", "two words"]
+    (line,) = (tmp_path / "log.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line) == {"stage": "index", **speed}
 
 
 def test_called_from_python_a_stage_has_no_command_line(tmp_path):
