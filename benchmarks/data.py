@@ -100,9 +100,21 @@ def heatmaps(count: int, generator: np.random.Generator) -> NDArray[np.int16]:
     return generator.integers(-255, 256, (count, 3, SIZE, SIZE), np.int16)
 
 
-def training_set(folder: Path, num_id: int, num_ood: int, num_maps: int = 0) -> TrainingSet:
-    """Return ID and OOD rows in memory-mapped shards, as written by stages 1 and 2."""
+def training_set(
+    folder: Path, num_id: int, num_ood: int, num_maps: int = 0, *, split: bool = False
+) -> TrainingSet:
+    """Return ID and OOD rows in memory-mapped shards, as written by stages 1 and 2.
+
+    For a split decoder, a third of the OOD rows is OOD as a whole.
+    """
     generator = np.random.default_rng(0)
     id_columns = write_columns(folder / "id", shared_columns(num_id, generator, num_maps))
     ood = shared_columns(num_ood, generator, num_maps) | {"heatmap": heatmaps(num_ood, generator)}
-    return TrainingSet(id_columns, write_columns(folder / "ood", ood), num_maps)
+    if split:
+        ood["presence"] = np.zeros((num_ood, SIZE, SIZE), np.uint8)
+        ood["presence"][:, : SIZE // 2] = 255
+        ood["presence"][: num_ood // 3] = 255
+    names = ("heatmap", "presence") if split else ("heatmap",)
+    num_patched = num_ood - num_ood // 3 if split else 0
+    columns = write_columns(folder / "ood", ood)
+    return TrainingSet(id_columns, columns, num_maps, names, num_patched)

@@ -43,7 +43,13 @@ def steps(setting: Setting) -> Iterator[str]:
     torch.backends.cudnn.benchmark = True
     for name, base in train.CONFIGS.items():
         count = setting.pick(quick=100, cpu=1_000)
-        training_set = data.training_set(setting.scratch / name, count, count, base.feature_maps)
+        training_set = data.training_set(
+            setting.scratch / name,
+            count,
+            count,
+            base.feature_maps or 0,
+            split=base.stack == "split",
+        )
         for size, precision, kind in product(sizes, precisions, kinds):
             config = replace(
                 base, batch_size=size, precision=precision, step=kind, width=32 * setting.quick

@@ -33,7 +33,7 @@ from ood_heatmap.pipeline.train import _add_noise, _noise_generator
 PAPER = TrainConfig(
     stack="dcgan", target="signed", feature_maps=0, noise=0, region_weight=0, schedule="constant"
 )
-CONFIGS = {"the paper's decoder": PAPER, "the default decoder": TrainConfig()}
+CONFIGS = {"the paper's decoder": PAPER, "the default decoder": TrainConfig(feature_maps=1)}
 BARS: dict[Literal["resident", "memory", "streaming"], float] = {
     "resident": 0.98,
     "memory": 0.95,
@@ -47,7 +47,9 @@ def rows(setting: Setting) -> Iterator[Row]:
     sizes = setting.pick(quick=2_000, cpu=50_000), setting.pick(quick=400, cpu=10_000)
     for name, config in CONFIGS.items():
         folder = setting.scratch / name.replace(" ", "-")
-        training_set = data.training_set(folder, *sizes, config.feature_maps)
+        training_set = data.training_set(
+            folder, *sizes, config.feature_maps or 0, split=config.stack == "split"
+        )
         yield from against_ceiling(setting, training_set, name, config)
         if config is PAPER:
             yield against_reference(setting, training_set)
@@ -63,7 +65,8 @@ def fresh_decoder(config: TrainConfig, device: torch.device) -> Decoder:
         data.SIZE,
         target=config.target,
         width=config.width,
-        map_shapes=(data.MAP_SHAPE,) * config.feature_maps,
+        map_shapes=(data.MAP_SHAPE,) * (config.feature_maps or 0),
+        num_channels=1 if config.stack == "split" else 3,
         stack=config.stack,
     )
     return make_decoder(shape).to(device).train()

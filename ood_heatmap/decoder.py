@@ -1,187 +1,27 @@
 """Decoders: features, predicted class and optionally feature maps in, a heatmap out."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from ood_heatmap.decoder_base import UNIT_RANGE, Decoder, DecoderConfig, Range, init_he, resize
 from ood_heatmap.distributed import world_size
 from ood_heatmap.errors import DamagedCacheError
+from ood_heatmap.split_decoder import SplitDecoder
 
-_Target: TypeAlias = Literal["signed", "magnitude"]
-_Stack: TypeAlias = Literal["plain", "dcgan"]
-# the values mapped to 0 and to 1, for all channels or for each
-_Range: TypeAlias = tuple[float | NDArray[np.float32], float | NDArray[np.float32]]
+__all__ = ["Decoder", "DecoderConfig", "decoder_metadata", "load_decoder", "make_decoder"]
 
 # neurons of the plain decoder's hidden layer, and channels of its spatial branches
 _HIDDEN_WIDTH, _SPATIAL_WIDTH = 256, 64
-# of a decoder whose widths are not the reference's, which has 0.1 to 2.1 billion
-_MAX_MULTIPLICATIONS = 200_000_000
-_UNIT_RANGE = (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Architecture of a decoder; the defaults of a run are those of ``TrainConfig``.
-
-    Args:
-        num_features: Width D of the features.
-        num_classes: Classes L of the classifier.
-        size: Height and width of the heatmap.
-        target: ``signed`` (tanh, [-1, 1]) or ``magnitude`` (sigmoid, [0, 1]).
-        width: Channels of the first map; derived from D if 0.
-        map_shapes: ``(C, h, w)`` of each feature map that the decoder uses.
-        num_channels: Channels of the heatmap.
-        stack: ``dcgan`` for ``DcganDecoder``, ``plain`` for ``PlainDecoder``.
-    """
-
-    num_features: int
-    num_classes: int
-    size: int
-    target: _Target
-    width: int = 0
-    map_shapes: tuple[tuple[int, int, int], ...] = ()
-    num_channels: int = 3
-    stack: _Stack = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("target", self.target, get_args(_Target)),
-            ("stack", self.stack, get_args(_Stack)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} of a decoder must be one of {choices}, got {value!r}")
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "DecoderConfig":
-        """Read a configuration from JSON, where tuples are lists."""
-        maps = tuple((shape[0], shape[1], shape[2]) for shape in content["map_shapes"])
-        return cls(**{**content, "map_shapes": maps})
-
-    @property
-    def num_inputs(self) -> int:
-        """Number of scaled inputs, without the one-hot class: features and, if used, map stds."""
-        map_std = self.map_shapes[0][0] if self.map_shapes and self.stack == "plain" else 0
-        return self.num_features + map_std
-
-    @property
-    def num_doublings(self) -> int:
-        """Number of upsampling steps: the first map is at least 4 pixels wide."""
-        return max(0, (self.size // 4).bit_length() - 1)
-
-    @property
-    def first_size(self) -> int:
-        """Width of the first map; doubled ``num_doublings`` times it is at least ``size``."""
-        return -(-self.size >> self.num_doublings)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Width of the first map and of the map after each step."""
-        return tuple(self.first_size << step for step in range(self.num_doublings + 1))
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of the first map and after each step: a power of two from D, then halved.
-
-        Those of the reference are 512-256-128-64 for D = 512 at 32 px, 256-128-64-32 for 128, and
-        2048-1024-512-256-128 for 2048 at 64 px.
-        """
-        power = 1 << (self.num_features - 1).bit_length()
-        first = self.width or min(2048, max(power, min(256, 2 * power)))
-        return tuple(max(16, first >> step) for step in range(self.num_doublings + 1))
-
-    @property
-    def multiplications(self) -> int:
-        """Number of multiplications in the transposed convolutions, for one image."""
-        steps = zip(self.sizes, pairwise(self.widths), strict=False)
-        # each pixel of the smaller map is multiplied by 4x4 weights
-        return sum(16 * size**2 * before * after for size, (before, after) in steps)
-
-    def bounded(self) -> "DecoderConfig":
-        """Halve the first width until an image takes at most 200 million multiplications."""
-        config = self
-        while config.multiplications > _MAX_MULTIPLICATIONS and config.widths[0] > 16:
-            config = replace(config, width=config.widths[0] // 2)
-        return config
-
-    @property
-    def joins(self) -> tuple[int, ...]:
-        """Step at which each feature map joins: the one whose map is nearest to it in size."""
-        steps = range(len(self.sizes))
-        return tuple(
-            min(steps, key=lambda step: abs(self.sizes[step] - height))
-            for _, height, _ in self.map_shapes
-        )
-
-
-class Decoder(nn.Module):
-    """Base class of both decoders: scaling of inputs and feature maps, range of the output.
-
-    Args:
-        config: The architecture.
-        feature_range: Range of the inputs; in the paper, minimum and maximum over all ID training
-            features.
-        map_ranges: Range of the channels of each feature map.
-    """
-
-    feature_range: Tensor
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        feature_range: _Range = _UNIT_RANGE,
-        map_ranges: Sequence[_Range] = (),
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("feature_range", _to_range(feature_range, config.num_inputs))
-        for number, shape in enumerate(config.map_shapes):
-            map_range = map_ranges[number] if map_ranges else _UNIT_RANGE
-            self.register_buffer(f"map_range_{number}", _to_range(map_range, shape[0]))
-        # numbers of the feature maps that join at each step
-        self._joining = [
-            [number for number, joins_at in enumerate(config.joins) if joins_at == step]
-            for step in range(len(config.sizes))
-        ]
-
-    def _scale_inputs(self, inputs: Tensor, prediction: Tensor, noise: Tensor | None) -> Tensor:
-        """Return ``(B, num_inputs + L)``: scaled inputs, plus noise if any, and the one-hot class.
-
-        Args:
-            inputs: ``(B, num_inputs)``.
-            prediction: ``(B,)``.
-            noise: ``(B, num_inputs)`` or None.
-        """
-        low, high = self.feature_range
-        x = (inputs - low) / (high - low)
-        x = x if noise is None else x + noise
-        classes = torch.arange(self.config.num_classes, device=prediction.device)
-        one_hot = (prediction[:, None] == classes).to(inputs.dtype)
-        return torch.cat([x, one_hot], dim=1)
-
-    def _scale_map(self, feature_map: Tensor, number: int, size: int) -> Tensor:
-        """Return feature map ``number``, scaled and ``size`` pixels wide."""
-        low, high = self.get_buffer(f"map_range_{number}")[..., None, None]
-        return _resize((feature_map - low) / (high - low), size)
-
-    def _to_heatmap(self, logits: Tensor) -> Tensor:
-        """Crop the centre of ``(B, num_channels, h, w)`` and map it to the range of the target."""
-        size = self.config.size
-        start = (logits.shape[2] - size) // 2
-        logits = logits[:, :, start : start + size, start : start + size]
-        # under autocast: near 1 a bfloat16 has steps of 1/256, and targets have steps of 1/255
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.tanh(logits) if self.config.target == "signed" else torch.sigmoid(logits)
 
 
 class DcganDecoder(Decoder):
@@ -196,8 +36,8 @@ class DcganDecoder(Decoder):
     def __init__(
         self,
         config: DecoderConfig,
-        feature_range: _Range = _UNIT_RANGE,
-        map_ranges: Sequence[_Range] = (),
+        feature_range: Range = UNIT_RANGE,
+        map_ranges: Sequence[Range] = (),
     ) -> None:
         super().__init__(config, feature_range, map_ranges)
         widths = config.widths
@@ -250,8 +90,8 @@ class PlainDecoder(Decoder):
     def __init__(
         self,
         config: DecoderConfig,
-        feature_range: _Range = _UNIT_RANGE,
-        map_ranges: Sequence[_Range] = (),
+        feature_range: Range = UNIT_RANGE,
+        map_ranges: Sequence[Range] = (),
     ) -> None:
         super().__init__(config, feature_range, map_ranges)
         widths = config.widths
@@ -268,7 +108,7 @@ class PlainDecoder(Decoder):
             for before, after in pairwise(widths)
         )
         self.last = nn.Conv2d(widths[-1], config.num_channels, 1)
-        self.apply(_init_he)
+        self.apply(init_he)
         # start near the target of ID images, which is 0 everywhere
         for last in (self.last, *(branch.last for branch in branches)):
             nn.init.normal_(last.weight, 0.0, 0.02)
@@ -302,7 +142,7 @@ class PlainDecoder(Decoder):
             for number in joining:
                 feature_map = self._scale_map(maps[number], number, x.shape[2])
                 correction = self.maps[number](feature_map, x)
-                corrections.append(_resize(correction, self.config.sizes[-1]))
+                corrections.append(resize(correction, self.config.sizes[-1]))
             if step < len(self.steps):
                 x = self.steps[step](x)
         return self._to_heatmap(sum(corrections, start=self.last(x)))
@@ -310,10 +150,12 @@ class PlainDecoder(Decoder):
 
 def make_decoder(
     config: DecoderConfig,
-    feature_range: _Range = _UNIT_RANGE,
-    map_ranges: Sequence[_Range] = (),
+    feature_range: Range = UNIT_RANGE,
+    map_ranges: Sequence[Range] = (),
 ) -> Decoder:
     """Make an untrained decoder; see ``Decoder`` for the arguments."""
+    if config.stack == "split":
+        return SplitDecoder(config, feature_range, map_ranges)
     if config.stack == "dcgan":
         return DcganDecoder(config, feature_range, map_ranges)
     return PlainDecoder(config, feature_range, map_ranges)
@@ -457,35 +299,9 @@ def _norm_block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
     return nn.Sequential(convolution, _BatchNorm(convolution.out_channels), nn.ReLU())
 
 
-def _resize(maps: Tensor, size: int) -> Tensor:
-    """Interpolate maps ``(B, C, h, w)`` to ``(B, C, size, size)``."""
-    if maps.shape[2] == maps.shape[3] == size:
-        return maps
-    return functional.interpolate(maps, (size, size), mode="bilinear")
-
-
-def _to_range(ends: _Range, count: int) -> Tensor:
-    """Return ``(2, count)`` float32: what becomes 0, and what becomes 1."""
-    low, high = (torch.as_tensor(end, dtype=torch.float32).expand(count) for end in ends)
-    # a constant input must not be divided by 0
-    return torch.stack([low, torch.where(high > low, high, low + 1)])
-
-
 def _init_dcgan(module: nn.Module) -> None:
     """Initialise as DCGAN: weights N(0, 0.02), batch norm weights N(1, 0.02)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
-
-
-def _init_he(module: nn.Module) -> None:
-    """Initialise weights to preserve variance through ReLUs (He et al., ICCV 2015); biases 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        fan_in = module.weight[0].numel()
-        if isinstance(module, nn.ConvTranspose2d):
-            # with stride 2, 2x2 of the 4x4 weights contribute to an output pixel
-            fan_in = module.in_channels * module.weight[0, 0].numel() // 4
-        nn.init.normal_(module.weight, 0.0, (2 / fan_in) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -46,7 +46,7 @@ class HeatmapDetector:
     Args:
         classifier: The classifier, on its device.
         decoder: The decoder, on the same device and in eval mode.
-        scorer: Computes the score of an image, on the same device; the mean of the heatmap if None.
+        scorer: Computes the score of an image, on the same device; that of the decoder if None.
         classes: Class names, empty when unknown.
         color_max: Top of the colour scale shared by all heatmaps of this decoder.
         calibration: Scores of held-out ID images; without it there are no decisions.
@@ -264,9 +264,9 @@ class HeatmapDetector:
     def _decode(self, output: "Output") -> TensorResult:
         """Compute everything from the classifier's output, on its device."""
         confidence, prediction = output.logits.softmax(dim=1).max(dim=1)
-        heatmap = decode_heatmap(self.decoder, output, prediction)
-        scores: Tensor = self.scorer(output, heatmap)
-        on_host = scores.numpy(force=True)
+        heatmap, learned = decode(self.decoder, output, prediction)
+        scores: Tensor = self.scorer(output, learned)
+        on_host = scores.cpu().numpy()
         return TensorResult(
             score=scores,
             heatmap=heatmap,
@@ -294,9 +294,8 @@ class HeatmapDetector:
         return self.calibration.p_value(scores)
 
 
-def decode_heatmap(decoder: "Decoder", output: "Output", prediction: Tensor) -> Tensor:
-    """Compute the heatmap ``(B, C, H, W)`` float32 from the classifier's output."""
+def decode(decoder: "Decoder", output: "Output", prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute heatmaps ``(B, C, H, W)`` and image scores ``(B,)`` from the classifier's output."""
     # rounded to float16, like the cached feature maps in training
     maps = [feature_map.half().float() for feature_map in output.maps]
-    heatmap: Tensor = decoder(output.features, prediction, maps).float()
-    return heatmap
+    return decoder.detect(output.features, prediction, maps)

@@ -1,10 +1,8 @@
-"""Scorers: one OOD score for each image, from the classifier's output and the heatmap."""
+"""Scorers: one OOD score for each image, from the outputs of classifier and decoder."""
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-
-from ood_heatmap.heatmap import score
 
 if TYPE_CHECKING:
     # only for annotations
@@ -17,21 +15,21 @@ class Scorer(nn.Module):
     # recorded where the buffers are saved
     kind: str
 
-    def forward(self, output: "Output", heatmap: Tensor) -> Tensor:
+    def forward(self, output: "Output", learned: Tensor) -> Tensor:
         """Return the score ``(B,)`` float32 of images; larger is more OOD.
 
         Args:
             output: Output of the classifier.
-            heatmap: ``(B, C, H, W)`` output of the decoder.
+            learned: ``(B,)`` image scores of the decoder.
         """
         raise NotImplementedError
 
 
 class HeatmapScorer(Scorer):
-    """The mean pixel score of the heatmap, in [0, 1]."""
+    """The image score of the decoder."""
 
     kind = "heatmap"
 
-    def forward(self, output: "Output", heatmap: Tensor) -> Tensor:
-        """Return the mean pixel score ``(B,)``."""
-        return score(heatmap)
+    def forward(self, output: "Output", learned: Tensor) -> Tensor:
+        """Return the decoder's score ``(B,)``."""
+        return learned

@@ -125,8 +125,8 @@ def result_options(config: Settings) -> dict[str, Any]:
 
 
 _SHARD_MEGABYTES = 128
-# only the deepest: shallower maps respond to how an image was resized, not to its content
-_FEATURE_MAPS = 1
+# the second sharpens the places of a heatmap; a third, with more pixels, costs four times as much
+_FEATURE_MAPS = 2
 
 
 def _seed(text: str, group: Group) -> Option:
@@ -466,8 +466,8 @@ class TrainConfig(Settings):
     noise: Annotated[
         float,
         Option(
-            "Gaussian noise added to the plain decoder's inputs in training, in standard "
-            "deviations of each input.",
+            "Gaussian noise added in training to the inputs of the image head, or of the plain "
+            "decoder, in standard deviations of each input.",
             "Training",
             min=0,
         ),
@@ -487,20 +487,22 @@ class TrainConfig(Settings):
         _seed("Random seed of initial weights, image order and noise.", "Training"),
     ] = 0
     stack: Annotated[
-        Literal["plain", "dcgan"],
+        Literal["split", "plain", "dcgan"],
         Option(
-            "Decoder architecture: plain (no batch norm, noise on its inputs) or dcgan (batch "
-            "norm, as in the paper).",
+            "Decoder architecture: split (one head for the image, one for places), plain (no batch "
+            "norm) or dcgan (batch norm, as in the paper).",
             "Decoder",
         ),
-    ] = "plain"
+    ] = "split"
     target: Annotated[
-        Literal["signed", "magnitude"],
+        Literal["presence", "signed", "magnitude"],
         Option(
-            "What the heatmap is: the signed difference, as in the paper, or its absolute value.",
+            "What the heatmap is: the presence of OOD content (--stack split), or the signed "
+            "difference to the nearest ID image, as in the paper, or its absolute value (--stack "
+            "plain or dcgan).",
             "Decoder",
         ),
-    ] = "magnitude"
+    ] = "presence"
     width: Annotated[
         int,
         Option(
@@ -510,14 +512,15 @@ class TrainConfig(Settings):
         ),
     ] = 0
     feature_maps: Annotated[
-        int,
+        int | None,
         Option(
-            "Number of the classifier's feature maps that the decoder uses.",
+            "Number of the classifier's feature maps that the decoder uses; all that are cached by "
+            "default.",
             "Decoder",
             min=0,
             max=3,
         ),
-    ] = _FEATURE_MAPS
+    ] = None
     feed: Annotated[
         Literal["auto", "resident", "memory", "streaming", "pinned"],
         Option(

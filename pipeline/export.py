@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ood_heatmap import __version__
 from ood_heatmap.cache.files import write_bytes
-from ood_heatmap.detector import HeatmapDetector, decode_heatmap
+from ood_heatmap.detector import HeatmapDetector, decode
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import score
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -67,8 +66,7 @@ class _ExportedDetector(nn.Module):
         """
         output = self.classifier(images)
         prediction = output.logits.argmax(dim=1)
-        heatmap = decode_heatmap(self.decoder, output, prediction)
-        scores = score(heatmap)
+        heatmap, scores = decode(self.decoder, output, prediction)
         results = (scores, heatmap, prediction, self.p_value(scores))
         return dict(zip(_OUTPUTS, results, strict=True))
 

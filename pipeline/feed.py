@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,6 +63,8 @@ class TrainingBatch:
         target: ``(B, C, H, W)`` int16 differences in steps of 1/255, 0 for ID rows.
         maps: Feature maps ``(B, c, h, w)`` float16.
         noise: ``(B, num_inputs)`` float32 for the decoder's scaled inputs.
+        presence: ``(B, H, W)`` uint8 opacity of OOD content in steps of 1/255, 0 for ID rows; for a
+            split decoder.
     """
 
     features: Tensor
@@ -70,18 +72,20 @@ class TrainingBatch:
     target: Tensor
     maps: tuple[Tensor, ...] = ()
     noise: Tensor | None = None
+    presence: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, always in the same order."""
-        noise = () if self.noise is None else (self.noise,)
-        return (self.features, self.prediction, self.target, *self.maps, *noise)
+        optional = [item for item in (self.noise, self.presence) if item is not None]
+        return (self.features, self.prediction, self.target, *self.maps, *optional)
 
     def like(self, tensors: Iterable[Tensor]) -> "TrainingBatch":
         """Return a batch of these tensors, in the order of ``tensors``."""
         features, prediction, target, *rest = tensors
+        presence = None if self.presence is None else rest.pop()
         noise = None if self.noise is None else rest.pop()
-        return TrainingBatch(features, prediction, target, tuple(rest), noise)
+        return TrainingBatch(features, prediction, target, tuple(rest), noise, presence)
 
     def clone(self) -> "TrainingBatch":
         """Return a copy."""
@@ -99,13 +103,17 @@ class TrainingSet:
 
     Args:
         id_columns: ``features``, ``prediction`` and feature maps of the index.
-        ood_columns: The same columns of the targets stage, and ``heatmap``, the target.
+        ood_columns: The same columns of the targets stage, and those of ``target_names``.
         num_maps: Number of feature maps that the decoder uses.
+        target_names: Columns of the target: ``heatmap``, and ``presence`` for a split decoder.
+        num_patched: Number of OOD rows that are ID images with a patch; for a split decoder.
     """
 
     id_columns: Mapping[str, Rows]
     ood_columns: Mapping[str, Rows]
     num_maps: int = 0
+    target_names: tuple[str, ...] = ("heatmap",)
+    num_patched: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,7 +133,12 @@ class TrainingSet:
     def columns(self) -> dict[str, Rows]:
         """One column per batch tensor, for its shape and dtype."""
         shared = {name: self.id_columns[name] for name in self.names}
-        return {**shared, "heatmap": self.ood_columns["heatmap"]}
+        return {**shared, **self.target_columns}
+
+    @property
+    def target_columns(self) -> dict[str, Rows]:
+        """Columns of the target of OOD rows; that of ID rows is 0."""
+        return {name: self.ood_columns[name] for name in self.target_names}
 
     @property
     def num_bytes(self) -> int:
@@ -134,7 +147,7 @@ class TrainingSet:
             self.id_columns[name].num_bytes + self.ood_columns[name].num_bytes
             for name in self.names
         )
-        return shared + self.ood_columns["heatmap"].num_bytes
+        return shared + sum(column.num_bytes for column in self.target_columns.values())
 
 
 def _iter_groups(num_rows: int, seed: int, epoch: int) -> Iterator[_Int64]:
@@ -301,7 +314,13 @@ def _to_batch(columns: Mapping[str, Tensor], count: int) -> TrainingBatch:
     """Return the first ``count`` rows of columns as a batch."""
     rows = {name: item[:count] for name, item in columns.items()}
     maps = tuple(item for name, item in rows.items() if name.startswith("feature_maps_"))
-    return TrainingBatch(rows["features"], rows["prediction"], rows["heatmap"], maps)
+    return TrainingBatch(
+        rows["features"],
+        rows["prediction"],
+        rows["heatmap"],
+        maps,
+        presence=rows.get("presence"),
+    )
 
 
 class _ResidentFeed:
@@ -314,9 +333,10 @@ class _ResidentFeed:
             for name in data.names
         }
         # row 0 is the target of all ID rows: gathering zeros is cheaper than masking
-        targets = data.ood_columns["heatmap"]
-        zero = np.zeros((1, *targets.shape[1:]), targets.dtype)
-        self.targets = self._load([zero, *targets])
+        self.targets = {
+            name: self._load([np.zeros((1, *rows.shape[1:]), rows.dtype), *rows])
+            for name, rows in data.target_columns.items()
+        }
 
     def _load(self, parts: list[NDArray[Any]]) -> Tensor:
         """Concatenate arrays on the device without a temporary copy of all of them."""
@@ -339,9 +359,10 @@ class _ResidentFeed:
                 yield self._gather(batch)
 
     def _gather(self, rows: Tensor) -> TrainingBatch:
-        features, prediction, *maps = (item.index_select(0, rows) for item in self.columns.values())
-        target = self.targets.index_select(0, (rows - (self.num_id - 1)).clamp_(min=0))
-        return TrainingBatch(features, prediction, target, tuple(maps))
+        shared = {name: item.index_select(0, rows) for name, item in self.columns.items()}
+        ood_rows = (rows - (self.num_id - 1)).clamp_(min=0)
+        targets = {name: item.index_select(0, ood_rows) for name, item in self.targets.items()}
+        return _to_batch({**shared, **targets}, len(rows))
 
 
 def _load_into_memory(data: TrainingSet) -> TrainingSet:
@@ -356,11 +377,10 @@ def _load_into_memory(data: TrainingSet) -> TrainingSet:
             out[start : start + len(part)] = part
         return Rows([out])
 
-    ood_names = (*data.names, "heatmap")
-    return TrainingSet(
-        {name: load(data.id_columns[name]) for name in data.names},
-        {name: load(data.ood_columns[name]) for name in ood_names},
-        data.num_maps,
+    return replace(
+        data,
+        id_columns={name: load(data.id_columns[name]) for name in data.names},
+        ood_columns={name: load(data.ood_columns[name]) for name in data.columns},
     )
 
 
@@ -375,7 +395,8 @@ class _BatchReader:
     def __init__(self, data: TrainingSet, *, direct: bool = False) -> None:
         self.num_id = data.num_id
         id_columns = {name: data.id_columns[name] for name in data.names}
-        ood_columns = {name: data.ood_columns[name] for name in (*data.names, "heatmap")}
+        ood_columns = {name: data.ood_columns[name] for name in data.columns}
+        self.target_names = data.target_names
         self.id_rows = RowReader(id_columns, direct=direct)
         self.ood_rows = RowReader(ood_columns, direct=direct)
 
@@ -392,7 +413,8 @@ class _BatchReader:
         num_id, count = int(rows.searchsorted(self.num_id)), len(rows)
         if num_id:
             self.id_rows.read(rows[:num_id], {name: item[:num_id] for name, item in out.items()})
-            out["heatmap"][:num_id] = 0
+            for name in self.target_names:
+                out[name][:num_id] = 0
         ood = {name: item[num_id:count] for name, item in out.items()}
         self.ood_rows.read(rows[num_id:] - self.num_id, ood)
 

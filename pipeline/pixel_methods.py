@@ -14,7 +14,6 @@ from ood_heatmap.cache.shards import Rows
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.pipeline.config import LocalizeConfig
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.run import Index
@@ -76,12 +75,12 @@ class LocalizationMethods:
         maps = output.maps[: len(self.decoder.config.map_shapes)]
         for start in range(0, len(prediction), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            heatmap = self.decoder(
+            heatmap, _ = self.decoder.detect(
                 output.features[rows].to(device),
                 prediction[rows].to(device),
                 [item[rows].to(device).float() for item in maps],
             )
-            pixel_scores.append(_resize(pixel_score(heatmap).cpu(), self.index.size))
+            pixel_scores.append(_resize(self.decoder.place_scores(heatmap).cpu(), self.index.size))
         # shuffled weights may overflow to infinity and give NaN
         scores: _Float32 = torch.cat(pixel_scores).nan_to_num(0.0).numpy()
         return scores

@@ -40,7 +40,7 @@ from ood_heatmap.pipeline.targets import (
     heatmap_size,
     max_pending_bytes,
 )
-from ood_heatmap.pipeline.train import check_maps, decoder_config
+from ood_heatmap.pipeline.train import check_maps, decoder_config, make_training_set, resolve
 
 _PROBE_SECONDS = 2.0
 _CPU = torch.device("cpu")
@@ -136,8 +136,8 @@ def plan_train(run: Path, device: torch.device, config: TrainConfig) -> Plan:
     index = map_index(run, read_manifest(run, "index"))
     targets = read_manifest(run, "targets")
     require_from(targets, index.manifest, run)
-    columns = map_targets(run, targets, index).columns
-    data = TrainingSet(index.columns, columns, config.feature_maps)
+    config = resolve(config, index)
+    data = make_training_set(index, map_targets(run, targets, index), config)
     check_maps(data, config)
     config = replace(config, batch_size=min(config.batch_size, len(data)))
     feed, on_gpu = choose_feed(data, device, config.feed), device.type == "cuda"

@@ -15,12 +15,12 @@ from ood_heatmap.baselines import Outputs, Score, ScoreInputs, fit_methods
 from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
-from ood_heatmap.detector import HeatmapDetector, decode_heatmap
+from ood_heatmap.detector import HeatmapDetector, decode
 from ood_heatmap.distances import TERMS, Standardization, three_terms
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
 from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.heatmap import pixel_score, score
+from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.images import ImageSet, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
@@ -258,9 +258,9 @@ def _three_terms(scores: Mapping[str, _Float32]) -> NDArray[np.float64]:
 @torch.inference_mode()
 def _score_images(detector: HeatmapDetector, output: Output) -> tuple[_Float32, _Float32]:
     """Return the mean and the maximum pixel score of each heatmap, which stays on the device."""
-    heatmap = decode_heatmap(detector.decoder, output, output.logits.argmax(dim=1))
+    heatmap, scores = decode(detector.decoder, output, output.logits.argmax(dim=1))
     pixels = pixel_score(heatmap)
-    return score(heatmap).cpu().numpy(), pixels.amax(dim=(1, 2)).cpu().numpy()
+    return scores.cpu().numpy(), pixels.amax(dim=(1, 2)).cpu().numpy()
 
 
 def _to_output(embedded: Embedded, rows: slice, device: torch.device, num_maps: int) -> Output:

@@ -20,6 +20,7 @@ from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import region_weight, target_heatmap, weighted_squared_error
 from ood_heatmap.pipeline.config import TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch
+from ood_heatmap.split_decoder import UNBALANCED, Balance, split_loss
 
 log = logging.getLogger(__name__)
 Step: TypeAlias = Callable[[TrainingBatch], Tensor]
@@ -61,7 +62,12 @@ def training_step(
     return total
 
 
-def _batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -> Tensor:
+def _batch_loss(
+    decoder: nn.Module,
+    config: TrainConfig,
+    batch: TrainingBatch,
+    balance: Balance = UNBALANCED,
+) -> Tensor:
     """Return the loss of a micro-batch, scaled as its share of the loss of the whole batch.
 
     Summed over micro-batches and averaged over ranks, as DistributedDataParallel averages
@@ -69,11 +75,13 @@ def _batch_loss(decoder: nn.Module, config: TrainConfig, batch: TrainingBatch) -
     """
     with _autocast(batch.features.device, config):
         maps = [item.float() for item in batch.maps]
-        heatmap = decoder(batch.features, batch.prediction, maps, batch.noise)
+        output = decoder(batch.features, batch.prediction, maps, batch.noise)
+    share = len(batch.features) * world_size() / config.batch_size
     target = target_heatmap(batch.target, signed=config.target == "signed")
+    if batch.presence is not None:
+        return share * split_loss(output, batch.presence, target, config.region_weight, balance)
     weight = region_weight(batch.target, config.region_weight)
-    share = len(target) * world_size() / config.batch_size
-    return weighted_squared_error(heatmap, target, weight) * share
+    return weighted_squared_error(output, target, weight) * share
 
 
 def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
@@ -135,6 +143,7 @@ def make_step(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     example: TrainingBatch,
+    balance: Balance = UNBALANCED,
 ) -> tuple[StepKind, Step]:
     """Return the kind of step that ``config.step`` selects, and the step.
 
@@ -154,8 +163,8 @@ def make_step(
             raise UsageError(
                 "--step compiled with --stack dcgan is for one process: use --step auto."
             )
-        return "compiled", _make_compiled_step(decoder, optimizer, config, example)
-    eager = _make_eager_step(decoder, optimizer, config)
+        return "compiled", _make_compiled_step(decoder, optimizer, config, example, balance)
+    eager = _make_eager_step(decoder, optimizer, config, balance)
     on_gpu, num_ranks = example.features.device.type == "cuda", world_size()
     single_gpu = on_gpu and num_ranks == 1
     if config.step == "graph":
@@ -182,6 +191,7 @@ def _make_eager_step(
     decoder: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
+    balance: Balance = UNBALANCED,
     *,
     compiled: bool = False,
 ) -> Step:
@@ -195,15 +205,16 @@ def _make_eager_step(
         decoder: Decoder with ``channels_last`` weights.
         optimizer: Optimizer of its weights.
         config: Settings; ``batch_size`` is the actual one.
+        balance: Weights of ID and OOD images in the loss of the image head.
         compiled: Use ``torch.compile``, which needs a C++ compiler.
     """
 
     def loss_of(batch: TrainingBatch) -> Tensor:
-        return _batch_loss(decoder, config, batch)
+        return _batch_loss(decoder, config, batch, balance)
 
     run = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
     step = partial(training_step, run, optimizer)
-    if config.stack == "plain" and world_size() == 1:
+    if config.stack != "dcgan" and world_size() == 1:
         return _halve_on_out_of_memory(step, config.batch_size)
     return partial(step, micro_batch_size=config.batch_size)
 
@@ -245,13 +256,14 @@ def _make_compiled_step(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     example: TrainingBatch,
+    balance: Balance,
 ) -> Step:
     """Return a compiled step after a first run, which compiles it.
 
     Raises:
         UsageError: ``torch.compile`` fails.
     """
-    step = _make_eager_step(decoder, optimizer, config, compiled=True)
+    step = _make_eager_step(decoder, optimizer, config, balance, compiled=True)
     try:
         step(example)
     except RuntimeError as error:

@@ -21,7 +21,7 @@ from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.decoder import Decoder, DecoderConfig, decoder_metadata, make_decoder
 from ood_heatmap.devices import describe_environment, is_out_of_memory, kernel_selection
 from ood_heatmap.distributed import broadcast, is_main, rank, world_size
-from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
 from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.pipeline.config import TrainConfig, result_options
 from ood_heatmap.pipeline.feed import (
@@ -36,7 +36,14 @@ from ood_heatmap.pipeline.meter import throughput
 from ood_heatmap.pipeline.progress import Progress, format_end
 from ood_heatmap.pipeline.ranges import input_ranges
 from ood_heatmap.pipeline.results import DecoderResults, TargetsResults
-from ood_heatmap.pipeline.run import DECODER, Index, open_index, open_targets
+from ood_heatmap.pipeline.run import (
+    DECODER,
+    PRESENCE,
+    Index,
+    Targets,
+    open_index,
+    open_targets,
+)
 from ood_heatmap.pipeline.stage import CHECKPOINT, Stage, run_lock
 from ood_heatmap.pipeline.step import (
     Step,
@@ -49,6 +56,7 @@ from ood_heatmap.pipeline.step import (
     snapshot,
     wrap_ddp,
 )
+from ood_heatmap.split_decoder import Balance
 
 log = logging.getLogger(__name__)
 # number and mean loss of each epoch
@@ -88,7 +96,8 @@ def train_decoder(
     with run_lock(run), kernel_selection(deterministic=config.deterministic, benchmark=True):
         index = open_index(run)
         targets = open_targets(run, index)
-        data = TrainingSet(index.columns, targets.columns, config.feature_maps)
+        config = resolve(config, index)
+        data = make_training_set(index, targets, config)
         check_maps(data, config)
         options = result_options(config)
         inputs = {"targets": targets.manifest.fingerprint, "options": options}
@@ -108,11 +117,47 @@ def train_decoder(
         return broadcast(manifest)
 
 
+def resolve(config: TrainConfig, index: Index) -> TrainConfig:
+    """Return the settings with the number of feature maps that the decoder uses."""
+    if config.feature_maps is not None:
+        return config
+    return replace(config, feature_maps=len(index.results.map_shapes))
+
+
+def make_training_set(index: Index, targets: Targets, config: TrainConfig) -> TrainingSet:
+    """Return the rows that the decoder trains on.
+
+    Raises:
+        UsageError: The decoder cannot have this target.
+        OodHeatmapError: The targets were made by a version that did not store what it needs.
+    """
+    if (config.stack == "split") != (config.target == "presence"):
+        raise UsageError(
+            f"--stack {config.stack} has no --target {config.target}: use split with presence, "
+            "plain or dcgan with magnitude or signed."
+        )
+    if config.stack != "split":
+        return TrainingSet(index.columns, targets.columns, config.feature_maps or 0)
+    if PRESENCE not in targets.columns:
+        raise OodHeatmapError(
+            f"the targets of {index.run} have no masks of patches: an earlier version made them. "
+            "Run `ood-heatmap targets` again with --overwrite, or train with --stack plain "
+            "--target magnitude."
+        )
+    return TrainingSet(
+        index.columns,
+        targets.columns,
+        config.feature_maps or 0,
+        ("heatmap", PRESENCE),
+        num_patched=targets.results.num_patched,
+    )
+
+
 def check_maps(data: TrainingSet, config: TrainConfig) -> None:
     """Check that both caches contain the feature maps that the decoder uses."""
     for stage, columns in (("index", data.id_columns), ("targets", data.ood_columns)):
         num_maps = sum(name.startswith("feature_maps_") for name in columns)
-        if num_maps < config.feature_maps:
+        if num_maps < (config.feature_maps or 0):
             raise OodHeatmapError(
                 f"the {stage} stage cached {num_maps} feature maps, --feature-maps asks for "
                 f"{config.feature_maps}. "
@@ -133,12 +178,14 @@ def decoder_config(index: Index, size: int, config: TrainConfig) -> DecoderConfi
         num_classes=results.num_classes,
         size=size,
         target=config.target,
+        num_channels=1 if config.target == "presence" else 3,
         width=config.width,
         map_shapes=tuple((shape[0], shape[1], shape[2]) for shape in shapes),
         stack=config.stack,
     )
     has_reference = size == index.size <= _REFERENCE_SIZE
-    return architecture if has_reference or config.width else architecture.bounded()
+    keep = has_reference or config.width or config.stack == "split"
+    return architecture if keep else architecture.bounded()
 
 
 def _new_decoder(index: Index, size: int, config: TrainConfig, *, resumes: bool = False) -> Decoder:
@@ -155,7 +202,7 @@ def _new_decoder(index: Index, size: int, config: TrainConfig, *, resumes: bool 
         return make_decoder(architecture)
     if config.stack == "dcgan":
         return make_decoder(architecture, index.feature_range)
-    ranges = broadcast(input_ranges(index, config.feature_maps) if is_main() else None)
+    ranges = broadcast(input_ranges(index, config.feature_maps or 0) if is_main() else None)
     return make_decoder(architecture, *ranges)
 
 
@@ -198,7 +245,7 @@ def _train(
     log.info(
         "train: %d ID and %d OOD images, %s feed (%.0f MB), decoder %s, %s target",
         *(data.num_id, len(data) - data.num_id, feed_kind, data.num_bytes / 1e6),
-        *("-".join(map(str, decoder.config.widths)), config.target),
+        *(f"{config.stack} of {_count(decoder):,} weights", config.target),
     )
     try:
         stats = _run_epochs(stage, data, feed, decoder, optimizer, history, config, callbacks)
@@ -280,7 +327,8 @@ def _prepare_step(
     generator = _noise_generator(config.seed, 0, device)
     example = read_batch(data, rows, device)
     example = _add_noise(example, generator, decoder.config.num_inputs, config)
-    step_kind, step = make_step(wrap_ddp(decoder.train()), optimizer, config, example)
+    balance = Balance.of(data.num_id, len(data) - data.num_id - data.num_patched, len(data))
+    step_kind, step = make_step(wrap_ddp(decoder.train()), optimizer, config, example, balance)
     ceiling = measure_ceiling(step, example, size, num_epochs * (len(data) // size))
     restore()
     return step_kind, step, ceiling
@@ -313,7 +361,7 @@ def _add_noise(
     Every rank draws the noise of the whole batch and keeps that of its own images, so that it does
     not depend on the number of ranks.
     """
-    if not config.noise or config.stack != "plain":
+    if not config.noise or config.stack == "dcgan":
         return batch
     shape = (config.batch_size, num_inputs)
     noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -449,7 +497,7 @@ def _finish(
     save_tensors(path, decoder.state_dict(), metadata, record=record)
     results = DecoderResults(
         decoder=asdict(decoder.config),
-        num_parameters=sum(item.numel() for item in decoder.parameters()),
+        num_parameters=_count(decoder),
         num_id=data.num_id,
         num_ood=len(data) - data.num_id,
         pairing=TargetsResults.from_manifest(targets).pairing,
@@ -458,12 +506,18 @@ def _finish(
     return stage.commit(results, [DECODER, _HISTORY], speed=trained.stats)
 
 
+def _count(decoder: Decoder) -> int:
+    """Return the number of trained weights."""
+    return sum(item.numel() for item in decoder.parameters())
+
+
 @torch.inference_mode()
 def _color_max(decoder: Decoder, data: TrainingSet) -> float:
     """Return the top of the color scale: the 99th percentile over heatmaps of OOD images."""
     decoder.eval()
     rows = data.num_id + np.linspace(0, len(data) - data.num_id - 1, 256).astype(np.int64)
     batch = read_batch(data, np.unique(rows), decoder.feature_range.device)
-    heatmap = decoder(batch.features, batch.prediction, [item.float() for item in batch.maps])
+    maps = [item.float() for item in batch.maps]
+    heatmap, _ = decoder.detect(batch.features, batch.prediction, maps)
     pixel_scores = pixel_score(heatmap).flatten()[:1_000_000].cpu()
     return round(float(torch.quantile(pixel_scores, 0.99)), 4)

@@ -48,9 +48,11 @@ def test_every_kind_of_input_means_the_same(detector):
 
 def test_the_score_is_read_off_the_heatmap(detector):
     result = detector(np.random.default_rng(0).integers(0, 256, (3, 30, 20, 3)).astype(np.uint8))
-    assert result.heatmap.shape == (3, 3, 16, 16)
-    np.testing.assert_array_equal(result.pixel_score, np.abs(result.heatmap).max(axis=1))
-    np.testing.assert_allclose(result.score, result.pixel_score.mean(axis=(1, 2)), rtol=1e-6)
+    assert result.heatmap.shape == (3, 1, 16, 16)
+    np.testing.assert_array_equal(result.pixel_score, result.heatmap[:, 0])
+    log_odds = np.log(result.heatmap / (1 - result.heatmap.astype(np.float64)))
+    level = np.log(np.exp(log_odds).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(result.score, level, rtol=1e-4, atol=1e-5)
     assert result.prediction.shape == (3,)
 
 

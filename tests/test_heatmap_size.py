@@ -32,7 +32,15 @@ from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 TARGETS = TargetsConfig(patched=0.5, batch_size=16, heatmap_size=8, overwrite=True)
-TRAIN = TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=1, overwrite=True)
+TRAIN = TrainConfig(
+    epochs=2,
+    batch_size=32,
+    width=32,
+    feature_maps=1,
+    overwrite=True,
+    stack="plain",
+    target="magnitude",
+)
 LOCALIZE = LocalizeConfig(count=12, batch_size=16)
 
 

@@ -86,7 +86,7 @@ def test_a_resident_feed_counts_as_memory_and_a_streaming_one_does_not(run, monk
         plan_train(run, CPU, TrainConfig(**config, feed=feed)) for feed in ("resident", "streaming")
     )
     assert streaming.host == 0
-    assert resident.host == 130 * (8 * 4 + 4) + 50 * 3 * 16 * 16 * 2
+    assert resident.host == 130 * (8 * 4 + 4) + 50 * 16 * 16 * (3 * 2 + 1)
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -32,8 +32,8 @@ from ood_heatmap.pipeline.step import (
 
 CPU = torch.device("cpu")
 DCGAN = DecoderConfig(8, 3, 8, "magnitude", width=16, stack="dcgan")
-CONFIG = TrainConfig(batch_size=6, precision="float32")
-PLAIN = replace(CONFIG, stack="plain")
+CONFIG = TrainConfig(batch_size=6, precision="float32", stack="plain", target="magnitude")
+PLAIN = CONFIG
 
 
 def example(device: torch.device = CPU, seed: int = 0) -> TrainingBatch:

@@ -1,0 +1,77 @@
+"""The default score: its formula, and the choice of its weight."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from ood_heatmap.combined import TERMS, WEIGHTS, Combination
+
+
+def scores(count: int, shifts: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Return scores by name; distances are positive."""
+    generator = np.random.default_rng(seed)
+    found = {name: generator.normal(shift, 1, count) for name, shift in shifts.items()}
+    return {
+        name: (values if name in ("max_logit", "heatmap") else np.exp(values)).astype(np.float32)
+        for name, values in found.items()
+    }
+
+
+def shifts(of_distances: float, learned: float) -> dict[str, float]:
+    return {**dict.fromkeys(TERMS[:3], of_distances), "heatmap": learned}
+
+
+def by_the_formula(held_out, queries, weight):
+    total = 0.0
+    for name in ("max_logit", "knn", "mahalanobis_pp", "heatmap"):
+        ours, theirs = held_out[name].astype(float), queries[name].astype(float)
+        if name in ("knn", "mahalanobis_pp"):
+            ours, theirs = np.log(ours), np.log(theirs)
+        z = (theirs - ours.mean()) / ours.std()
+        total = total + (weight * z if name == "heatmap" else z)
+    return total
+
+
+def test_a_score_is_the_sum_of_standardised_terms():
+    held_out, queries = scores(300, shifts(0, 0), 0), scores(50, shifts(1, 2), 1)
+    mixtures = scores(200, shifts(1, 1), 2)
+    combination = Combination.fit(held_out, mixtures, "heatmap")
+    wanted = by_the_formula(held_out, queries, combination.weight)
+    np.testing.assert_allclose(combination(queries), wanted, rtol=1e-5, atol=1e-5)
+    assert combination.names == (*TERMS[:3], "heatmap")
+
+
+def test_the_weight_is_the_largest_that_costs_a_point_at_most():
+    for learned in (-1.0, -0.3, 0.0, 0.3, 1.0, 3.0):
+        held_out, mixtures = scores(400, shifts(0, 0), 3), scores(400, shifts(0.7, learned), 4)
+        combination = Combination.fit(held_out, mixtures, "heatmap")
+        label = np.repeat([0, 1], 400)
+        auroc = [
+            roc_auc_score(
+                label,
+                np.r_[by_the_formula(held_out, held_out, w), by_the_formula(held_out, mixtures, w)],
+            )
+            for w in WEIGHTS
+        ]
+        assert combination.mixture_auroc == pytest.approx(auroc, abs=1e-4)
+        assert combination.weight == max(
+            w for w, found in zip(WEIGHTS, auroc, strict=True) if found >= auroc[0] - 0.01
+        )
+
+
+def test_a_learned_score_that_misses_the_style_of_id_images_counts_for_little():
+    held_out = scores(400, shifts(0, 0), 5)
+    fooled = Combination.fit(held_out, scores(400, shifts(0.7, -1), 6), "heatmap")
+    good = Combination.fit(held_out, scores(400, shifts(0.7, 1), 6), "heatmap")
+    assert fooled.weight <= 0.25
+    assert good.weight == 4
+
+
+def test_without_mixtures_the_weight_is_the_smallest():
+    assert Combination.fit(scores(50, shifts(0, 0), 7), None, "heatmap").weight == 0.25
+
+
+def test_a_distance_of_zero_is_not_minus_infinity():
+    held_out = scores(50, shifts(0, 0), 8)
+    held_out["knn"][0] = 0
+    assert np.isfinite(Combination.fit(held_out, held_out, "heatmap")(held_out)).all()
