@@ -68,7 +68,10 @@ def predict(
         root=common_folder(images, paths),
         nearest=NearestImages(run) if config.nearest else None,
     )
-    click.echo(f"{results.num_images} images, scores in {results.table}")
+    decided = f", {results.num_ood} of them OOD" if detector.decides else ""
+    click.echo(f"{results.num_images} images{decided}, scores in {results.table}")
+    if results.pictures is not None:
+        click.echo(f"pictures: {results.pictures}")
     if results.problems:
         raise OodHeatmapError("; ".join(results.problems) + ".")
 

@@ -27,7 +27,12 @@ from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.nearest import NearestImages
 from ood_heatmap.pipeline.picture_writer import PictureWriter, Scored
-from ood_heatmap.pipeline.result_folder import common_folder, mirrored_names, replacing_results
+from ood_heatmap.pipeline.result_folder import (
+    PICTURES,
+    common_folder,
+    mirrored_names,
+    replacing_results,
+)
 from ood_heatmap.pipeline.score_table import TableLine, line_writer, open_table
 from ood_heatmap.source_folder import from_paths
 
@@ -41,12 +46,16 @@ class PredictResults:
     Args:
         table: Path of the table, one line per scored image.
         num_images: Number of lines.
+        num_ood: Number of them called OOD.
+        pictures: Folder of the pictures; None without any.
         skipped: Images without a line: unreadable, or without a finite score.
         not_drawn: Images with a line, but without picture or heatmap after an error.
     """
 
     table: Path
     num_images: int = 0
+    num_ood: int = 0
+    pictures: Path | None = None
     skipped: list[Unreadable] = field(default_factory=list)
     not_drawn: list[Unreadable] = field(default_factory=list)
 
@@ -111,6 +120,9 @@ def predict(
             for line in lines:
                 write_line(line)
             results.num_images += len(lines)
+            results.num_ood += sum(line.is_ood is True for line in lines)
+    if writer is not None and len(results.not_drawn) < results.num_images:
+        results.pictures = out / PICTURES
     # threads finish in arbitrary order
     results.not_drawn.sort(key=lambda image: image.row)
     return results

@@ -58,6 +58,7 @@ def test_it_writes_pictures_raw_heatmaps_and_a_table(detector, paths, tmp_path):
     lines = read_csv(tmp_path / "out")
     assert [line["image"] for line in lines] == [str(path) for path in paths]
     assert {line["is_ood"] for line in lines} <= {"true", "false"}
+    assert results.pictures == tmp_path / "out" / "pictures"
     for i, line in enumerate(lines):
         assert float(line["score"]) == pytest.approx(wanted.score[i], abs=1e-5)
         assert float(line["p_value"]) == pytest.approx(wanted.p_value[i], abs=0.0101)
@@ -512,8 +513,11 @@ def test_panels_say_id_or_ood_only_where_there_is_a_decision(
     for level in (0.5, 0.005):
         drawn.clear()
         config = PredictConfig(workers=1, overwrite=True)
-        predict(detector.calibrated(calibration, level), paths, tmp_path, config)
+        results = predict(detector.calibrated(calibration, level), paths, tmp_path, config)
         lines = read_csv(tmp_path)
+        num_ood = sum(line["is_ood"] == "true" for line in lines)
+        assert results.num_ood == num_ood
+        assert (0 < num_ood < 25) == (level == 0.5)
         said = {"true": "OOD", "false": "ID", "": "no decision"}
         for decision, line in zip(drawn, lines, strict=True):
             title, explained = decision.words()

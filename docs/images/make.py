@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation from a run: panels of photographs, one below the other.
 
-    python docs/images/make.py RUN docs/images/photos/*.jpg --out docs/images/panels.jpg
+python docs/images/make.py RUN docs/images/photos/*.jpg --out docs/images/panels.jpg
 """
 
 import tempfile
