@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed.run import get_args_parser
 
 from ood_heatmap.adapters.tracking import Epoch, open_trackers
 from ood_heatmap.cli import main
@@ -69,6 +70,13 @@ def test_other_ranks_tell_nothing(monkeypatch):
     monkeypatch.setattr(module, "is_main", lambda: False)
     module._report([epochs.append], Epoch(1, 0.5, 0.1, 10.0))
     assert epochs == []
+
+
+def test_torchrun_passes_the_option_on():
+    # without the separator it takes --log for an abbreviation of its own options
+    command = ["ood-heatmap", "train", "run", "--log", "tensorboard"]
+    given = get_args_parser().parse_args(["--nproc-per-node", "2", "--no-python", "--", *command])
+    assert [given.training_script, *given.training_script_args] == command
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
