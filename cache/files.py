@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -10,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +21,17 @@ from torch import Tensor
 
 from ood_heatmap.errors import OodHeatmapError
 
+try:
+    import fcntl
+except ImportError:
+    # Windows
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
-_LOCK_NAME = ".lock"
+_LOCK_NAME, _HOLDER_NAME = ".lock", ".lock.holder"
+# Windows has no such flag, and makes symbolic links for administrators only
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 # how HDF5, FAISS, PyTorch and safetensors quote an errno in the text of their own exceptions
 _QUOTED_ERRNO = re.compile(r"(?:errno ?=? ?|os error )(\d+)", re.IGNORECASE)
@@ -32,7 +40,11 @@ _QUOTED_TEXT = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT,
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to disk (``os.fsync``)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():
+        # a directory cannot be opened there
+        return
+    # Windows flushes only what is open for writing
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -265,7 +277,7 @@ def append_text(path: Path, text: str) -> None:
         OodHeatmapError: The disk is full or read-only, or the path is a link.
     """
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW
         with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -285,16 +297,20 @@ def locked(directory: Path) -> Iterator[None]:
         OodHeatmapError: Another process holds the lock (named by host and process id), or the lock
             file cannot be opened or locked.
     """
+    if fcntl is None:
+        with _locked_without_fcntl(directory):
+            yield
+        return
     path = directory / _LOCK_NAME
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OodHeatmapError(f"{path} is a symbolic link. Remove the link.") from error
         raise _write_error(path, error) from error
     try:
         _lock(descriptor, directory)
-        _describe_holder(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
+        _describe_holder(descriptor, _this_process())
         try:
             yield
         finally:
@@ -311,10 +327,7 @@ def _lock(descriptor: int, directory: Path) -> None:
     except (BlockingIOError, PermissionError):
         # NFS passes the lock to the server, which may refuse it with either
         text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        raise OodHeatmapError(
-            f"{directory} is being written by {text or 'another process'}. "
-            "Wait for it, or use another directory."
-        ) from None
+        raise _lock_error(directory, text) from None
     except OSError as error:
         if error.errno in _NO_LOCKS:
             raise OodHeatmapError(
@@ -323,6 +336,43 @@ def _lock(descriptor: int, directory: Path) -> None:
                 "directory on another file system."
             ) from error
         raise OodHeatmapError(f"cannot lock {directory}: {error.strerror}.") from error
+
+
+@contextmanager
+def _locked_without_fcntl(directory: Path) -> Iterator[None]:
+    """Hold the lock on Windows, where a locked file cannot be read: the holder has its own file."""
+    from filelock import FileLock, Timeout
+
+    lock, holder = FileLock(directory / _LOCK_NAME, timeout=0), directory / _HOLDER_NAME
+    try:
+        lock.acquire()
+    except Timeout:
+        text = ""
+        with contextlib.suppress(OSError):
+            text = holder.read_text("utf-8", "replace")
+        raise _lock_error(directory, text) from None
+    except OSError as error:
+        raise _write_error(directory / _LOCK_NAME, error) from error
+    try:
+        with contextlib.suppress(OSError):
+            holder.write_text(_this_process(), "utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _lock_error(directory: Path, holder: str) -> OodHeatmapError:
+    """Return the error for a second writer."""
+    return OodHeatmapError(
+        f"{directory} is being written by {holder or 'another process'}. "
+        "Wait for it, or use another directory."
+    )
 
 
 def _describe_holder(descriptor: int, text: str) -> None:

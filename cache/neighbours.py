@@ -9,7 +9,6 @@ lowest row. Results therefore do not depend on batch size, threads or device.
 import importlib
 import importlib.metadata
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from ood_heatmap.cache.files import replacing
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.cores import local_world_size
+from ood_heatmap.cores import local_world_size, physical_memory
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 # after torch: the reverse order crashes where both ship a CUDA runtime; imported only here
@@ -536,7 +535,7 @@ class _Blocks:
 
 def _max_cached_bytes() -> int:
     """Return how much one rank may cache: a quarter of the RAM for all ranks of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // local_world_size()
+    return physical_memory() // 4 // local_world_size()
 
 
 def _open_gpu(index: int) -> Any:

@@ -10,7 +10,6 @@ Otherwise they bypass it (``O_DIRECT``), which takes half of the CPU time and ev
 import errno
 import mmap
 import os
-import resource
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,12 @@ from numpy.typing import NDArray
 from ood_heatmap.cache.files import read_error
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.errors import DamagedCacheError
+
+try:
+    import resource
+except ImportError:
+    # Windows
+    resource = None  # type: ignore[assignment]
 
 _Array = NDArray[Any]
 _Int64 = NDArray[np.int64]
@@ -99,6 +104,8 @@ def _shards_open(*, direct: bool) -> tuple[int, int]:
 
     With two readers in 16 threads that is less than half of the descriptors of the process.
     """
+    if resource is None:
+        return _MAX_OPEN, _MAX_PENDING
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return _MAX_OPEN, _MAX_PENDING
@@ -170,7 +177,12 @@ class _Shard:
         )
 
     def is_cached(self, row: int) -> bool:
-        """Return whether the first byte of a row of the largest column is in the page cache."""
+        """Return whether the first byte of a row of the largest column is in the page cache.
+
+        True where the system has no ``preadv``: then all rows are copied from the memory map.
+        """
+        if not hasattr(os, "preadv"):
+            return True
         largest = self.row_bytes.index(max(self.row_bytes))
         offset = self.offsets[largest] + row * self.row_bytes[largest]
         try:
@@ -247,7 +259,7 @@ def _open_shard(columns: Sequence[Rows], direct: bool, number: int) -> _Shard:
     """Open a shard for random reads."""
     path = columns[0].paths[number]
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise read_error(path, error) from error
     # disables read-ahead beyond each row, which no row of this batch may need

@@ -261,6 +261,9 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
 
     Python's own mmap keeps a descriptor open for its lifetime, and the usual limit is 1,024.
     """
+    if not hasattr(mmap, "PROT_READ"):
+        # Windows; it has no such limit
+        return np.asarray(np.memmap(path, np.uint8, "r"))
     libc = _libc()
     with path.open("rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size

@@ -151,7 +151,9 @@ class _OpenFile:
     descriptor: int = -1
 
     def __init__(self, path: str, stamp: tuple[int, int]) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        )
         check_unchanged(path, stamp, self.descriptor)
 
     def __del__(self) -> None:

@@ -5,7 +5,6 @@ target of an ID row is 0 everywhere and is not stored.
 """
 
 import logging
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ood_heatmap.cache.reader import RowReader
 from ood_heatmap.cache.shards import Rows
-from ood_heatmap.cores import local_world_size, num_cores
+from ood_heatmap.cores import local_world_size, num_cores, physical_memory
 from ood_heatmap.devices import is_out_of_memory
 from ood_heatmap.distributed import broadcast, rank, world_size
 from ood_heatmap.errors import OodHeatmapError
@@ -199,7 +198,7 @@ def available_memory(device: torch.device) -> int:
     if meminfo.is_file():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return min([int(fields["MemAvailable"].split()[0]) * 1024, *_iter_cgroup_memory(Path("/"))])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return physical_memory() // 2
 
 
 def _iter_cgroup_memory(root: Path) -> Iterator[int]:

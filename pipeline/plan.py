@@ -3,7 +3,6 @@
 Nothing is written. A plan covers the whole stage, even if some of its shards already exist.
 """
 
-import resource
 import shutil
 import sys
 import time
@@ -210,7 +209,12 @@ def _shard_buffers(num_rows: int, row_bytes: int, shard_mb: int) -> int:
 
 
 def _peak_host_bytes() -> int:
-    """Return the peak resident memory of this process in bytes, the probe included."""
+    """Return the peak resident memory of this process, the probe included, or 0 if unknown."""
+    try:
+        import resource
+    except ImportError:
+        # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
