@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -304,3 +305,12 @@ def test_the_ceiling_is_the_rate_of_the_forward_pass_alone(classifier, monkeypat
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert BatchedClassifier(classifier, 32).rate(seconds=2.0) == 32 / 0.5
     assert clock[0] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(16, 32), (112, 32), (160, 15), (224, 8), (299, 4), (1024, 1)]
+)
+def test_a_core_takes_fewer_large_images_at_once(classifier, size, count):
+    config = replace(classifier.config, transform=Transform(size))
+    classifier.config = config
+    assert BatchedClassifier(classifier, 64).size == count
