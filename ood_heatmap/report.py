@@ -1,34 +1,42 @@
 """Render the report of an evaluation: a self-contained HTML page that needs no network.
 
-This module renders tables and images, with all text escaped. The script in ``report.html`` draws
-plots and controls from the JSON embedded here.
+``report_content`` draws what takes the images and returns JSON that is kept in the evaluation;
+``render_report`` fills the template with it, so that the page can be drawn again without images.
+The template escapes all text. Its script draws plots and controls from the embedded JSON.
 """
 
 import base64
 import hashlib
 import io
-import json
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
 from ood_heatmap.errors import printable
-from ood_heatmap.figures import COLORMAP, Card, share_of_scale
+from ood_heatmap.figures import Card
+from ood_heatmap.pictures import ColorScale
+from ood_heatmap.report_tables import (
+    ALL_METRICS,
+    full_table,
+    localization_table,
+    method_label,
+    summary_table,
+)
+from ood_heatmap.verdict import default_method, verdict
 
 ID = "id"
-# method shown in the histograms and used for the threshold
-HEATMAP = "heatmap"
-# longer side in pixels, as displayed on the page: 200 cards of 224 px would be 50 MB
-_PICTURE_SIZE = 96
+# longer sides of pictures in pixels: the first with which the page stays small
+_PICTURE_SIDES = (256, 192, 128, 96)
+# of all pictures, in characters of base64
+_MAX_PICTURES = 8_000_000
 # minimum number of steps; the step is rounded down to a power of ten
 _SLIDER_STEPS = 1000
 
@@ -36,53 +44,40 @@ _Curves = Mapping[str, tuple[list[float], list[float]]]
 
 
 @dataclass(frozen=True)
-class _Column:
-    """One metric of the table."""
+class GalleryImage:
+    """One image of the gallery.
 
-    key: str
-    head: str
-    note: str
-    # +1: higher is better, -1: lower is better
-    sign: int
+    Args:
+        card: Names, scores and nearest ID image.
+        photo: The upright photo.
+        overlay: The heatmap over the photo, see ``pictures.draw_overlay``.
+        label: Name of its class; "" if it is unknown or not one of the classifier's.
+    """
 
-    @property
-    def arrow(self) -> str:
-        """Arrow in the direction of better values."""
-        return "&uarr;" if self.sign > 0 else "&darr;"
-
-
-_COLUMNS = (
-    _Column("auroc", "AUROC", "", 1),
-    _Column("aupr_in", "AUPR-IN", "ID positive", 1),
-    _Column("aupr_out", "AUPR-OUT", "OOD positive", 1),
-    _Column("fpr95_id_pos", "FPR95", "ID positive", -1),
-    _Column("fpr95_ood_pos", "FPR95", "OOD positive", -1),
-)
+    card: Card
+    photo: Image.Image
+    overlay: Image.Image
+    label: str = ""
 
 
-def render_report(
+def report_content(
     *,
-    title: str,
-    metrics: Mapping[str, Any],
     scores: Mapping[str, NDArray[np.float32]],
     roc: Mapping[str, _Curves],
-    cards: Sequence[Card],
-    color_max: float,
+    images: Sequence[GalleryImage],
+    scale: ColorScale,
     threshold: float | None,
     classes: Sequence[str] = (),
     warnings: Sequence[str] = (),
-) -> str:
-    """Render the report, deterministically.
+) -> dict[str, Any]:
+    """Return what the page shows beside the tables, deterministically, as JSON.
 
     Args:
-        title: Heading of the page.
-        metrics: Content of ``metrics.json``: ``table`` has one row per method and set, values in
-            [0, 1]. A row may have ``intervals``, ``{metric: [low, high]}``. ``decisions``, if
-            present, has the number of held-out images behind the threshold.
-        scores: All heatmap scores by set; the set ``id`` is in-distribution.
-        roc: False and true positive rates by set and method; OOD is the positive class.
-        cards: The gallery, in initial order.
-        color_max: Top of the colour scale shared by all heatmaps.
+        scores: All default scores by set; the set ``id`` is in-distribution.
+        roc: False and true positive rates by set and label of the method; OOD is the positive
+            class.
+        images: The gallery, in initial order.
+        scale: Colour scale of the overlays.
         threshold: Initial position of the slider; None for the 95th percentile of the ID scores.
         classes: Names of the ID classes; empty when unknown.
         warnings: Warnings of all stages, shown at the top.
@@ -93,66 +88,107 @@ def render_report(
     _check_scores(scores)
     start = float(np.quantile(scores[ID], 0.95) if threshold is None else threshold)
     low, high, step = _slider_range(scores, start)
-    data = {
-        "threshold": start,
-        "low": low,
-        "high": high,
+    return {
+        "slider": {"start": start, "low": low, "high": high, "step": step},
+        "is_calibrated": threshold is not None,
+        "classes": [printable(name) for name in classes],
+        "warnings": list(warnings),
+        "scale": {
+            "picture": _encode(_draw_scale(scale)),
+            "top": scale.top,
+            "threshold": scale.pixel_threshold if scale.decides else None,
+        },
         "sets": [
             {"name": printable(name), "id": name == ID, "scores": _encode_scores(scores[name])}
             for name in [ID, *(name for name in scores if name != ID)]
         ],
-        "methods": _unique(method for curves in roc.values() for method in curves),
         "roc": [_roc_data(name, curves) for name, curves in roc.items()],
-        "main": HEATMAP,
+        "cards": _encode_gallery(images),
     }
-    template = files("ood_heatmap").joinpath("report.html").read_text("utf-8")
-    return _fill(
-        template,
-        {
-            "title": _escape(title),
-            "script_hash": _script_hash(template),
-            "warnings": _render_warnings(warnings),
-            "summary": _render_summary(metrics, scores, classes),
-            "table": _render_table(metrics["table"]),
-            "table_sets": _render_options(_unique(row["set"] for row in metrics["table"])),
-            "slider": f'min="{low!r}" max="{high!r}" step="{step!r}"',
-            "step": repr(step),
-            "origin": _format_origin(threshold, metrics.get("decisions")),
-            "scale": _image_tag(
-                _colorize(np.linspace(0, 1, 256, dtype=np.float32)[None], 1.0),
-                f"colour scale of the heatmaps, from dark at 0 to bright at {color_max:g}",
-            ),
-            "color_max": f"{color_max:g}",
-            "card_sets": _render_options(_unique(card.set_name for card in cards)),
-            "cards": _render_cards(cards, color_max),
-            "p_value": "The p-value is the share of ID images that score at least as high."
-            if any(card.p_value is not None for card in cards)
-            else "",
-            "num_cards": f"{len(cards):,}",
-            "data": _embed_json(data),
-        },
+
+
+def render_report(
+    content: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]] = (),
+    commands: Sequence[str] = (),
+    localization: Mapping[str, Any] | None = None,
+) -> str:
+    """Render the page.
+
+    Args:
+        content: Of ``report_content``.
+        metrics: Content of ``metrics.json``: ``table`` has one row per method and set, values in
+            [0, 1]. A row may have ``intervals``, ``{metric: [low, high]}``. ``decisions``, if
+            present, has the number of held-out images behind the threshold.
+        title: Heading of the page.
+        facts: What the page is about: names and values, in order.
+        commands: The command lines of the run.
+        localization: Content of ``localization.json``, if it was measured.
+    """
+    environment = _environment()
+    script = _source("report.js")
+    main = method_label(default_method(metrics), metrics)
+    data = {
+        **content["slider"],
+        "sets": content["sets"],
+        "roc": content["roc"],
+        "methods": _unique(
+            curve["method"] for panel in content["roc"] for curve in panel["curves"]
+        ),
+        "main": printable(main),
+        "cards": [
+            {key: value for key, value in card.items() if not isinstance(value, dict)}
+            for card in content["cards"]
+        ],
+        "title": printable(title),
+    }
+    return environment.get_template("report.html").render(
+        title=title,
+        verdict=verdict(metrics),
+        facts=facts,
+        commands=commands,
+        content=content,
+        main=main,
+        accuracy=metrics.get("id_accuracy"),
+        counts=[(one["name"], _num_scores(one["scores"])) for one in content["sets"]],
+        all_metrics=ALL_METRICS,
+        summary=summary_table(metrics),
+        groups=full_table(metrics),
+        localization=localization_table(localization) if localization else None,
+        origin=_format_origin(content["is_calibrated"], metrics.get("decisions")),
+        card_sets=_unique(card["set"] for card in content["cards"]),
+        style=_source("report.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        data=data,
     )
 
 
-def _escape(text: str) -> str:
-    """Escape text for HTML, on one line."""
-    return escape(printable(text))
-
-
-def _render_warnings(warnings: Sequence[str]) -> str:
-    """Render the box of warnings; empty without warnings."""
-    if not warnings:
-        return ""
-    items = "".join(f"<li>{_escape(text)}</li>" for text in warnings)
-    return (
-        '<section class="warnings" aria-labelledby="warnings-title">'
-        f'<h2 id="warnings-title">Warnings</h2><ul>{items}</ul></section>'
+def _environment() -> Environment:
+    """Return the environment of the template: text is escaped, and stays on one line."""
+    environment = Environment(
+        loader=PackageLoader("ood_heatmap"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
 
 
-def _format_origin(threshold: float | None, decisions: Mapping[str, Any] | None) -> str:
+def _source(name: str) -> Markup:
+    """Return style or script of the page."""
+    return Markup(files("ood_heatmap").joinpath(f"templates/{name}").read_text("utf-8"))
+
+
+def _format_origin(is_calibrated: bool, decisions: Mapping[str, Any] | None) -> str:
     """Describe the initial position of the slider, and why there is no threshold, if so."""
-    if threshold is not None:
+    if is_calibrated:
         return "the threshold of this evaluation"
     origin = "the 95th percentile of the ID scores"
     if decisions is None:
@@ -193,13 +229,17 @@ def _encode_scores(scores: NDArray[np.float32]) -> str:
     return base64.b64encode(np.sort(scores).astype("<f4").tobytes()).decode("ascii")
 
 
+def _num_scores(encoded: str) -> int:
+    return len(base64.b64decode(encoded)) // 4
+
+
 def _roc_data(name: str, curves: _Curves) -> dict[str, Any]:
     """Return the ROC curves of a set for the script, to five digits: finer than a pixel."""
     return {
         "set": printable(name),
         "curves": [
             {
-                "method": method,
+                "method": printable(method),
                 "fpr": [round(float(value), 5) for value in fpr],
                 "tpr": [round(float(value), 5) for value in tpr],
             }
@@ -208,213 +248,73 @@ def _roc_data(name: str, curves: _Curves) -> dict[str, Any]:
     }
 
 
-def _embed_json(data: Mapping[str, Any]) -> str:
-    """Serialize to JSON that cannot close its ``<script>`` element."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _script_hash(template: str) -> str:
-    """Return the hash by which the Content-Security-Policy allows the page's own script."""
-    (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Replace each ``{{ name }}`` of the template in one pass, so that values are not expanded."""
-    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], template)
-
-
 def _unique(names: Iterable[str]) -> list[str]:
     """Return each name once, in order of first appearance."""
     return list(dict.fromkeys(names))
 
 
-def _render_options(names: Sequence[str]) -> str:
-    """Render one option per set, identified by its number instead of its name."""
-    return "".join(
-        f'<option value="{number}">{_escape(name)}</option>' for number, name in enumerate(names)
+def _encode_gallery(images: Sequence[GalleryImage]) -> list[dict[str, Any]]:
+    """Return the cards, with pictures as large as the size of the page allows."""
+    side = next(
+        (side for side in _PICTURE_SIDES if _estimate_size(images, side) <= _MAX_PICTURES),
+        _PICTURE_SIDES[-1],
     )
+    return [_encode_card(image, side) for image in images]
 
 
-def _render_summary(
-    metrics: Mapping[str, Any],
-    scores: Mapping[str, NDArray[np.float32]],
-    classes: Sequence[str],
-) -> str:
-    """Render a short summary of the evaluation."""
-    ood = [name for name in scores if name != ID]
-    counts = ", ".join(f"{_escape(name)} ({len(scores[name]):,})" for name in ood)
-    lines = [
-        f"<p>{len(scores[ID]):,} in-distribution (ID) images against {counts or 'no OOD set'}."
-    ]
-    if metrics.get("id_accuracy") is not None:
-        lines.append(
-            f"Classifier accuracy on the ID set: {_format_percent(metrics['id_accuracy'])} %."
-        )
-    lines.append("Scores: larger is more out-of-distribution (OOD).</p>")
-    if classes:
-        names = ", ".join(_escape(name) for name in classes)
-        lines.append(
-            f"<details><summary>{len(classes):,} ID classes</summary><p>{names}</p></details>"
-        )
-    return "\n".join(lines)
+def _estimate_size(images: Sequence[GalleryImage], side: int) -> float:
+    """Estimate the size of all pictures in characters from every eighth image."""
+    cards = [_encode_card(image, side) for image in images[::8]]
+    pictures = [value for card in cards for value in card.values() if isinstance(value, dict)]
+    return sum(len(picture["source"]) for picture in pictures) * len(images) / max(1, len(cards))
 
 
-def _format_percent(share: float) -> str:
-    """Format a share in [0, 1] in percent."""
-    return f"{100 * share:.2f}"
+def _encode_card(image: GalleryImage, side: int) -> dict[str, Any]:
+    card = image.card
+    nearest = Image.fromarray(np.ascontiguousarray(card.nearest.transpose(1, 2, 0)))
+    return {
+        "set": printable(card.set_name),
+        "name": printable(card.name),
+        # exact: the script compares it with the threshold
+        "score": float(card.score),
+        "distance": float(card.distance),
+        "p_value": card.p_value,
+        "prediction": printable(card.prediction),
+        "label": printable(image.label),
+        "photo": _encode(image.photo, side),
+        "overlay": _encode(image.overlay, side),
+        "nearest": _encode(nearest, side),
+    }
 
 
-def _render_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Render the table of metrics, one group of rows per set.
+def _encode(picture: Image.Image, side: int | None = None) -> dict[str, Any]:
+    """Return a picture as a data URI with its size.
 
-    A metric with intervals has a second column for them, so that its numbers stay aligned.
+    Lossless except for photos and what is drawn over them, which would dominate the page as PNG.
+
+    Args:
+        picture: The picture.
+        side: Longer side in pixels at most; None to keep all pixels.
     """
-    wide = {key for row in rows for key in row.get("intervals") or {}}
-    heads = "".join(
-        f'<th scope="col"{" colspan=2" if column.key in wide else ""}>{column.head}&nbsp;'
-        f'<span aria-hidden="true">{column.arrow}</span><small>{column.note}</small></th>'
-        for column in _COLUMNS
-    )
-    prevalence = any("prevalence_ood" in row for row in rows)
-    if prevalence:
-        heads += '<th scope="col">OOD share</th>'
-    groups = "".join(
-        _render_group(number, name, [row for row in rows if row["set"] == name], wide, prevalence)
-        for number, name in enumerate(_unique(row["set"] for row in rows))
-    )
-    return (
-        f'<table id="metrics"><thead><tr><th scope="col">Set</th><th scope="col">Method</th>'
-        f"{heads}</tr></thead>\n{groups}</table>"
-    )
-
-
-def _render_group(
-    number: int,
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    wide: Collection[str],
-    prevalence: bool,
-) -> str:
-    """Render the rows of one set, with the best of each metric in bold."""
-    best = {column.key: _best_metric(column, rows) for column in _COLUMNS}
-    head = f'<th scope="rowgroup" rowspan="{len(rows)}">{_escape(name)}</th>'
-    lines = []
-    for row in rows:
-        cells = ""
-        for key in best:
-            cells += _render_cell(_format_metric(row, key), best[key])
-            if key in wide:
-                cells += _render_margin(row, key)
-        if prevalence:
-            share = row.get("prevalence_ood")
-            cells += _render_cell(None if share is None else f"{100 * share:.1f}")
-        method = f'<th scope="row">{_escape(row["method"])}</th>'
-        lines.append(f"<tr>{head}{method}{cells}</tr>\n")
-        # the header cell spans all rows of the set
-        head = ""
-    return f'<tbody data-set="{number}">{"".join(lines)}</tbody>\n'
-
-
-def _format_metric(row: Mapping[str, Any], key: str) -> str | None:
-    """Format a metric for the table, in percent."""
-    share = row.get(key)
-    return None if share is None or math.isnan(share) else _format_percent(share)
-
-
-def _best_metric(column: _Column, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the best number of a column as displayed; equal after rounding counts as tied."""
-    numbers = [text for row in rows if (text := _format_metric(row, column.key)) is not None]
-    return (max if column.sign > 0 else min)(numbers, key=float, default=None)
-
-
-def _render_cell(text: str | None, best: str | None = None) -> str:
-    """Render one number of the table, bold if it is the best."""
-    if text is None:
-        return "<td>&ndash;</td>"
-    return f"<td>{f'<strong>{text}</strong>' if text == best else text}</td>"
-
-
-def _render_margin(row: Mapping[str, Any], key: str) -> str:
-    """Render the uncertainty of a metric: its spread over runs, otherwise its interval."""
-    interval = (row.get("intervals") or {}).get(key, ())
-    text = "&ndash;".join(_format_percent(end) for end in interval)
-    if "spread" in row:
-        text = f"&plusmn; {_format_percent(row['spread'][key])}"
-    return f'<td class="interval">{text}</td>'
-
-
-def _render_cards(cards: Sequence[Card], color_max: float) -> str:
-    """Render the cards as list items."""
-    sets = {name: number for number, name in enumerate(_unique(card.set_name for card in cards))}
-    return "\n".join(_render_card(card, sets[card.set_name], color_max) for card in cards)
-
-
-def _render_card(card: Card, set_number: int, color_max: float) -> str:
-    """Render one card: image, heatmap and nearest ID image, with their numbers."""
-    name = _escape(card.name)
-    pictures = (
-        (_to_picture(card.image), f"image {card.name}", "image"),
-        (_to_heatmap_picture(card.pixel_score, color_max), f"heatmap of {card.name}", "heatmap"),
-        (_to_picture(card.nearest), f"nearest ID image of {card.name}", "nearest ID"),
-    )
-    figures = "".join(
-        f"<figure>{_image_tag(picture, alt)}<figcaption>{caption}</figcaption></figure>"
-        for picture, alt, caption in pictures
-    )
-    p_value = (
-        "" if card.p_value is None else f"<div><dt>p-value</dt><dd>{card.p_value:.3g}</dd></div>"
-    )
-    # repr of a float is exact: the script compares it with the threshold
-    score, distance = float(card.score), float(card.distance)
-    return (
-        f'<li class="card" data-set="{set_number}" data-score="{score!r}" '
-        f'data-distance="{distance!r}">'
-        f'<p class="name"><b>{name}</b> <span>{_escape(card.set_name)}</span></p>'
-        f'<div class="pictures">{figures}</div>'
-        f"<dl><div><dt>score</dt><dd>{score:.4f}</dd></div>{p_value}"
-        f"<div><dt>distance</dt><dd>{distance:.3f}</dd></div>"
-        f"<div><dt>predicted</dt><dd>{_escape(card.prediction)}</dd></div></dl>"
-        '<p class="flag" hidden>flagged</p></li>'
-    )
-
-
-def _to_picture(image: NDArray[np.uint8]) -> Image.Image:
-    """Convert ``(3, H, W)`` uint8 to a thumbnail."""
-    return _shrink(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))
-
-
-def _to_heatmap_picture(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image:
-    """Convert ``(H, W)`` in [0, 1] to a thumbnail; pixel scores are averaged on shrinking."""
-    shrunk = _shrink(Image.fromarray(pixel_score.astype(np.float32)))
-    return _colorize(np.asarray(shrunk), color_max)
-
-
-def _shrink(picture: Image.Image) -> Image.Image:
-    """Shrink a picture in place to ``_PICTURE_SIZE``, unless it is smaller."""
-    picture.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE), Image.Resampling.BOX)
-    return picture
-
-
-def _colorize(pixel_score: NDArray[np.float32], color_max: float) -> Image.Image:
-    """Map pixel scores to the colour scale from 0 to ``color_max``, as a palette image."""
-    share = share_of_scale(pixel_score, color_max)
-    picture = Image.fromarray(np.clip(share * 256, 0, 255).astype(np.uint8))
-    palette = colormaps[COLORMAP](np.arange(256), bytes=True)[:, :3]
-    picture.putpalette(palette.tobytes())
-    return picture
-
-
-def _image_tag(picture: Image.Image, alt: str) -> str:
-    """Render a picture as an ``<img>`` with embedded bytes.
-
-    Lossless except for shrunk photos, which would dominate the page size as PNG.
-    """
-    kind = "JPEG" if picture.mode == "RGB" and max(picture.size) == _PICTURE_SIZE else "PNG"
+    kind = "PNG"
+    if side is not None and max(picture.size) > side // 3:
+        kind = "JPEG"
+        picture = picture.copy()
+        picture.thumbnail((side, side), Image.Resampling.BOX)
     buffer = io.BytesIO()
-    picture.save(buffer, kind, optimize=True, quality=85)
+    picture.save(buffer, kind, optimize=True, quality=80)
     source = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return (
-        f'<img src="data:image/{kind.lower()};base64,{source}" width="{picture.width}" '
-        f'height="{picture.height}" alt="{_escape(alt)}">'
-    )
+    return {
+        "source": f"data:image/{kind.lower()};base64,{source}",
+        "width": picture.width,
+        "height": picture.height,
+    }
+
+
+def _draw_scale(scale: ColorScale) -> Image.Image:
+    """Draw the colours of pixel scores over grey, with the threshold, if any, in the middle."""
+    ends = [0.0, scale.pixel_threshold, scale.top] if scale.decides else [0.0, scale.top]
+    scores = np.interp(np.linspace(0, len(ends) - 1, 256), np.arange(len(ends)), ends)
+    bar = Image.new("RGBA", (256, 1), (200, 200, 200, 255))
+    bar.alpha_composite(Image.fromarray(scale.colors(scores.astype(np.float32)[None])))
+    return bar.convert("RGB")

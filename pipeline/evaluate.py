@@ -25,7 +25,8 @@ from ood_heatmap.images import ImageSet
 from ood_heatmap.pipeline.audit import audit_training_sets
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.fitting import check_methods, num_neighbours
-from ood_heatmap.pipeline.gallery import FIGURES, REPORT, write_report
+from ood_heatmap.pipeline.gallery import FIGURES, write_figures
+from ood_heatmap.pipeline.page import CONTENT, draw_page
 from ood_heatmap.pipeline.results import EvaluationResults
 from ood_heatmap.pipeline.run import (
     CALIBRATION,
@@ -117,6 +118,8 @@ def evaluate(
         )
         if complete is not None:
             log.info("%s is already complete", stage.directory)
+            if is_main():
+                draw_page(run)
             return complete
         missing = [name for name in subsets if name not in scored]
         if missing:
@@ -127,6 +130,7 @@ def evaluate(
         scored = {name: scored[name] for name in subsets}
         if is_main():
             _publish(stage, scored, subsets, decoders, detectors[0], index, targets, config)
+            draw_page(run)
         barrier()
         return read_manifest(run, "evaluation")
 
@@ -157,7 +161,7 @@ def _publish(
     metrics["warnings"] = [finding.text for finding in findings]
     with stage.writing("metrics.json") as scratch:
         scratch.write_bytes(to_json(metrics))
-    write_report(stage, metrics, subsets, shown, detector, index, calibration, config)
+    write_figures(stage, metrics, subsets, shown, detector, index, calibration, config)
     _finish(stage, scored, calibration, findings, config)
 
 
@@ -450,5 +454,5 @@ def _finish(
         num_calibration=len(calibration.scores) if calibration is not None else None,
         **texts(findings),
     )
-    names = ["metrics.json", *names, *FIGURES, REPORT]
+    names = ["metrics.json", *names, *FIGURES, CONTENT]
     return stage.commit(results, names, content=content)

@@ -1,32 +1,41 @@
-"""Write the figures and the report of an evaluation, with their example images."""
+"""Write the figures of an evaluation and the content of its report, with their example images."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from ood_heatmap import figures
+from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.neighbours import Bank
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.figures import Card
+from ood_heatmap.images import Transform, to_rgb
+from ood_heatmap.pictures import Box, ColorScale, draw_overlay
 from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.results import Results
-from ood_heatmap.pipeline.run import Index, read_manifest
-from ood_heatmap.pipeline.scoring import HEATMAP, ID, ScoredSet, Subset
+from ood_heatmap.pipeline.page import CONTENT, collect_warnings
+from ood_heatmap.pipeline.run import Index
+from ood_heatmap.pipeline.scoring import ID, ScoredSet, Subset
 from ood_heatmap.pipeline.stage import Stage
-from ood_heatmap.pipeline.tables import format_label
-from ood_heatmap.report import render_report
+from ood_heatmap.report import GalleryImage, report_content
+from ood_heatmap.report_tables import method_label
+from ood_heatmap.verdict import default_method
 
 _HISTOGRAMS, _ROC, _EXAMPLES = (f"figures/{name}.png" for name in ("histograms", "roc", "examples"))
-FIGURES, REPORT = (_HISTOGRAMS, _ROC, _EXAMPLES), "report.html"
+FIGURES = (_HISTOGRAMS, _ROC, _EXAMPLES)
 # maximum over all sets: keeps the report under 10 MB
 _MAX_CARDS = 320
+# longer side of photos in pixels
+_PHOTO_SIDE = 256
 
 
-def write_report(
+def write_figures(
     stage: Stage,
     metrics: Mapping[str, Any],
     subsets: Mapping[str, Subset],
@@ -36,7 +45,7 @@ def write_report(
     calibration: Calibration | None,
     config: EvaluateConfig,
 ) -> None:
-    """Write the figures and the report.
+    """Write the figures, and the content of the report.
 
     Args:
         stage: The evaluation stage.
@@ -51,32 +60,32 @@ def write_report(
     # on the CPU: a few images, and only the classes that are predicted for them
     bank = index.bank(torch.device("cpu"))
     num_cards = min(config.gallery, max(1, _MAX_CARDS // len(scored)))
-    cards = {
-        name: _make_cards(
-            name, subsets[name], scored[name], num_cards, detector, index, bank, calibration
-        )
-        for name in scored
-    }
+    decided = metrics.get("decisions", {})
+    pixel_threshold = decided.get("pixel_threshold")
+    scale = ColorScale(
+        detector.color_max, math.nan if pixel_threshold is None else float(pixel_threshold)
+    )
+    maker = _Maker(detector, index, bank, calibration, scale, default_method(metrics))
+    images = {name: maker.make(name, subsets[name], scored[name], num_cards) for name in scored}
     examples = [
-        cards[name][step] for name in cards for step in _steps(len(cards[name]), config.examples)
+        images[name][step].card
+        for name in images
+        for step in _steps(len(images[name]), config.examples)
     ]
-    heatmap = {name: scored[name].scores[HEATMAP] for name in scored}
+    default = {name: scored[name].scores[maker.method] for name in scored}
     ood = [name for name in scored if name != ID]
     by_method = {
-        name: {format_label(key, metrics): values for key, values in item.by_method.items()}
+        name: {method_label(key, metrics): values for key, values in item.by_method.items()}
         for name, item in scored.items()
     }
-    labelled = [{**row, "method": format_label(row["method"], metrics)} for row in metrics["table"]]
     for name, figure in (
-        (_HISTOGRAMS, figures.score_histograms(heatmap[ID], {key: heatmap[key] for key in ood})),
+        (_HISTOGRAMS, figures.score_histograms(default[ID], {key: default[key] for key in ood})),
         (_ROC, figures.roc_curves(by_method[ID], {key: by_method[key] for key in ood})),
         (_EXAMPLES, figures.example_grid(examples, detector.color_max, len(scored))),
     ):
         _write(stage, name, figures.to_png(figure))
-    page = render_report(
-        title="Out-of-distribution detection with heatmaps",
-        metrics={**metrics, "table": labelled},
-        scores=heatmap,
+    content = report_content(
+        scores=default,
         roc={
             name: {
                 method: figures.roc_points(by_method[ID][method], values)
@@ -84,27 +93,19 @@ def write_report(
             }
             for name in ood
         },
-        cards=[card for name in cards for card in cards[name]],
-        color_max=detector.color_max,
-        threshold=metrics.get("decisions", {}).get("threshold"),
+        images=[image for name in images for image in images[name]],
+        scale=scale,
+        threshold=decided.get("threshold"),
         classes=detector.classes,
-        warnings=_collect_warnings(stage, metrics),
+        warnings=collect_warnings(stage.run, metrics["warnings"]),
     )
-    _write(stage, REPORT, page.encode())
+    _write(stage, CONTENT, to_json(content))
 
 
 def _write(stage: Stage, name: str, content: bytes) -> None:
     """Write one file of the stage."""
     with stage.writing(name) as scratch:
         scratch.write_bytes(content)
-
-
-def _collect_warnings(stage: Stage, metrics: Mapping[str, Any]) -> list[str]:
-    """Return the deduplicated warnings of this stage and the stages before it."""
-    manifests = [read_manifest(stage.run, name) for name in ("index", "targets", "decoder")]
-    results = [Results.from_manifest(manifest) for manifest in manifests]
-    before = [text for result in results for text in result.warnings]
-    return list(dict.fromkeys([*before, *metrics["warnings"]]))
 
 
 def _steps(num_items: int, count: int) -> NDArray[np.int64]:
@@ -114,37 +115,67 @@ def _steps(num_items: int, count: int) -> NDArray[np.int64]:
     return positions
 
 
-def _make_cards(
-    set_name: str,
-    subset: Subset,
-    scored: ScoredSet,
-    count: int,
-    detector: HeatmapDetector,
-    index: Index,
-    bank: Bank,
-    calibration: Calibration | None,
-) -> list[Card]:
-    """Make cards of images evenly spaced from the lowest to the highest score of a set."""
-    order = np.argsort(scored.scores[HEATMAP], kind="stable")
-    chosen = order[_steps(len(order), count)]
-    rows, score = scored.row[chosen], scored.scores[HEATMAP][chosen]
-    transform = detector.classifier.config.transform
-    pixels = np.stack([transform(subset.images.read(int(row))[0]) for row in rows])
-    result, output = detector.detect(pixels)
-    found = bank.nearest(output.features.cpu().numpy(), result.prediction)
-    nearest = index.columns["images"].take(index.positions(found.row))
-    p_values = calibration.p_value(score) if calibration is not None else None
-    return [
-        Card(
-            set_name=set_name,
-            name=subset.images.names[row],
-            image=pixels[i],
-            pixel_score=figures.resize_scores(result.pixel_score[i], pixels.shape[-1]),
-            nearest=nearest[i],
-            score=float(score[i]),
-            distance=float(found.distance[i]),
-            prediction=detector.class_name(int(result.prediction[i])),
-            p_value=None if p_values is None else float(p_values[i]),
-        )
-        for i, row in enumerate(rows)
-    ]
+@dataclass(frozen=True)
+class _Maker:
+    """Makes gallery images.
+
+    Args:
+        detector: The detector of the run.
+        index: The index of the run.
+        bank: The ID training features.
+        calibration: Calibration for p-values.
+        scale: Colour scale of the overlays.
+        method: Name of the default score.
+    """
+
+    detector: HeatmapDetector
+    index: Index
+    bank: Bank
+    calibration: Calibration | None
+    scale: ColorScale
+    method: str
+
+    def make(self, name: str, subset: Subset, scored: ScoredSet, count: int) -> list[GalleryImage]:
+        """Make images evenly spaced from the lowest to the highest score of a set."""
+        scores = scored.scores[self.method]
+        order = np.argsort(scores, kind="stable")
+        chosen = order[_steps(len(order), count)]
+        rows, score = scored.row[chosen], scores[chosen]
+        transform = self.detector.classifier.config.transform
+        decoded = [subset.images.read(int(row))[0] for row in rows]
+        pixels = np.stack([transform(image) for image in decoded])
+        photos = [_shrink(to_rgb(image), transform) for image in decoded]
+        result, output = self.detector.detect(pixels)
+        found = self.bank.nearest(output.features.cpu().numpy(), result.prediction)
+        nearest = self.index.columns["images"].take(self.index.positions(found.row))
+        p_values = self.calibration.p_value(score) if self.calibration is not None else None
+        cards = [
+            Card(
+                set_name=name,
+                name=subset.images.names[row],
+                image=pixels[i],
+                pixel_score=figures.resize_scores(result.pixel_score[i], pixels.shape[-1]),
+                nearest=nearest[i],
+                score=float(score[i]),
+                distance=float(found.distance[i]),
+                prediction=self.detector.class_name(int(result.prediction[i])),
+                p_value=None if p_values is None else float(p_values[i]),
+            )
+            for i, row in enumerate(rows)
+        ]
+        return [
+            GalleryImage(
+                card,
+                photo,
+                draw_overlay(photo, card.pixel_score, box, self.scale),
+                self.detector.class_name(int(label)) if label >= 0 else "",
+            )
+            for card, (photo, box), label in zip(cards, photos, scored.label[chosen], strict=True)
+        ]
+
+
+def _shrink(photo: Image.Image, transform: Transform) -> tuple[Image.Image, Box]:
+    """Return a photo of the size on the page, and the part of it that the classifier sees."""
+    photo = photo.copy()
+    photo.thumbnail((_PHOTO_SIDE, _PHOTO_SIDE), Image.Resampling.LANCZOS)
+    return photo, transform.seen_box(*photo.size)

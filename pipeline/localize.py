@@ -33,6 +33,7 @@ from ood_heatmap.pipeline.localization_table import (
     lowered_by_sanity_checks,
     with_means,
 )
+from ood_heatmap.pipeline.page import redraw_page
 from ood_heatmap.pipeline.pixel_methods import (
     CENTRE,
     DISTANCE,
@@ -99,6 +100,7 @@ def localize(
         complete = _resume_or_start(stage, content, config)
         if complete is not None:
             log.info("%s is already complete", stage.directory)
+            redraw_page(run)
             return complete
         methods = make_localization_methods(index, trained.decoder, device, config)
         cells, examples = _measure(samples, methods, config)
@@ -110,7 +112,9 @@ def localize(
             scratch.write_bytes(figures.to_png(_plot_examples(examples, color_max)))
         log_event(run, "localize", cells=len(cells), device=str(device))
         results = LocalizationResults(lowered_pixel_auroc=_check_sanity(table))
-        return stage.commit(results, [_TABLE, _FIGURE], content=content)
+        manifest = stage.commit(results, [_TABLE, _FIGURE], content=content)
+        redraw_page(run)
+        return manifest
 
 
 def _resume_or_start(stage: Stage, content: str, config: LocalizeConfig) -> Manifest | None:

@@ -26,6 +26,7 @@ from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.index import build_index
+from ood_heatmap.pipeline.page import REPORT
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.sources import open_images
@@ -90,14 +91,14 @@ def interruptible() -> Iterator[None]:
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Return what reads all that must not differ when a stage is made again, by path.
 
-    Every file but the log and the stamps, which hold times, and the options as typed; of manifests
-    all but ``speed`` and the checksum over it.
+    Every file but the log, the stamps and the page of the report, which hold times, and the options
+    as typed; of manifests all but ``speed`` and the checksum over it.
     """
 
     def read(folder: Path) -> dict[str, bytes]:
         found = {}
         for path in sorted(folder.rglob("*")):
-            if path.is_dir() or path.name in ("log.jsonl", "run.yaml", STAMPS):
+            if path.is_dir() or path.name in ("log.jsonl", "run.yaml", REPORT, STAMPS):
                 continue
             content = path.read_bytes()
             if path.name == "manifest.json":

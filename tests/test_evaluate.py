@@ -21,6 +21,7 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from ood_heatmap import __version__
 from ood_heatmap.baselines import METHODS as BASELINES
 from ood_heatmap.baselines import Score, choose_neighbours, fit_methods
 from ood_heatmap.cache.neighbours import unit_length
@@ -36,7 +37,13 @@ from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConf
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.fitting import fit_data
 from ood_heatmap.pipeline.index import build_index
-from ood_heatmap.pipeline.run import Index, open_index, open_targets
+from ood_heatmap.pipeline.run import (
+    Index,
+    open_index,
+    open_targets,
+    read_manifest,
+    read_result,
+)
 from ood_heatmap.pipeline.scoring import score_set
 from ood_heatmap.pipeline.tables import (
     format_decisions,
@@ -45,6 +52,7 @@ from ood_heatmap.pipeline.tables import (
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.sources import open_images
+from ood_heatmap.verdict import verdict
 
 CPU = torch.device("cpu")
 CALIBRATION_FILE = "evaluation/calibration.safetensors"
@@ -354,31 +362,56 @@ def test_pictures_and_sources_are_there(data, finished_run):
     on_disk = {
         path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file()
     }
-    assert on_disk == {*manifest["files"], "manifest.json"}
+    assert on_disk == {*manifest["files"], "manifest.json", "report.html"}
 
 
 def cards_of(run):
-    """Return (set, file name, score, text) of each card of the report."""
-    text = (run / "evaluation" / "report.html").read_text()
-    found = re.findall(
-        r'data-score="(.*?)".*?<p class="name"><b>(.*?)</b> <span>(.*?)</span>(.*?)</li>', text
-    )
-    return [(name, image, float(score), rest) for score, image, name, rest in found]
+    """Return the cards of the report."""
+    return read_result(run, "evaluation", "report.json")["cards"]
 
 
 def test_the_report_shows_images_at_even_steps_of_the_score(data, finished_run):
     calibration = Calibration.from_bytes((finished_run / CALIBRATION_FILE).read_bytes(), "")
     cards = cards_of(finished_run)
-    assert [name for name, *_ in cards] == ["id"] * 27 + ["far"] * 25 + ["near"] * 40
+    assert [card["set"] for card in cards] == ["id"] * 27 + ["far"] * 25 + ["near"] * 40
     paths = sorted((data / "ood").iterdir())
     saved = scores(finished_run, "near")["heatmap"]
-    shown = [(image, score) for name, image, score, _ in cards if name == "near"]
+    shown = [card for card in cards if card["set"] == "near"]
     wanted = np.argsort(saved, kind="stable")[np.linspace(0, 49, 40).round().astype(int)]
-    assert [image for image, _ in shown] == [paths[row].name for row in wanted]
-    np.testing.assert_array_equal([score for _, score in shown], saved[wanted])
-    for _, _, score, text in cards:
-        p_value = calibration.p_value(np.array([score], np.float32))[0]
-        assert f"<dt>p-value</dt><dd>{p_value:.3g}</dd>" in text
+    assert [card["name"] for card in shown] == [paths[row].name for row in wanted]
+    np.testing.assert_array_equal([card["score"] for card in shown], saved[wanted])
+    for card in cards:
+        (p_value,) = calibration.p_value(np.array([card["score"]], np.float32))
+        assert card["p_value"] == p_value
+    # the photo at its own size, and the ID image that the classifier saw
+    assert (shown[0]["photo"]["width"], shown[0]["nearest"]["width"]) == (20, 16)
+
+
+def test_the_page_is_drawn_with_what_the_run_is_about(data, finished_run):
+    page = unescape((finished_run / "evaluation" / "report.html").read_text())
+    manifests = {name: read_manifest(finished_run, name) for name in ("index", "evaluation")}
+    for fact in (
+        f"<dd>{finished_run}</dd>",
+        manifests["index"].inputs["classifier"]["weights"],
+        f"<dd>{data / 'id'}, 80 images",
+        f"<dd>{data / 'ood'}, 50 images</dd>",
+        f"<dd>{data / 'far'}, 25 images</dd>",
+        manifests["evaluation"].speed["time"].replace("T", " "),
+        f"ood-heatmap {__version__}",
+        verdict(table(finished_run)[0]),
+    ):
+        assert fact in page, fact
+    assert verdict(table(finished_run)[0]).startswith("On the mean of 2 OOD sets, the heatmap")
+
+
+def test_a_lost_page_is_drawn_again_without_the_images(data, run):
+    path = run / "evaluation" / "report.html"
+    before = path.read_text()
+    path.unlink()
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, CONFIG)
+    after = path.read_text()
+    # the run was copied
+    assert after.replace(f"<dd>{run}</dd>", "") == re.sub(r"<dd>[^<]*runs\d*/run</dd>", "", before)
 
 
 def test_held_out_images_are_in_no_figure(data, finished_run):
@@ -711,7 +744,7 @@ def test_other_seeds_are_scored_by_their_own_decoders(data, run, other_run):
     assert row["spread"]["auroc"] == pytest.approx(statistics.stdev(each))
     assert [one["seed"] for one in content["runs"]] == [0, 5]
     report = (run / "evaluation" / "report.html").read_text()
-    assert f"&plusmn; {100 * row['spread']['auroc']:.2f}" in report
+    assert f"± {100 * row['spread']['auroc']:.2f}" in report
 
 
 def test_the_same_seed_twice_is_refused(data, run, tmp_path):
@@ -893,7 +926,7 @@ def test_the_report_begins_with_the_warnings_of_all_stages(finished_run):
     assert manifests["index"]["results"]["warnings"]
     assert manifests["evaluation"]["results"]["warnings"]
     page = (finished_run / "evaluation" / "report.html").read_text()
-    box = page[page.index('class="warnings"') : page.index('id="metrics-title"')]
+    box = page[page.index('class="warnings"') : page.index("<main>")].partition("</section>")[0]
     items = [unescape(text) for text in re.findall("<li>(.*?)</li>", box)]
     assert items == list(dict.fromkeys(warnings))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ood_heatmap.pipeline import pixel_methods
 from ood_heatmap.pipeline.config import LocalizeConfig, TrainConfig
 from ood_heatmap.pipeline.localization_table import LocalizationRow, format_localization
 from ood_heatmap.pipeline.localize import localize
+from ood_heatmap.pipeline.page import redraw_page
 from ood_heatmap.pipeline.run import open_decoder, open_index
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.pipeline.verify import verify
@@ -281,3 +283,29 @@ def test_intervals_are_those_of_drawing_images_again(measured, data):
         np.testing.assert_allclose(
             (low, high), np.quantile(values, [0.025, 0.975]), atol=0.25 * np.ptp(values) + 1e-6
         )
+
+
+def test_the_report_is_drawn_again_with_the_localization(measured, run, data, tree):
+    page = run / "evaluation" / "report.html"
+    before = tree(run / "evaluation")
+    assert 'id="localization"' not in page.read_text()
+    measure(run, data)
+    assert 'id="localization"' in page.read_text()
+    assert tree(run / "evaluation") == before
+    # without an evaluation there is nothing to draw
+    assert not (measured / "evaluation").exists()
+
+
+def test_a_damaged_evaluation_does_not_fail_it(run, data, caplog):
+    (run / "evaluation" / "report.json").write_text("{")
+    measure(run, data)
+    assert "the report was not drawn again" in caplog.text
+
+
+def test_the_report_of_an_evaluation_by_an_earlier_version_is_left_as_it_is(tmp_path):
+    old = Path(__file__).parent / "data" / "format-2" / "run"
+    run = shutil.copytree(old, tmp_path / "run")
+    page = run / "evaluation" / "report.html"
+    before = page.read_bytes()
+    redraw_page(run)
+    assert page.read_bytes() == before

@@ -27,11 +27,13 @@ def directory(place: Path, command: str) -> Path:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return a stage's files but for its manifest, its log and what is hidden."""
+    """Return a stage's files but for its manifest, the drawn page and what is hidden."""
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json" and not path.name.startswith(".")
+        if path.is_file()
+        and path.name not in ("manifest.json", "report.html")
+        and not path.name.startswith(".")
     ]
 
 
