@@ -13,15 +13,23 @@ weight ``w`` is the largest of ``WEIGHTS`` with which mixtures are told from hel
 nearly as well as without the learned score. No OOD image, and no test image, is needed.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn import functional
 
-from ood_heatmap.distances import Standardization
+from ood_heatmap.distances import Mahalanobis, Standardization
+from ood_heatmap.scorer import Scorer
+
+if TYPE_CHECKING:
+    # only for annotations
+    from ood_heatmap.classifier import Output
 
 _Float32: TypeAlias = NDArray[np.float32]
 _Float64: TypeAlias = NDArray[np.float64]
@@ -79,6 +87,12 @@ class Combination:
         ]
         return Combination(names, standardization, max(allowed), tuple(auroc))
 
+    def found(self) -> tuple[float, float]:
+        """Return the AUROC of mixtures with the chosen weight and with 0; NaN without mixtures."""
+        if not self.mixture_auroc:
+            return np.nan, np.nan
+        return self.mixture_auroc[WEIGHTS.index(self.weight)], self.mixture_auroc[0]
+
     def __call__(self, scores: Mapping[str, _Float32]) -> _Float32:
         """Return the score ``(B,)`` of images from their scores by name; larger is more OOD."""
         terms = self.standardization(_stack(scores, self.names))
@@ -101,5 +115,154 @@ def _add(terms: _Float64, weight: float) -> _Float64:
 
 def _auroc(negative: _Float64, positive: _Float64) -> float:
     """Return the AUROC of two groups of scores."""
+    # imported lazily: a detector needs no scikit-learn
+    from sklearn.metrics import roc_auc_score
+
     label = np.repeat([0, 1], [len(negative), len(positive)])
     return float(roc_auc_score(label, np.concatenate([negative, positive])))
+
+
+@dataclass(frozen=True)
+class CombinedParts:
+    """What the combined score of a run needs beside the outputs of classifier and decoder.
+
+    Args:
+        combination: The fitted combination.
+        neighbours: k of the kNN distance.
+        mahalanobis: Mahalanobis++ of the features.
+        layers: Numbers of the feature maps that Mahalanobis++ over all layers takes.
+        of_layers: That distance; None without.
+    """
+
+    combination: Combination
+    neighbours: int
+    mahalanobis: Mahalanobis
+    layers: tuple[int, ...] = ()
+    of_layers: Mahalanobis | None = None
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return tensors and metadata for a safetensors file."""
+        arrays = {
+            "mean": self.combination.standardization.mean,
+            "std": self.combination.standardization.std,
+            **_arrays("features", self.mahalanobis),
+            **(_arrays("layers", self.of_layers) if self.of_layers else {}),
+        }
+        about = {
+            "names": self.combination.names,
+            "weight": self.combination.weight,
+            "mixture_auroc": self.combination.mixture_auroc,
+            "neighbours": self.neighbours,
+            "layers": self.layers,
+        }
+        tensors = {
+            name: torch.from_numpy(np.array(values, order="C")) for name, values in arrays.items()
+        }
+        # one entry: the order of several would vary between files
+        return tensors, {"ood_heatmap": json.dumps(about)}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "CombinedParts":
+        """Read what ``to_tensors`` returned.
+
+        Raises:
+            KeyError, ValueError, TypeError: Something is missing or has another form.
+        """
+        about = json.loads(metadata["ood_heatmap"])
+        arrays = {name: item.double().numpy() for name, item in tensors.items()}
+        combination = Combination(
+            tuple(map(str, about["names"])),
+            Standardization(arrays["mean"], arrays["std"]),
+            float(about["weight"]),
+            tuple(map(float, about["mixture_auroc"])),
+        )
+        layers = tuple(map(int, about["layers"]))
+        return CombinedParts(
+            combination,
+            int(about["neighbours"]),
+            _mahalanobis("features", arrays),
+            layers,
+            _mahalanobis("layers", arrays) if layers else None,
+        )
+
+
+def _arrays(prefix: str, mahalanobis: Mahalanobis) -> dict[str, NDArray[np.float32]]:
+    """Return the arrays of a distance by name; they are exact in float32."""
+    return {
+        f"{prefix}.{name}": getattr(mahalanobis, name).astype(np.float32)
+        for name in ("centre", "whiten", "white_means")
+    }
+
+
+def _mahalanobis(prefix: str, arrays: Mapping[str, _Float64]) -> Mahalanobis:
+    """Return the distance that ``_arrays`` describes."""
+    centre, whiten, means = (
+        arrays[f"{prefix}.{name}"] for name in ("centre", "whiten", "white_means")
+    )
+    return Mahalanobis(True, centre, whiten, means)
+
+
+class _MahalanobisScore(nn.Module):
+    """``Mahalanobis`` of unit-length rows, as a module that moves between devices."""
+
+    centre: Tensor
+    whiten: Tensor
+    white_means: Tensor
+
+    def __init__(self, mahalanobis: Mahalanobis) -> None:
+        super().__init__()
+        for name in ("centre", "whiten", "white_means"):
+            self.register_buffer(name, torch.from_numpy(getattr(mahalanobis, name)))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the squared distance to the nearest class mean, ``(B,)`` float64."""
+        white = (functional.normalize(rows) - self.centre) @ self.whiten
+        squared = self.white_means.square().sum(dim=1) - 2 * white @ self.white_means.T
+        return white.square().sum(dim=1) + squared.amin(dim=1)
+
+
+class CombinedScorer(Scorer):
+    """The combined score of images, in PyTorch: on any device, and it can be exported.
+
+    Args:
+        parts: What was fitted.
+        features: ``(N, D)`` float32 features of all ID training images.
+    """
+
+    kind = "combined"
+    bank: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, parts: CombinedParts, features: Tensor) -> None:
+        super().__init__()
+        self.layers, self.weight = parts.layers, parts.combination.weight
+        self.neighbours = min(parts.neighbours, len(features))
+        self.register_buffer("bank", functional.normalize(features.float()))
+        self.register_buffer("mean", torch.from_numpy(parts.combination.standardization.mean))
+        self.register_buffer("std", torch.from_numpy(parts.combination.standardization.std))
+        self.mahalanobis = _MahalanobisScore(parts.mahalanobis)
+        self.of_layers = _MahalanobisScore(parts.of_layers) if parts.of_layers else None
+
+    def forward(self, output: "Output", learned: Tensor) -> Tensor:
+        """Return the score ``(B,)`` float32."""
+        unit = functional.normalize(output.features.double())
+        distances = [self._knn_distance(output.features), self.mahalanobis(unit)]
+        if self.of_layers is not None:
+            means = [output.maps[number].double().mean(dim=(2, 3)) for number in self.layers]
+            joined = torch.cat([unit, *(functional.normalize(item) for item in means)], dim=1)
+            distances.append(self.of_layers(joined))
+        logs = [item.double().clamp(min=_SMALLEST).log() for item in distances]
+        terms = torch.stack([-output.logits.amax(dim=1).double(), *logs, learned.double()], dim=1)
+        terms = (terms - self.mean) / self.std
+        total: Tensor = terms[:, :-1].sum(dim=1) + self.weight * terms[:, -1]
+        return total.float()
+
+    def _knn_distance(self, features: Tensor) -> Tensor:
+        """Return the distance to the k-th nearest ID training image at unit length, ``(B,)``."""
+        unit = functional.normalize(features.float())
+        nearest = (unit @ self.bank.T).topk(self.neighbours, dim=1).indices
+        # 2 - 2 * similarity would lose the digits of a small distance
+        differences = unit[:, None] - self.bank[nearest]
+        distance: Tensor = torch.linalg.vector_norm(differences, dim=2).amax(dim=1)
+        return distance

@@ -297,5 +297,6 @@ class HeatmapDetector:
 def decode(decoder: "Decoder", output: "Output", prediction: Tensor) -> tuple[Tensor, Tensor]:
     """Compute heatmaps ``(B, C, H, W)`` and image scores ``(B,)`` from the classifier's output."""
     # rounded to float16, like the cached feature maps in training
-    maps = [feature_map.half().float() for feature_map in output.maps]
+    count = len(decoder.config.map_shapes)
+    maps = [feature_map.half().float() for feature_map in output.maps[:count]]
     return decoder.detect(output.features, prediction, maps)

@@ -30,6 +30,7 @@ from ood_heatmap.pipeline.page import CONTENT, draw_page
 from ood_heatmap.pipeline.results import EvaluationResults
 from ood_heatmap.pipeline.run import (
     CALIBRATION,
+    COMBINATION,
     Index,
     Targets,
     check_files,
@@ -39,15 +40,19 @@ from ood_heatmap.pipeline.run import (
 )
 from ood_heatmap.pipeline.schedule import source_hash
 from ood_heatmap.pipeline.scoring import (
-    HEATMAP,
+    COMBINED,
     HELD_OUT,
     ID,
+    MIXTURES,
     SUM,
+    DetectionMethods,
     ScoredSet,
     Subset,
     current_content,
+    fit_combination,
     make_detection_methods,
     open_detectors,
+    save_scores,
     score_set,
     scores_name,
 )
@@ -124,15 +129,40 @@ def evaluate(
         missing = [name for name in subsets if name not in scored]
         if missing:
             methods = make_detection_methods(index, targets, detectors, config)
-            # first the held-out images, on which the sum of three is standardised
-            for name in sorted(missing, key=lambda name: name != HELD_OUT):
-                scored[name] = score_set(stage, name, subsets[name], methods, scored.get(HELD_OUT))
+            scored |= _score_missing(stage, subsets, scored, methods)
         scored = {name: scored[name] for name in subsets}
         if is_main():
             _publish(stage, scored, subsets, decoders, detectors[0], index, targets, config)
             draw_page(run)
         barrier()
         return read_manifest(run, "evaluation")
+
+
+def _score_missing(
+    stage: Stage,
+    subsets: Mapping[str, Subset],
+    scored: Mapping[str, ScoredSet],
+    methods: DetectionMethods,
+) -> dict[str, ScoredSet]:
+    """Score the sets that are not scored yet.
+
+    First the held-out images, on which the sums are standardised.
+    """
+    found: dict[str, ScoredSet] = {}
+    held_out, combination = scored.get(HELD_OUT), None
+    if HELD_OUT in subsets:
+        subset = subsets[HELD_OUT]
+        if held_out is None:
+            held_out = score_set(stage, HELD_OUT, subset, methods, None)
+        combination = fit_combination(stage, subset, held_out, methods)
+        if HELD_OUT not in scored:
+            held_out = save_scores(stage, HELD_OUT, subset, held_out, combination)
+            found[HELD_OUT] = held_out
+    for name, subset in subsets.items():
+        if name not in scored and name != HELD_OUT:
+            item = score_set(stage, name, subset, methods, held_out)
+            found[name] = save_scores(stage, name, subset, item, combination)
+    return found
 
 
 def _publish(
@@ -382,7 +412,8 @@ def _resume_or_start(
     }
     if complete is None:
         # sets scored by an earlier version lack methods: they are scored again
-        scored = {name: item for name, item in scored.items() if SUM in item.scores}
+        wanted = {SUM, COMBINED} if HELD_OUT in subsets else {SUM}
+        scored = {name: item for name, item in scored.items() if wanted <= set(item.scores)}
     sources = stage.sources(list(files.values()), complete)
     for name, item in scored.items():
         source = source_hash(subsets[name].images, subsets[name].rows)
@@ -427,7 +458,7 @@ def _calibrate(stage: Stage, held_out: ScoredSet | None) -> Calibration | None:
     """Fit and write the calibration on the held-out ID images, if there are any."""
     if held_out is None:
         return None
-    calibration = Calibration.fit(held_out.scores[HEATMAP], held_out.max_pixel_score)
+    calibration = Calibration.fit(held_out.default, held_out.max_pixel_score)
     with stage.writing(CALIBRATION) as scratch:
         scratch.write_bytes(calibration.to_bytes())
     return calibration
@@ -446,7 +477,9 @@ def _finish(
     names += [f"images-{name}.txt" for name in scored]
     sets = [name for name in scored if name not in (ID, HELD_OUT)]
     if calibration is not None:
-        names.append(CALIBRATION)
+        names += [CALIBRATION, COMBINATION]
+        if (stage.directory / scores_name(MIXTURES)).is_file():
+            names.append(scores_name(MIXTURES))
     results = EvaluationResults(
         sets=tuple(sets),
         near=config.near,

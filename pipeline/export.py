@@ -51,6 +51,7 @@ class _ExportedDetector(nn.Module):
         super().__init__()
         self.classifier = copy.deepcopy(detector.classifier)
         self.decoder = copy.deepcopy(detector.decoder)
+        self.scorer = copy.deepcopy(detector.scorer)
         calibration = detector.calibration
         held_out = torch.from_numpy(calibration.scores) if calibration else None
         self.register_buffer("held_out", held_out)
@@ -66,7 +67,8 @@ class _ExportedDetector(nn.Module):
         """
         output = self.classifier(images)
         prediction = output.logits.argmax(dim=1)
-        heatmap, scores = decode(self.decoder, output, prediction)
+        heatmap, learned = decode(self.decoder, output, prediction)
+        scores = self.scorer(output, learned)
         results = (scores, heatmap, prediction, self.p_value(scores))
         return dict(zip(_OUTPUTS, results, strict=True))
 

@@ -3,6 +3,7 @@
 Nothing here builds a stage: inference imports no training code, and no stage imports another.
 """
 
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.cache.stamps import check_unstamped, current_stamps
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
+from ood_heatmap.combined import CombinedParts, CombinedScorer
 from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
@@ -44,6 +46,7 @@ PROBE, PROBED = "probe.safetensors", ("images", "features")
 PIXEL_HASHES, PROJECTIONS = "pixel_hashes.safetensors", "projections.safetensors"
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
+COMBINATION = "combination.safetensors"
 # column of the targets
 PRESENCE = "presence"
 _SQUARES = "squares"
@@ -507,8 +510,9 @@ def load_detector(
     index = _open_for_classifier(run)
     torch_device = choose_device(device)
     trained = open_decoder(run, index.manifest, torch_device)
-    detector = make_detector(index, trained, torch_device)
     calibration = _open_calibration(run, trained.manifest)
+    parts = _open_combination(run) if calibration is not None else None
+    detector = make_detector(index, trained, torch_device, parts)
     if calibration is not None:
         fitted, level = calibration
         return detector.calibrated(fitted, level if false_alarm is None else false_alarm)
@@ -520,16 +524,51 @@ def load_detector(
     return detector
 
 
-def make_detector(index: Index, trained: TrainedDecoder, device: torch.device) -> HeatmapDetector:
-    """Make the uncalibrated detector of an opened index and decoder."""
-    num_maps = len(trained.decoder.config.map_shapes)
+def make_detector(
+    index: Index,
+    trained: TrainedDecoder,
+    device: torch.device,
+    parts: CombinedParts | None = None,
+) -> HeatmapDetector:
+    """Make the uncalibrated detector of an opened index and decoder.
+
+    Args:
+        index: The index.
+        trained: The decoder.
+        device: Device of both.
+        parts: Of the combined score; None for the score of the decoder.
+    """
+    num_maps, scorer = len(trained.decoder.config.map_shapes), None
+    if parts is not None:
+        num_maps = max(num_maps, *(number + 1 for number in (-1, *parts.layers)))
+        features = torch.from_numpy(open_index(index.run).columns["features"].read())
+        scorer = CombinedScorer(parts, features).to(device)
     return HeatmapDetector(
         index.classifier(device, num_maps=num_maps),
         trained.decoder,
+        scorer=scorer,
         classes=index.results.classes,
         color_max=trained.results.color_max,
         fingerprint=trained.manifest.fingerprint,
     )
+
+
+def _open_combination(run: Path) -> CombinedParts | None:
+    """Load the combined score of an evaluated run; None if an earlier version evaluated it.
+
+    Raises:
+        DamagedCacheError: The evaluation's manifest or the file is damaged.
+    """
+    manifest = read_manifest(run, "evaluation")
+    if COMBINATION not in manifest.files:
+        return None
+    content = read_file(run, manifest, COMBINATION)
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return CombinedParts.from_tensors(load(content), header["__metadata__"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        path = run / "evaluation" / COMBINATION
+        raise DamagedCacheError(f"{path} is damaged ({error}). Evaluate again.") from error
 
 
 def _open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:

@@ -1,45 +1,51 @@
 """Scores of every method for detection: one number per image, larger is more OOD."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 
 from ood_heatmap.baselines import Outputs, Score, ScoreInputs, fit_methods
 from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
+from ood_heatmap.combined import Combination, CombinedParts
 from ood_heatmap.detector import HeatmapDetector, decode
 from ood_heatmap.distances import TERMS, Standardization, three_terms
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
 from ood_heatmap.duplicates import hash_pixels, relative_difference
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.heatmap import pixel_score
-from ood_heatmap.images import ImageSet, relabel
+from ood_heatmap.images import ImageSet, Transform, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
 from ood_heatmap.pipeline.fitting import fit_data, num_neighbours, sample, to_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.run import Index, Targets, make_detector, open_decoder
+from ood_heatmap.pipeline.mixtures import mix
+from ood_heatmap.pipeline.run import COMBINATION, Index, Targets, make_detector, open_decoder
 from ood_heatmap.pipeline.schedule import content_hash, source_hash
 from ood_heatmap.pipeline.stage import Stage, log_event
 
 _Float32 = NDArray[np.float32]
 _Int64 = NDArray[np.int64]
 _UInt8 = NDArray[np.uint8]
+log = logging.getLogger(__name__)
 
 ID, HEATMAP, SUM = "id", "heatmap", "sum"
 # name of the set that the sum of three is standardised on, and thresholds are calibrated on
 HELD_OUT = "calibration"
-# the score that the detector decides with
-DEFAULT = HEATMAP
+# the score that the detector decides with, and mixtures of held-out images that it is fitted with
+COMBINED, MIXTURES = "combined", "mixtures"
 
 # images scored at once, which bounds the heatmaps in memory, and the unit of distribution to ranks
 _CHUNK = 1024
@@ -55,11 +61,13 @@ class Subset:
         images: The set.
         rows: Rows of the set, ascending.
         classes: Class names of the run, by label.
+        transform: Transform of the images to the input size; that of the classifier if None.
     """
 
     images: ImageSet
     rows: _Int64
     classes: Sequence[str]
+    transform: Transform | None = None
 
     @cached_property
     def labels(self) -> NDArray[np.int32]:
@@ -117,6 +125,11 @@ class ScoredSet:
             content=hash_json([part.content for part in parts]),
         )
 
+    @property
+    def default(self) -> _Float32:
+        """The score that the detector decides with."""
+        return self.scores[default_score(self.scores)]
+
     def save(self, path: Path) -> None:
         """Save to an ``.npz`` file, deterministically; not atomic."""
         columns = {name: getattr(self, field) for field, name in _COLUMNS.items()}
@@ -145,13 +158,21 @@ _COLUMNS = {
 }
 
 
+def default_score(names: Container[str]) -> str:
+    """Return the name of the score that the detector decides with.
+
+    Without held-out ID images scores cannot be combined: it is that of the decoder.
+    """
+    return COMBINED if COMBINED in names else HEATMAP
+
+
 def name_of_run(number: int) -> str:
     """Return the name of a decoder's score: 0 is the run itself, then runs with other seeds."""
     return f"{HEATMAP}-{number + 1}" if number else HEATMAP
 
 
 @dataclass(frozen=True)
-class _DetectionMethods:
+class DetectionMethods:
     """The heatmap and all methods of ``METHODS``, fitted.
 
     Args:
@@ -283,7 +304,7 @@ def open_detectors(
 
 def make_detection_methods(
     index: Index, targets: Targets, detectors: Sequence[HeatmapDetector], config: EvaluateConfig
-) -> _DetectionMethods:
+) -> DetectionMethods:
     """Fit every method, on rank 0 for all ranks."""
     detector = detectors[0]
     classifier, decoder = detector.classifier, detector.decoder
@@ -293,7 +314,7 @@ def make_detection_methods(
         fitted = fit_methods(fit_data(index, targets, classifier, num_maps, config.seed))
     if len(classifier.map_shapes) < len(index.results.map_shapes):
         classifier = index.classifier(classifier.device)
-    return _DetectionMethods(
+    return DetectionMethods(
         detectors,
         classifier,
         index,
@@ -341,10 +362,10 @@ def score_set(
     stage: Stage,
     name: str,
     subset: Subset,
-    methods: _DetectionMethods,
+    methods: DetectionMethods,
     held_out: ScoredSet | None,
 ) -> ScoredSet:
-    """Score a set and write its scores; chunks are assigned to ranks round-robin.
+    """Score a set; chunks are assigned to ranks round-robin.
 
     Args:
         stage: The evaluation stage.
@@ -364,6 +385,7 @@ def score_set(
         meter,
         workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
+        transform=subset.transform,
     )
     own = {
         number: methods(chunk, subset.labels[chunk.rows])
@@ -375,7 +397,55 @@ def score_set(
     scored = methods.add_sum(scored, scored if name == HELD_OUT else held_out)
     if is_main():
         log_event(stage.run, "evaluate", set=name, **stats, device=str(classifier.device))
+    return scored
+
+
+def save_scores(
+    stage: Stage, name: str, subset: Subset, scored: ScoredSet, combination: Combination | None
+) -> ScoredSet:
+    """Write the scores of a set on rank 0, and return them, with the combined one if it exists."""
+    if combination is not None:
+        scored = replace(scored, scores={**scored.scores, COMBINED: combination(scored.scores)})
+    if is_main():
         source = source_hash(subset.images, subset.rows)
         with stage.writing(scores_name(name), source=source) as scratch:
             scored.save(scratch)
     return scored
+
+
+def fit_combination(
+    stage: Stage, held_out: Subset, scored: ScoredSet, methods: DetectionMethods
+) -> Combination:
+    """Fit the combined score to held-out ID images and mixtures of them, and write it."""
+    transform = methods.classifier.config.transform
+    images = mix(held_out.images, scored.row, scored.prediction, transform, methods.config.seed)
+    mixtures = None
+    if images is not None:
+        # mixtures are at the input size
+        subset = Subset(images, np.arange(len(images)), (), Transform(transform.size))
+        mixed = score_set(stage, MIXTURES, subset, methods, scored)
+        save_scores(stage, MIXTURES, subset, mixed, None)
+        mixtures = mixed.scores
+    combination = Combination.fit(scored.scores, mixtures, HEATMAP)
+    log.info(
+        "combined score: weight %g of the learned score, with which AUROC of mixtures is %.3f and "
+        "not %.3f",
+        *(combination.weight, *combination.found()),
+    )
+    if is_main():
+        _save_combination(stage, combination, methods)
+    return combination
+
+
+def _save_combination(stage: Stage, combination: Combination, methods: DetectionMethods) -> None:
+    """Write what the detector needs for the combined score."""
+    # the fitted scores are partials of these
+    fitted: dict[str, tuple[Any, ...]] = {
+        name: getattr(score, "args", ()) for name, score in methods.by_name.items()
+    }
+    mahalanobis = fitted["mahalanobis_pp"][0]
+    of_layers, layers = fitted.get("mahalanobis_pp_layers", (None, ()))
+    parts = CombinedParts(combination, methods.neighbours, mahalanobis, tuple(layers), of_layers)
+    tensors, metadata = parts.to_tensors()
+    with stage.writing(COMBINATION) as scratch:
+        scratch.write_bytes(save(tensors, metadata))

@@ -21,11 +21,12 @@ from ood_heatmap.metrics import (
 )
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.scoring import (
-    DEFAULT,
+    COMBINED,
     HEATMAP,
     ID,
     SUM,
     ScoredSet,
+    default_score,
     name_of_run,
 )
 
@@ -116,10 +117,11 @@ def _with_leads(
         rows: The rows.
         means: Metrics of resampled images by method and set, ``(resamples, METRICS)``.
     """
-    ours = {row.set: row for row in rows if row.method == DEFAULT}
+    default = default_score([row.method for row in rows])
+    ours = {row.set: row for row in rows if row.method == default}
     return [
         replace(row, lead=_lead(ours[row.set], row, means))
-        if row.set in ours and row.method != DEFAULT
+        if row.set in ours and row.method != default
         else row
         for row in rows
     ]
@@ -237,7 +239,7 @@ def decisions(
     if not calibration.has_threshold(level):
         return content
     threshold, pixel_threshold = calibration.threshold(level), calibration.pixel_threshold(level)
-    flagged = {name: _share(item.scores[HEATMAP] > threshold) for name, item in scored.items()}
+    flagged = {name: _share(item.default > threshold) for name, item in scored.items()}
     return content | {
         "threshold": threshold,
         "pixel_threshold": pixel_threshold,
@@ -272,6 +274,8 @@ def metrics_json(
     }
     methods["knn"] |= {"label": f"kNN (k = {neighbours})", "neighbours": neighbours}
     methods[SUM] = {"label": "sum of three", "sees_ood": False}
+    if COMBINED in id_set.scores:
+        methods[COMBINED] = {"label": "combined", "sees_ood": True}
     known = id_set.label >= 0
     right = id_set.prediction[known] == id_set.label[known]
     return {
@@ -279,7 +283,7 @@ def metrics_json(
         "fpr95_ood_pos takes OOD (OpenOOD). aupr_in and aupr_out are average precision. Shares in "
         "[0, 1]. intervals: 95 %, bootstrap over images. spread: standard deviation over runs. "
         "lead: the metric of the default score minus that of the row.",
-        "default": DEFAULT,
+        "default": default_score(id_set.scores),
         "protocol": config.protocol,
         "headline": list(_HEADLINES[config.protocol]),
         "resamples": config.resamples,

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load, save
 from sklearn.metrics import roc_auc_score
 
-from ood_heatmap.combined import TERMS, WEIGHTS, Combination
+from ood_heatmap.classifier import Output
+from ood_heatmap.combined import TERMS, WEIGHTS, Combination, CombinedParts, CombinedScorer
+from ood_heatmap.distances import Mahalanobis, join_layers
 
 
 def scores(count: int, shifts: dict[str, float], seed: int) -> dict[str, np.ndarray]:
@@ -75,3 +79,49 @@ def test_a_distance_of_zero_is_not_minus_infinity():
     held_out = scores(50, shifts(0, 0), 8)
     held_out["knn"][0] = 0
     assert np.isfinite(Combination.fit(held_out, held_out, "heatmap")(held_out)).all()
+
+
+@pytest.mark.parametrize("with_layers", [False, True])
+def test_the_detectors_score_is_that_of_the_table(with_layers):
+    """The same from tensors, after a round trip through a file, as from the scores by name."""
+    generator = np.random.default_rng(9)
+    features = generator.normal(size=(60, 8)).astype(np.float32)
+    maps = generator.normal(size=(60, 5, 3, 3)).astype(np.float32)
+    labels = np.arange(60) % 3
+    layers = (0,) if with_layers else ()
+    near = Mahalanobis.fit_unit(features, labels)
+    joined = Mahalanobis.fit_unit(join_layers(features, [maps.mean(axis=(2, 3))]), labels)
+
+    def by_name(count: int) -> tuple[Output, dict[str, np.ndarray]]:
+        queries = generator.normal(size=(count, 8)).astype(np.float32)
+        logits = generator.normal(size=(count, 3)).astype(np.float32)
+        other = generator.normal(size=(count, 5, 3, 3)).astype(np.float32)
+        bank, unit = (
+            item.astype(float) / np.linalg.norm(item.astype(float), axis=1, keepdims=True)
+            for item in (features, queries)
+        )
+        distance = np.linalg.norm(unit[:, None] - bank, axis=2)
+        scores = {
+            "max_logit": -logits.max(axis=1),
+            "knn": np.sort(distance, axis=1)[:, 3].astype(np.float32),
+            "mahalanobis_pp": near(queries),
+            "heatmap": generator.normal(size=count).astype(np.float32),
+        }
+        if with_layers:
+            scores["mahalanobis_pp_layers"] = joined(
+                join_layers(queries, [other.mean(axis=(2, 3))])
+            )
+        tensors = (torch.from_numpy(item) for item in (queries, logits, other))
+        values, of_logits, of_maps = tensors
+        return Output(values, of_logits, (of_maps,)), scores
+
+    _, held_out = by_name(40)
+    _, mixtures = by_name(30)
+    combination = Combination.fit(held_out, mixtures, "heatmap")
+    parts = CombinedParts(combination, 4, near, layers, joined if with_layers else None)
+    tensors, metadata = parts.to_tensors()
+    restored = CombinedParts.from_tensors(load(save(tensors, metadata)), metadata)
+    scorer = CombinedScorer(restored, torch.from_numpy(features))
+    output, scores = by_name(20)
+    found = scorer(output, torch.from_numpy(scores["heatmap"])).numpy()
+    np.testing.assert_allclose(found, combination(scores), rtol=1e-4, atol=1e-4)

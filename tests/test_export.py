@@ -20,6 +20,7 @@ from ood_heatmap import HeatmapDetector
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.cli import main
 from ood_heatmap.decoder import DecoderConfig, make_decoder
+from ood_heatmap.detector import decode
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.pipeline import export as export_module
 from ood_heatmap.pipeline.export import export
@@ -151,7 +152,6 @@ def test_the_metadata_has_the_thresholds_where_there_are_any(classifier):
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
 def test_a_file_that_differs_is_not_left_behind(classifier, tmp_path, monkeypatch, kind):
     detector = make_detector(classifier, "magnitude", 0)
-    decode = export_module.decode
 
     def other(*given):
         heatmap, score = decode(*given)
