@@ -13,9 +13,9 @@ from ood_heatmap.pipeline.config import (
     AuditData,
     ExportOptions,
     LocalizeConfig,
+    LocalizeData,
     PredictConfig,
     PredictOptions,
-    TestData,
     VerifyConfig,
 )
 
@@ -114,10 +114,10 @@ def audit(run: Path, data: AuditData, config: AuditConfig, device: str) -> None:
 
 @click.command(cls=Command)
 @existing_run
-@options(data=TestData, config=LocalizeConfig)
+@options(data=LocalizeData, config=LocalizeConfig)
 @device_option
 @trust_option
-def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> None:
+def localize(run: Path, data: LocalizeData, config: LocalizeConfig, device: str) -> None:
     """Measure how well the heatmaps of RUN locate patches of OOD images pasted into ID images.
 
     \b
@@ -132,8 +132,9 @@ def localize(run: Path, data: TestData, config: LocalizeConfig, device: str) -> 
     from ood_heatmap.pipeline.run import read_result
 
     id_images, ood_sets = open_sources(data.id_sources, data), open_ood_sets(data)
+    ceiling = open_sources(data.ceiling, data) if data.ceiling else None
     with stage_device(device) as torch_device:
-        manifest = localize_run(run, id_images, ood_sets, torch_device, config)
+        manifest = localize_run(run, id_images, ood_sets, torch_device, config, ceiling)
     results = LocalizationResults.from_manifest(manifest)
     save_config(run)
     folder = run / "localization"

@@ -1,22 +1,24 @@
-"""Localization metrics of heatmaps: pixel AUROC, AUPRO and pointing accuracy.
+"""Localization metrics of heatmaps: pixel AUROC, shuffled AUROC, AUPRO and pointing accuracy.
 
 Every image has one OOD region, the pasted patch. Pixel scores: larger is more OOD.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import auc, roc_auc_score, roc_curve
 
 _Scores: TypeAlias = NDArray[np.floating[Any]]
 _Masks: TypeAlias = NDArray[np.bool_]
 _Float64: TypeAlias = NDArray[np.float64]
-METRICS = ("pixel_auroc", "aupro", "pointing")
+# weights of pixels (B, H, W) to their sums in G groups of images, (G, levels), lowest level first
+_Histogram: TypeAlias = Callable[[_Float64], _Float64]
+METRICS = ("pixel_auroc", "shuffled_auroc", "aupro", "pointing")
 _AUPRO_LIMIT = 0.3
 # levels that resampled metrics quantize pixel scores to
-_NUM_LEVELS = 1024
+_NUM_LEVELS = 256
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,23 @@ class LocalizationMetrics:
 
     Args:
         pixel_auroc: Area under the ROC curve over all pixels of all images; 0.5 by chance.
-        aupro: Area under the per-region overlap curve, see ``aupro``; 0.15 by chance.
+        shuffled_auroc: The same where patch and background have the same distribution of
+            locations, see ``location_weights``; 0.5 for scores that depend on the location only.
+        aupro: Normalised area under the per-region overlap curve up to a false positive rate of
+            0.3; 0.15 by chance. The curve plots, over all thresholds, the mean share of a region
+            that is above the threshold against the false positive rate of the pixels outside
+            regions. Large and small regions have the same weight.
         pointing: Share of images whose highest pixel score lies in the patch; by chance, the
-            patch's share of the image area.
+            patch's share of the image area. Ties count by the share of tied pixels in the patch.
+
+    Source: Zhang et al., SUN: A Bayesian Framework for Saliency, Journal of Vision 2008 (after
+    whose shuffled AUROC negatives are taken where other images have their patch); Bergmann et al.,
+    Uninformed Students, CVPR 2020 (AUPRO); Zhang et al., Top-down Neural Attention by Excitation
+    Backprop, ECCV 2016 (pointing).
     """
 
     pixel_auroc: float
+    shuffled_auroc: float
     aupro: float
     pointing: float
 
@@ -53,53 +66,43 @@ def localization_metrics(pixel_scores: _Scores, masks: _Masks) -> LocalizationMe
     shares = masks.mean(axis=(1, 2))
     if not len(masks) or shares.min() == 0 or shares.max() == 1:
         raise ValueError("every image must have a patch that does not cover all of it")
-    return LocalizationMetrics(
-        pixel_auroc=float(roc_auc_score(masks.ravel(), pixel_scores.ravel())),
-        aupro=aupro(pixel_scores, masks),
-        pointing=pointing(pixel_scores, masks),
-    )
+    if not np.isfinite(pixel_scores).all():
+        raise ValueError("pixel scores must be finite")
+    values, level = np.unique(pixel_scores, return_inverse=True)
+
+    def histogram(pixel_weights: _Float64) -> _Float64:
+        summed = np.bincount(level.ravel(), pixel_weights.ravel(), len(values))
+        return summed[None].astype(np.float64, copy=False)
+
+    auroc, shuffled, aupro = _areas(masks, histogram, np.ones((1, 1)))[0].tolist()
+    return LocalizationMetrics(auroc, shuffled, aupro, float(_hits(pixel_scores, masks).mean()))
 
 
-def aupro(pixel_scores: _Scores, masks: _Masks, limit: float = _AUPRO_LIMIT) -> float:
-    """Compute the normalised area under the per-region overlap curve up to a false positive rate.
+def location_weights(masks: _Masks) -> _Float64:
+    """Return weights of pixels that give patch and background the same distribution of locations.
 
-    The curve plots, over all thresholds, the mean share of a region that is above the threshold
-    against the false positive rate of the pixels outside regions. Large and small regions have the
-    same weight.
+    At a location where ``c`` of ``B`` images have their patch, a pixel of a patch counts 1 and one
+    of the background ``c / (B - c)``: the background counts only where other images have their
+    patch, and as much as they. Where all images have it, nothing can be compared: 0.
 
     Args:
-        pixel_scores: ``(B, H, W)``.
-        masks: ``(B, H, W)`` bool, one region per image.
-        limit: Upper limit of integration, a false positive rate.
+        masks: ``(B, H, W)`` bool.
 
-    Source: Bergmann et al., Uninformed Students, CVPR 2020.
+    Returns:
+        ``(B, H, W)`` float64.
     """
-    # a weighted true positive rate: each region has weight 1, spread evenly over its pixels
-    weights = np.where(masks, 1 / masks.sum(axis=(1, 2), keepdims=True), 1.0)
-    fpr, overlap, _ = roc_curve(
-        masks.ravel(), pixel_scores.ravel(), sample_weight=weights.ravel(), drop_intermediate=False
-    )
-    inside = fpr <= limit
-    at_limit = np.interp(limit, fpr, overlap)
-    return float(auc(np.r_[fpr[inside], limit], np.r_[overlap[inside], at_limit]) / limit)
-
-
-def pointing(pixel_scores: _Scores, masks: _Masks) -> float:
-    """Compute the share of images whose highest pixel score lies in the patch.
-
-    Ties count by the share of tied pixels in the patch, so a constant heatmap scores as chance.
-
-    Source: Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016.
-    """
-    highest = pixel_scores == pixel_scores.max(axis=(1, 2), keepdims=True)
-    return float(np.mean((highest & masks).sum(axis=(1, 2)) / highest.sum(axis=(1, 2))))
+    with_patch = masks.sum(axis=0)
+    without = len(masks) - with_patch
+    weights: _Float64 = np.where(masks, without > 0, with_patch / np.maximum(without, 1))
+    return weights
 
 
 def resampled_metrics(pixel_scores: _Scores, masks: _Masks, weights: _Float64) -> _Float64:
-    """Compute the metrics of bootstrap resamples, ``(R, 3)`` in the order of ``METRICS``.
+    """Compute the metrics of bootstrap resamples, ``(R, 4)`` in the order of ``METRICS``.
 
     Equal to ``localization_metrics`` of the drawn images, except that pixel scores are quantized to
-    ``_NUM_LEVELS`` levels if they have more distinct values.
+    ``_NUM_LEVELS`` levels if they have more distinct values, and that the weights of locations are
+    those of all images.
 
     Args:
         pixel_scores: ``(B, H, W)``.
@@ -113,21 +116,59 @@ def resampled_metrics(pixel_scores: _Scores, masks: _Masks, weights: _Float64) -
     cell = (np.arange(num_images)[:, None, None] * num_levels + level).ravel()
 
     def histogram(pixel_weights: _Float64) -> _Float64:
-        """Return the weight of the pixels at each level, highest first, ``(R, levels)``."""
-        per_image = np.bincount(cell, pixel_weights.ravel(), num_images * num_levels)
-        resampled: _Float64 = weights @ per_image.reshape(num_images, num_levels)[:, ::-1]
-        return resampled
+        summed = np.bincount(cell, pixel_weights.ravel(), num_images * num_levels)
+        return summed.reshape(num_images, num_levels).astype(np.float64, copy=False)
 
-    inside, outside = histogram(masks.astype(np.float64)), histogram((~masks).astype(np.float64))
-    overlap = histogram(masks / masks.sum(axis=(1, 2), keepdims=True))
+    hits = weights @ _hits(pixel_scores, masks) / weights.sum(axis=1)
+    return np.column_stack([_areas(masks, histogram, weights), hits])
+
+
+def _areas(masks: _Masks, histogram: _Histogram, weights: _Float64) -> _Float64:
+    """Return pixel AUROC, shuffled AUROC and AUPRO, ``(R, 3)``.
+
+    Args:
+        masks: ``(B, H, W)`` bool.
+        histogram: Sums the weights of pixels in G groups of images.
+        weights: ``(R, G)``, how often each group counts.
+    """
+    inside, outside = masks.astype(np.float64), histogram((~masks).astype(np.float64))
+    located = location_weights(masks)
+    # a weighted true positive rate: each region has weight 1, spread evenly over its pixels
+    overlap = histogram(inside / masks.sum(axis=(1, 2), keepdims=True))
     areas = [
-        _area_under_curve(outside, inside, 1.0),
-        _area_under_curve(outside, overlap, _AUPRO_LIMIT),
+        _auroc(histogram(inside), outside, weights),
+        _auroc(histogram(located * masks), histogram(located * ~masks), weights),
+        _area_up_to_limit(weights @ overlap, weights @ outside),
     ]
-    hits = np.array(
-        [pointing(pixel_scores[i : i + 1], masks[i : i + 1]) for i in range(num_images)]
-    )
-    return np.stack([*areas, weights @ hits / weights.sum(axis=1)], axis=1)
+    return np.stack(areas, axis=1)
+
+
+def _auroc(positive: _Float64, negative: _Float64, weights: _Float64) -> _Float64:
+    """Return the share of pairs of a positive and a lower negative pixel, ``(R,)``; ties are half.
+
+    Pairs are counted once for each pair of groups, and not for each resample.
+
+    Args:
+        positive: ``(G, levels)`` weight of the positive pixels at each level, lowest first.
+        negative: Same shape, weight of the negative pixels.
+        weights: ``(R, G)``, how often each group counts.
+
+    Returns:
+        0.5 where there is no pair.
+    """
+    ordered = positive @ (negative.cumsum(axis=1) - negative / 2).T
+    num_ordered = ((weights @ ordered) * weights).sum(axis=1)
+    num_pairs = (weights @ positive.sum(axis=1)) * (weights @ negative.sum(axis=1))
+    auroc = np.full(len(weights), 0.5)
+    np.divide(num_ordered, num_pairs, out=auroc, where=num_pairs > 0)
+    return auroc
+
+
+def _hits(pixel_scores: _Scores, masks: _Masks) -> _Float64:
+    """Return of each image which share of its highest pixel scores lies in the patch, ``(B,)``."""
+    highest = pixel_scores == pixel_scores.max(axis=(1, 2), keepdims=True)
+    hits: _Float64 = (highest & masks).sum(axis=(1, 2)) / highest.sum(axis=(1, 2))
+    return hits
 
 
 def _quantize(pixel_scores: _Scores) -> NDArray[np.int64]:
@@ -139,22 +180,25 @@ def _quantize(pixel_scores: _Scores) -> NDArray[np.int64]:
     return np.searchsorted(values, pixel_scores, side="right") - 1
 
 
-def _area_under_curve(negative: _Float64, positive: _Float64, limit: float) -> _Float64:
-    """Compute the area under ROC curves up to a false positive rate, normalised to 1, ``(R,)``.
+def _area_up_to_limit(positive: _Float64, negative: _Float64) -> _Float64:
+    """Compute the area under ROC curves up to a false positive rate of 0.3, normalised to 1.
 
     Args:
-        negative: ``(R, levels)`` weight of the negative pixels at each level, highest level first.
-        positive: ``(R, levels)`` weight of the positive pixels.
-        limit: Upper limit of integration, a false positive rate.
+        positive: ``(R, levels)`` weight of the positive pixels at each level, lowest first.
+        negative: Same shape, weight of the negative pixels.
+
+    Returns:
+        ``(R,)``.
     """
     x, y = (
-        np.pad(np.cumsum(values, axis=1) / values.sum(axis=1, keepdims=True), ((0, 0), (1, 0)))
+        np.pad(
+            np.cumsum(values[:, ::-1], axis=1) / values.sum(axis=1, keepdims=True), ((0, 0), (1, 0))
+        )
         for values in (negative, positive)
     )
-    ends = np.minimum(x, limit)
-    width, run = np.diff(ends, axis=1), np.diff(x, axis=1)
+    width, run = np.diff(np.minimum(x, _AUPRO_LIMIT), axis=1), np.diff(x, axis=1)
     # the share of a segment that lies below the limit
     share = np.divide(width, run, out=np.ones_like(run), where=run > 0)
     heights = y[:, :-1] + np.diff(y, axis=1) * share / 2
-    area: _Float64 = (width * heights).sum(axis=1) / limit
+    area: _Float64 = (width * heights).sum(axis=1) / _AUPRO_LIMIT
     return area

@@ -243,10 +243,25 @@ class TargetsData(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TestData(DataOptions):
-    """Images of ``localize``."""
+    """ID and OOD test images."""
 
     id_sources: Annotated[tuple[str, ...], _source("ID test images", "--id")]
     ood_sources: _OodTestSets
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizeData(TestData):
+    """Images of ``localize``."""
+
+    ceiling: Annotated[
+        tuple[str, ...],
+        Option(
+            "OOD training images, those of `targets`: also measure a U-Net that is trained on the "
+            "pixels of the same patched images (ten minutes on two cores); may be repeated.",
+            "Data",
+            metavar="SOURCE",
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -649,8 +664,8 @@ class LocalizeConfig(EmbedConfig):
     count: Annotated[
         int,
         Option(
-            "Number of ID images, and of images of each OOD set; each pair is measured with every "
-            "patch size, hard and blended.",
+            "Number of ID images, and of images of each OOD set; each pair is measured with 12 "
+            "patches: every size and shape, and three kinds of edges in turn.",
             "Evaluation",
             min=1,
         ),

@@ -1,13 +1,13 @@
 """Measure localization on ID test images with pasted patches of OOD test images.
 
-The heatmap is compared with controls that do not use the decoder, and with sanity checks that must
-lower its metrics.
+The heatmap is compared with controls that do not use the decoder, with sanity checks that must
+lower its metrics, and on request with a network that is trained on the pixels. Patches of other ID
+images show whether OOD content is found, or whatever does not belong into the image.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from ood_heatmap.devices import describe_environment
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.localization import localization_metrics, resampled_metrics
-from ood_heatmap.metrics import bootstrap_weights
-from ood_heatmap.patches import SIDES, SQUARES, PatchKinds, draw_patch, paste_all
+from ood_heatmap.patches import EDGES, SHAPES, SIDES, draw_patch, paste_all
+from ood_heatmap.pipeline.ceiling import CEILING, train_ceiling
 from ood_heatmap.pipeline.config import LocalizeConfig, result_options
+from ood_heatmap.pipeline.localization_cells import Cell, draw_weights, iter_cells
 from ood_heatmap.pipeline.localization_table import (
     LocalizationRow,
+    compare_id_on_id,
     heatmap_leads,
     lowered_by_sanity_checks,
-    with_means,
+    mean_rows,
 )
 from ood_heatmap.pipeline.page import redraw_page
 from ood_heatmap.pipeline.pixel_methods import (
@@ -45,8 +47,9 @@ from ood_heatmap.pipeline.pixel_methods import (
     PixelScores,
     make_localization_methods,
 )
+from ood_heatmap.pipeline.progress import Progress
 from ood_heatmap.pipeline.results import LocalizationResults
-from ood_heatmap.pipeline.run import open_decoder, open_index
+from ood_heatmap.pipeline.run import open_decoder, open_index, open_targets
 from ood_heatmap.pipeline.schedule import content_hash
 from ood_heatmap.pipeline.scoring import HEATMAP, ID
 from ood_heatmap.pipeline.stage import Stage, log_event, run_lock
@@ -54,8 +57,12 @@ from ood_heatmap.pipeline.tables import MEAN
 
 log = logging.getLogger(__name__)
 _UInt8 = NDArray[np.uint8]
+_Int64 = NDArray[np.int64]
+_Float64 = NDArray[np.float64]
 
 _TABLE, _FIGURE = "localization.json", "figures/localization.png"
+# pixels along a side that metrics are computed on, at most: of larger images every second, ...
+_MAX_SIDE = 128
 
 
 def localize(
@@ -64,6 +71,7 @@ def localize(
     ood_sets: Mapping[str, ImageSet],
     device: torch.device,
     config: LocalizeConfig,
+    ceiling: ImageSet | None = None,
 ) -> Manifest:
     """Measure how well heatmaps locate OOD regions, and write a table and a figure.
 
@@ -73,6 +81,8 @@ def localize(
         ood_sets: OOD test sets by name.
         device: Device to compute on.
         config: Settings of the stage.
+        ceiling: OOD training images, those of the run's targets: a network is trained on the pixels
+            of its patched images, for comparison.
 
     Returns:
         The manifest; ``localization.json`` beside it holds the table.
@@ -90,8 +100,11 @@ def localize(
         inputs = {
             "decoder": trained.manifest.fingerprint,
             "images": {name: images.describe() for name, images in sets.items()},
+            "patches": {"sides": SIDES, "shapes": SHAPES, "edges": EDGES},
             "options": result_options(config),
         }
+        if ceiling is not None:
+            inputs["ceiling"] = ceiling.describe()
         environment = describe_environment(device, deterministic=False)
         stage = Stage(run, "localization", inputs, environment)
         transform = index.classifier_config.transform
@@ -103,8 +116,11 @@ def localize(
             redraw_page(run)
             return complete
         methods = make_localization_methods(index, trained.decoder, device, config)
+        if ceiling is not None:
+            targets = open_targets(run, index)
+            methods.trained[CEILING] = train_ceiling(index, targets, ceiling, device, config)
         cells, examples = _measure(samples, methods, config)
-        table = with_means(cells, list(ood_sets))
+        table = mean_rows(cells, list(ood_sets))
         with stage.writing(_TABLE) as scratch:
             scratch.write_bytes(to_json(_localization_json(table, sets, samples, config)))
         with stage.writing(_FIGURE) as scratch:
@@ -146,10 +162,12 @@ class _Sample:
 
     Args:
         pixels: ``(B, 3, H, W)`` uint8.
+        label: ``(B,)`` int32, -1 where unknown.
         content: sha256 of the images' bytes.
     """
 
     pixels: _UInt8
+    label: NDArray[np.int32]
     content: str
 
 
@@ -175,9 +193,26 @@ def _read_sample(images: ImageSet, transform: Transform, config: LocalizeConfig)
     pixels = np.concatenate([batch.pixels for batch in batches])
     if not len(pixels):
         raise OodHeatmapError(f"none of {count} images of {images.source} is readable.")
+    label = images.labels[np.concatenate([batch.rows for batch in batches])]
     # sets are ordered by class: otherwise the same classes would always be paired
     order = generator.permutation(len(pixels))
-    return _Sample(pixels[order], content_hash(b"".join(batch.digests for batch in batches)))
+    content = content_hash(b"".join(batch.digests for batch in batches))
+    return _Sample(pixels[order], label[order], content)
+
+
+def _draw_partners(sample: _Sample, methods: LocalizationMethods, seed: int) -> _Int64:
+    """Draw another ID image of another class for each ID image.
+
+    Classes are the labels, or predictions if a label is unknown.
+
+    Returns:
+        ``(B,)``; empty if all images are of one class.
+    """
+    classes = sample.label if (sample.label >= 0).all() else methods.predict(sample.pixels)
+    if (classes == classes[0]).all():
+        return np.empty(0, np.int64)
+    generator = np.random.default_rng(seed)
+    return np.array([generator.choice(np.flatnonzero(classes != one)) for one in classes])
 
 
 @dataclass(frozen=True)
@@ -193,33 +228,54 @@ class _Example:
 def _measure(
     samples: Mapping[str, _Sample], methods: LocalizationMethods, config: LocalizeConfig
 ) -> tuple[list[LocalizationRow], list[_Example]]:
-    """Return the metrics of every set, size and kind of edges, and an example of each set and size.
+    """Return the metrics of every set and kind of patch, and an example of each set and shape.
 
-    ID images, locations and sizes are the same for all sets; only the pasted images differ. All
-    methods, sizes and edges share the resampled images.
+    ID images and patches are the same for all sets; only the pasted images differ. All methods,
+    sets and kinds share the resampled images.
     """
-    rows, examples = [], []
-    for (name, sample), side, edges in product(samples.items(), SIDES, SQUARES.edges):
-        if name == ID:
-            continue
-        count = min(len(samples[ID].pixels), len(sample.pixels))
-        size = sample.pixels.shape[-1]
-        kinds = PatchKinds((side,), SQUARES.shapes, (edges,))
-        patches = [draw_patch(size, config.seed, row, kinds) for row in range(count)]
-        images, masks = paste_all(samples[ID].pixels[:count], sample.pixels[:count], patches)
-        pixel_scores = methods(images)
-        weights = bootstrap_weights(count, config.resamples, np.random.default_rng(config.seed))
-        for method, scores in pixel_scores.items():
-            metrics = asdict(localization_metrics(scores, masks))
-            resampled = resampled_metrics(scores, masks, weights)
-            rows.append(LocalizationRow(method, name, side, edges, metrics, resampled))
-        # alternate between hard and blended edges, with a different image each time
-        number = SIDES.index(side)
-        if edges == SQUARES.edges[number % len(SQUARES.edges)]:
-            i = number % count
-            by_method = {method: scores[i] for method, scores in pixel_scores.items()}
-            examples.append(_Example(f"{name}, {edges}", images[i], masks[i], by_method))
+    id_pixels = samples[ID].pixels
+    pasted = {name: sample.pixels for name, sample in samples.items() if name != ID}
+    partners = _draw_partners(samples[ID], methods, config.seed)
+    if len(partners):
+        pasted[ID] = id_pixels[partners]
+    counts = {name: min(len(id_pixels), len(pixels)) for name, pixels in pasted.items()}
+    cells = {name: list(iter_cells(count)) for name, count in counts.items()}
+    total = sum(len(cell.rows) for of_set in cells.values() for cell in of_set)
+    progress = Progress(total, "localize")
+    rows: list[LocalizationRow] = []
+    examples: list[_Example] = []
+    for name, of_set in cells.items():
+        weights = draw_weights(counts[name], config.resamples, config.seed)
+        for cell in of_set:
+            pair = id_pixels[cell.rows], pasted[name][cell.rows]
+            size = id_pixels.shape[-1]
+            patches = [draw_patch(size, config.seed, row, cell.kinds) for row in cell.rows.tolist()]
+            images, masks = paste_all(*pair, patches)
+            pixel_scores = methods(images)
+            rows += _measure_cell(name, cell, masks, pixel_scores, weights[:, cell.rows])
+            if cell.is_example:
+                scores = {method: item[0] for method, item in pixel_scores.items()}
+                title = f"{'other ID' if name == ID else name}, {cell.edges}"
+                examples.append(_Example(title, images[0], masks[0], scores))
+            progress.update(len(cell.rows))
+    progress.close()
     return rows, examples
+
+
+def _measure_cell(
+    name: str,
+    cell: Cell,
+    masks: NDArray[np.bool_],
+    pixel_scores: PixelScores,
+    weights: _Float64,
+) -> Iterator[LocalizationRow]:
+    """Yield the metrics of each method for one set and kind of patch."""
+    step = -(-masks.shape[-1] // _MAX_SIDE)
+    grid = np.s_[:, step // 2 :: step, step // 2 :: step]
+    for method, scores in pixel_scores.items():
+        metrics = asdict(localization_metrics(scores[grid], masks[grid]))
+        resampled = resampled_metrics(scores[grid], masks[grid], weights)
+        yield LocalizationRow(method, name, *cell.kind, metrics, resampled)
 
 
 def _check_sanity(table: Sequence[LocalizationRow]) -> dict[str, float]:
@@ -242,12 +298,15 @@ def _localization_json(
 ) -> dict[str, Any]:
     """Return the content of ``localization.json``."""
     return {
-        "about": "Patches of OOD images in ID images; side: of the patch, as a share of the "
-        "image's. pixel_auroc over all pixels of a set, size and kind of edges (0.5 by chance); "
-        "aupro: per-region overlap up to a false positive rate of 0.3 (0.15 by chance); pointing: "
-        "the highest pixel score lies in the patch. A mean is over sets, sizes or edges. Shares in "
-        "[0, 1]; intervals: bootstrap over images, 95 %, percentiles. leads: metric of the heatmap "
-        "minus that of the other method, overall means. "
+        "about": "Patches of OOD images, and of other ID images of another class (set id), in ID "
+        "images; side: of the square with as many pixels, as a share of the image's. pixel_auroc "
+        "over all pixels of a set and kind of patch (0.5 by chance); shuffled_auroc: background "
+        "only where other images have their patch, weighted so that scores that depend on the "
+        "location only have 0.5; aupro: per-region overlap up to a false positive rate of 0.3 "
+        "(0.15 by chance); pointing: the highest pixel score lies in the patch. A mean is over OOD "
+        "sets, sides, shapes or edges, of each combination. Shares in [0, 1]; intervals: bootstrap "
+        "over images, 95 %, percentiles. leads: metric of the heatmap minus that of the other "
+        "method, overall means. id_on_id: OOD patches compared with those of other ID images. "
         f"{DISTANCE}: Euclidean, to the nearest of at most {NUM_LOCATIONS} locations in "
         f"{NUM_IMAGES} ID training images, in the deepest feature map.",
         "count": config.count,
@@ -263,6 +322,7 @@ def _localization_json(
         },
         "table": [row.to_json() for row in table],
         "leads": heatmap_leads(table),
+        "id_on_id": compare_id_on_id(table),
     }
 
 
@@ -294,9 +354,12 @@ def _plot_examples(examples: Sequence[_Example], color_max: float) -> Figure:
 
 def _outline(axes: Any, mask: NDArray[np.bool_]) -> None:
     """Draw the outline of a patch."""
-    down, right = np.nonzero(mask)
-    left, top = right.min() - 0.5, down.min() - 0.5
-    side = down.max() - down.min() + 1
-    xs, ys = np.array([0, 1, 1, 0, 0]) * side + left, np.array([0, 0, 1, 1, 0]) * side + top
-    axes.plot(xs, ys, color="white", linewidth=1.8)
-    axes.plot(xs, ys, color="tab:green", linewidth=0.9)
+    for color, width in (("white", 1.8), ("tab:green", 0.9)):
+        axes.contour(
+            np.pad(mask, 1),
+            levels=[0.5],
+            colors=color,
+            linewidths=width,
+            origin=None,
+            extent=(-1.5, mask.shape[1] + 0.5, -1.5, mask.shape[0] + 0.5),
+        )

@@ -1,7 +1,8 @@
 """Pixel scores of every method for localization: the heatmap, controls and sanity checks."""
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class LocalizationMethods:
         shuffled: The classifier with the elements of each weight shuffled.
         locations: Features of locations in ID training images; None without feature maps.
         batch_size: Images per forward pass of the decoder.
+        trained: Further methods by name: images ``(B, 3, H, W)`` uint8 to pixel scores.
     """
 
     index: Index
@@ -51,6 +53,7 @@ class LocalizationMethods:
     shuffled: BatchedClassifier
     locations: FlatBank | None
     batch_size: int
+    trained: dict[str, Callable[[_UInt8], _Float32]] = field(default_factory=dict)
 
     def __call__(self, pixels: _UInt8) -> PixelScores:
         """Score the pixels of images ``(B, 3, H, W)``."""
@@ -66,7 +69,13 @@ class LocalizationMethods:
         shuffled = self.shuffled(pixels)
         scores[SHUFFLED] = self._heatmap(shuffled, shuffled.logits.argmax(dim=1))
         swapped = (prediction + 1) % self.forward.classifier.num_classes
-        return {**scores, SWAPPED: self._heatmap(output, swapped)}
+        scores[SWAPPED] = self._heatmap(output, swapped)
+        return scores | {name: method(pixels) for name, method in self.trained.items()}
+
+    def predict(self, pixels: _UInt8) -> NDArray[np.int64]:
+        """Return the predicted classes of images, ``(B,)``."""
+        prediction: NDArray[np.int64] = self.forward(pixels).logits.argmax(dim=1).numpy()
+        return prediction
 
     @torch.inference_mode()
     def _heatmap(self, output: Output, prediction: Tensor) -> _Float32:
@@ -80,7 +89,7 @@ class LocalizationMethods:
                 prediction[rows].to(device),
                 [item[rows].to(device).float() for item in maps],
             )
-            pixel_scores.append(_resize(self.decoder.place_scores(heatmap).cpu(), self.index.size))
+            pixel_scores.append(resize(self.decoder.place_scores(heatmap).cpu(), self.index.size))
         # shuffled weights may overflow to infinity and give NaN
         scores: _Float32 = torch.cat(pixel_scores).nan_to_num(0.0).numpy()
         return scores
@@ -100,11 +109,11 @@ class LocalizationMethods:
         assert self.locations is not None
         distance, _ = self.locations.search(_locations(maps).reshape(-1, maps.shape[1]), k=1)
         coarse = torch.from_numpy(distance).view(len(maps), *maps.shape[2:])
-        fine: _Float32 = _resize(coarse, size).numpy()
+        fine: _Float32 = resize(coarse, size).numpy()
         return fine
 
 
-def _resize(pixel_scores: Tensor, size: int) -> Tensor:
+def resize(pixel_scores: Tensor, size: int) -> Tensor:
     """Interpolate pixel scores ``(B, h, w)`` to ``(B, size, size)``; unchanged if equal."""
     if pixel_scores.shape[-1] == size:
         return pixel_scores
