@@ -231,7 +231,11 @@ class HeatmapDetector:
             results.append(result.to("cpu") if output == "numpy" else result)
             sources += batch.sources
         joined = TensorResult.concatenate(results)
-        return joined.to_numpy(self.scale, sources) if output == "numpy" else joined
+        if output == "torch":
+            return joined
+        return joined.to_numpy(
+            scale=self.scale, images=sources, is_transformed=batch.is_transformed
+        )
 
     def detect(self, pixels: NDArray[np.uint8]) -> "tuple[Result, Output]":
         """Detect OOD images in uint8 ``(B, 3, H, W)`` at the classifier's input size.
@@ -240,7 +244,7 @@ class HeatmapDetector:
             The result, and the classifier's output.
         """
         output = self._classify(torch.from_numpy(pixels))
-        return self._decode(output).to_numpy(self.scale, list(pixels)), output
+        return self._decode(output).to_numpy(scale=self.scale), output
 
     def decode(self, output: "Output", *, heatmaps: bool = True) -> Result:
         """Compute heatmaps, scores and decisions from the classifier's output.
@@ -252,7 +256,7 @@ class HeatmapDetector:
         result = self._decode(output)
         if not heatmaps:
             result = replace(result, heatmap=result.heatmap[:0])
-        return result.to_numpy(self.scale)
+        return result.to_numpy(scale=self.scale)
 
     def _classify(self, pixels: Tensor) -> "Output":
         """Run the classifier on uint8 or normalized float images."""
@@ -280,7 +284,12 @@ class HeatmapDetector:
     def scale(self) -> Scale:
         """Names, thresholds and colours that all results have in common."""
         return Scale(
-            self.classes, self.false_alarm, self.threshold, self.pixel_threshold, self.color_max
+            self.classes,
+            self.false_alarm,
+            self.threshold,
+            self.pixel_threshold,
+            self.color_max,
+            self.transform,
         )
 
     def class_name(self, label: int) -> str:

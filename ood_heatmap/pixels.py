@@ -38,10 +38,12 @@ class Batch:
     Args:
         pixels: ``(B, 3, H, W)`` at the classifier's input size: uint8, or normalized float32.
         sources: The images as given, or their pixels where those would not outlive the call.
+        is_transformed: The sources are at the input size.
     """
 
     pixels: Tensor
     sources: Sequence[ImageLike]
+    is_transformed: bool
 
 
 def iter_pixels(
@@ -74,17 +76,17 @@ def iter_pixels(
     if whole is not None:
         for start in range(0, len(whole), batch_size):
             pixels = whole[start : start + batch_size]
-            yield Batch(pixels, _to_host(pixels, config) if keep_sources else ())
+            yield Batch(pixels, _to_host(pixels, config) if keep_sources else (), True)
         return
+    # images of an iterator would not outlive the call otherwise
+    is_transformed = normalized or isinstance(images, Iterator)
     rows, start = iter(_split(images)), 0
     while chunk := list(islice(rows, batch_size)):
         pixels = _to_batch(chunk, config, start, normalized=normalized)
         sources: Sequence[ImageLike] = ()
         if keep_sources:
-            # images of an iterator would not outlive the call otherwise
-            passing = normalized or isinstance(images, Iterator)
-            sources = _to_host(pixels, config) if passing else chunk
-        yield Batch(pixels, sources)
+            sources = _to_host(pixels, config) if is_transformed else chunk
+        yield Batch(pixels, sources, is_transformed)
         start += len(chunk)
     if not start:
         raise UsageError(f"there is no image; {_EXPECTED}.")

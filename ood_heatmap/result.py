@@ -13,10 +13,14 @@ from torch import Tensor
 
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import pixel_score
+from ood_heatmap.images import Transform
 from ood_heatmap.pixels import ImageLike, source_name, to_picture
 
 if TYPE_CHECKING:
     import pandas
+
+    # drawing needs matplotlib's fonts, and is imported where it is called
+    from ood_heatmap.pictures import ColorScale
 
 _Selection = slice | Sequence[int] | Sequence[bool] | NDArray[np.bool_] | NDArray[np.integer[Any]]
 
@@ -48,6 +52,7 @@ class Scale:
         threshold: Score above which an image is called OOD; NaN or infinite without a decision.
         pixel_threshold: Pixel score above which a pixel is called OOD, likewise.
         color_max: Top of the colour scale.
+        transform: Transform of the classifier; None if the images are not known.
     """
 
     classes: tuple[str, ...] = ()
@@ -55,6 +60,7 @@ class Scale:
     threshold: float = math.nan
     pixel_threshold: float = math.nan
     color_max: float = 1.0
+    transform: Transform | None = None
 
     def class_name(self, label: int) -> str:
         """Return the name of a class, or its number if class names are unknown."""
@@ -127,15 +133,14 @@ class TensorResult:
             **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         )
 
-    def to_numpy(self, scale: Scale | None = None, images: Sequence[ImageLike] = ()) -> "Result":
+    def to_numpy(self, **about: Any) -> "Result":
         """Copy to the host.
 
         Args:
-            scale: Names, thresholds and colours of the detector.
-            images: The images, for pictures.
+            **about: The other fields of the result.
         """
         arrays = {name: item.numpy(force=True) for name, item in self._tensors().items()}
-        return Result(**arrays, scale=scale or Scale(), images=images)
+        return Result(**arrays, **about)
 
     def _tensors(self) -> dict[str, Any]:
         """Return the tensors that the result has, by field."""
@@ -164,6 +169,7 @@ class Result:
         scale: Names, thresholds and colours of the detector.
         images: The images as given, for pictures: PIL images and paths at their own size. Those of
             an iterator or a normalized batch are kept at the classifier's input size.
+        is_transformed: The images are at the classifier's input size.
     """
 
     score: NDArray[np.float32]
@@ -175,6 +181,7 @@ class Result:
     nearest: Nearest | None = None
     scale: Scale = Scale()
     images: Sequence[ImageLike] = ()
+    is_transformed: bool = False
 
     @property
     def pixel_score(self) -> NDArray[np.float32]:
@@ -274,6 +281,60 @@ class Result:
         if not self.images:
             raise UsageError("this result has no images: call the detector with images.")
         return to_picture(self.images[row])
+
+    def overlay(self, row: int) -> Image.Image:
+        """Draw the heatmap of an image over it, with the contour of what is called OOD.
+
+        Returns:
+            RGB, of the size of ``image(row)`` unless that is very large or small.
+
+        Raises:
+            UsageError: The result has no images or no heatmaps.
+        """
+        from ood_heatmap.pictures import draw_overlay
+
+        photo = self.image(row)
+        return draw_overlay(photo, self._pixel_score(row), self._seen_box(photo), self._colors())
+
+    def plot(self, row: int) -> Image.Image:
+        """Draw a panel: image, overlay, and the decision in words.
+
+        Returns:
+            RGB; a notebook shows it where it is the last line of a cell.
+
+        Raises:
+            UsageError: The result has no images or no heatmaps.
+        """
+        from ood_heatmap.pictures import Decision, draw_panel
+
+        photo = self.image(row)
+        decision = Decision(
+            float(self.score[row]),
+            self.scale.class_name(int(self.prediction[row])),
+            self.scale.threshold,
+            self.scale.false_alarm,
+            float(self.p_value[row]),
+        )
+        return draw_panel(
+            photo, self._pixel_score(row), self._seen_box(photo), self._colors(), decision
+        )
+
+    def _pixel_score(self, row: int) -> NDArray[np.float32]:
+        if not len(self.heatmap):
+            raise UsageError("this result has no heatmaps.")
+        return pixel_score(torch.from_numpy(self.heatmap[row][None])).numpy()[0]
+
+    def _seen_box(self, photo: Image.Image) -> tuple[float, float, float, float]:
+        """Return the part of an image that the classifier sees."""
+        transform = self.scale.transform
+        if transform is None or self.is_transformed:
+            return 0.0, 0.0, float(photo.width), float(photo.height)
+        return transform.seen_box(photo.width, photo.height)
+
+    def _colors(self) -> "ColorScale":
+        from ood_heatmap.pictures import ColorScale
+
+        return ColorScale(self.scale.color_max, self.scale.pixel_threshold)
 
 
 def _shape(array: NDArray[Any]) -> str:

@@ -1,6 +1,7 @@
 """Results: indexing, conversion to plain values, and what they say of themselves."""
 
 import json
+from dataclasses import replace
 from math import nan
 
 import numpy as np
@@ -125,3 +126,23 @@ def test_the_images_of_a_result_are_upright_at_their_own_size(finished_run, tmp_
     assert detector(iter([photo])).image(0).size == (16, 16)
     with pytest.raises(UsageError, match="has no images"):
         make_result().image(0)
+
+
+def test_pictures_have_the_size_of_the_photo_and_mark_what_is_ood(finished_run):
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (300, 500, 3)).astype(np.uint8))
+    result = HeatmapDetector.load(finished_run, "cpu")([photo, photo])
+    result.heatmap[0], result.heatmap[1] = 0, 1
+    result = replace(result, scale=replace(result.scale, pixel_threshold=0.5, threshold=0.5))
+    seen = slice(150, 350)  # the square in the middle
+    for row in range(2):
+        assert result.overlay(row).size == photo.size
+        assert result.plot(row).width > 2 * photo.width
+    drawn = np.asarray(result.overlay(0))
+    np.testing.assert_array_equal(drawn[:, seen], np.asarray(photo)[:, seen])
+    assert np.asarray(result.overlay(1))[:, seen, 0].mean() > drawn[:, seen, 0].mean()
+    assert drawn[:, :90].mean() < 0.5 * np.asarray(photo)[:, :90].mean()
+    # what was kept at the input size is seen as a whole
+    kept = HeatmapDetector.load(finished_run, "cpu")(iter([photo]))
+    assert kept.is_transformed
+    assert np.asarray(kept.overlay(0)).mean() > 60
