@@ -28,7 +28,8 @@ from ood_heatmap.checks import (
 )
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import Transform
-from ood_heatmap.networks import build, parse_user_code
+from ood_heatmap.in_memory import find_network
+from ood_heatmap.networks import build, is_in_memory, parse_user_code
 from ood_heatmap.probing import (
     FeatureMap,
     find_head,
@@ -38,7 +39,7 @@ from ood_heatmap.probing import (
     random_pixels,
 )
 from ood_heatmap.projection import Projection
-from ood_heatmap.user_code import describe_error
+from ood_heatmap.user_code import UserCode, describe_error
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class Classifier(nn.Module):
         network: Maps normalized float images ``(B, 3, H, W)`` to logits ``(B, L)``.
         config: Configuration; the head is detected if it names none.
         maps: The feature maps to return; if None, ``config.num_maps`` are detected.
+        code: The user code that made the network, with its sources; None for other networks.
 
     Raises:
         UsageError: The head is not a linear layer.
@@ -159,8 +161,10 @@ class Classifier(nn.Module):
         network: nn.Module,
         config: ClassifierConfig,
         maps: Sequence[FeatureMap] | None = None,
+        code: UserCode | None = None,
     ) -> None:
         super().__init__()
+        self.code = code
         self.network = network.eval().requires_grad_(False)
         self.config = config
         self._lock = threading.Lock()
@@ -185,6 +189,17 @@ class Classifier(nn.Module):
         self.num_features, self.num_classes = output.features.shape[1], output.logits.shape[1]
         self.whole_shapes = tuple(tuple(item.shape[1:]) for item in output.maps)
         self.project({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a class in a user's file, or made by a function of timm, cannot be imported by name
+        state = {name: value.cpu() for name, value in self.network.state_dict().items()}
+        network = copy.deepcopy(self.network).cpu() if is_in_memory(self.config.spec) else None
+        projections = {
+            name: Projection(item.weight.cpu(), item.mean.cpu())
+            for name, item in self.projections().items()
+        }
+        arguments = (self.config, state, self.maps, projections, self.code, network)
+        return _rebuild_classifier, arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
         copied = Classifier.__new__(Classifier)
@@ -301,7 +316,7 @@ class Classifier(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the outputs depend on: hashes of weights and code, and the settings."""
-        code = parse_user_code(self.config.spec)
+        code = self.code or parse_user_code(self.config.spec)
         is_file = code is not None and code.module.endswith(".py")
         return {
             "weights": hash_weights(self.network),
@@ -399,6 +414,7 @@ def load_classifier(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     size: int | None = None,
+    transform: Transform | None = None,
     head: str = "",
     num_maps: int = 0,
     autocast: bool = False,
@@ -414,6 +430,7 @@ def load_classifier(
         mean: Mean of each channel, for pixels in [0, 1]; the network's own if None.
         std: Standard deviation of each channel; the network's own if None.
         size: Height and width of its input in pixels; the network's own if None.
+        transform: Size and crop of its input; the network's own if None.
         head: Name of the last linear layer; detected if "".
         num_maps: Number of spatial feature maps to return.
         autocast: Run the network under bfloat16 autocast.
@@ -426,7 +443,13 @@ def load_classifier(
     if module.endswith(".py"):
         # absolute, so that it does not depend on the working directory
         spec = f"{Path(module).resolve()}:{function}"
-    network, transform, own_mean, own_std = build(spec, num_classes, pretrained=weights is None)
+    code = parse_user_code(spec)
+    if code is not None:
+        code = code.keep()
+    network, own_transform, own_mean, own_std = build(
+        spec, num_classes, pretrained=weights is None, code=code
+    )
+    transform = transform or own_transform
     if size is not None:
         transform = replace(transform, size=size, resize=0) if transform else Transform(size)
     if transform is None:
@@ -434,8 +457,7 @@ def load_classifier(
     config = ClassifierConfig(
         spec, num_classes, transform, mean or own_mean, std or own_std, head, num_maps, autocast
     )
-    classifier = _make_classifier(network, config, weights)
-    code = parse_user_code(spec)
+    classifier = _make_classifier(network, config, weights, code=code)
     if code is not None:
         code.remember()
     return classifier
@@ -446,6 +468,7 @@ def restore_classifier(
     weights: Path,
     fingerprint: Mapping[str, Any] | None = None,
     num_maps: int | None = None,
+    code: UserCode | None = None,
 ) -> Classifier:
     """Load the classifier of a run from the run's copy of its weights.
 
@@ -454,30 +477,63 @@ def restore_classifier(
         weights: The run's copy of the weights.
         fingerprint: Fingerprint in the run; not compared if None.
         num_maps: Number of spatial feature maps to return; that of the run if None.
+        code: The run's copy of the user's code; what the SPEC names if None.
 
     Raises:
         StaleCacheError: The classifier has changed; the message names what differs. User code
             whose source has changed is not run.
         OodHeatmapError: The user's code is not trusted, see ``user_code``.
     """
-    code = parse_user_code(config.spec)
+    code = code or parse_user_code(config.spec)
     if code is not None:
         if fingerprint is not None:
             _check_same(config.spec, {"source": fingerprint.get("source")}, {"source": code.hash})
         code.require_trust()
-    network, *_ = build(config.spec, config.num_classes, pretrained=False)
+    if is_in_memory(config.spec):
+        network = find_network(config.spec, str((fingerprint or {}).get("weights", "")))
+        state: Path | None = None
+    else:
+        network, *_ = build(config.spec, config.num_classes, pretrained=False, code=code)
+        state = weights
     num_maps = config.num_maps if num_maps is None else num_maps
     maps = [FeatureMap.parse(text) for text in (fingerprint or {}).get("maps", ())][:num_maps]
     classifier = _make_classifier(
         network,
         replace(config, num_maps=num_maps),
-        weights,
+        state,
         # detected again if the run has fewer
         maps if len(maps) == num_maps else None,
+        code,
     )
     if fingerprint is not None:
         _check_same(config.spec, fingerprint, classifier.fingerprint())
     return classifier
+
+
+def _rebuild_classifier(
+    config: ClassifierConfig,
+    state: Mapping[str, Tensor],
+    maps: Sequence[FeatureMap],
+    projections: Mapping[str, Projection],
+    code: UserCode | None,
+    network: nn.Module | None,
+) -> Classifier:
+    """Rebuild a pickled classifier, on the CPU."""
+    if network is None:
+        network, *_ = build(config.spec, config.num_classes, pretrained=False, code=code)
+        _initialize(network, config.transform.size)
+        load_state_dict(network, state, Path("the pickled classifier"))
+    classifier = Classifier(network, config, maps, code)
+    classifier.project(projections)
+    return classifier
+
+
+def _initialize(network: nn.Module, size: int) -> None:
+    """Give lazy layers their shapes from a first image; if that fails, Classifier reports it."""
+    tensors = [*network.parameters(), *network.buffers()]
+    if any(is_lazy(item) for item in tensors):
+        with torch.no_grad(), suppress(Exception):
+            network.eval()(random_pixels(1, size) / 255)
 
 
 def _make_classifier(
@@ -485,16 +541,13 @@ def _make_classifier(
     config: ClassifierConfig,
     weights: Path | None,
     maps: Sequence[FeatureMap] | None = None,
+    code: UserCode | None = None,
 ) -> Classifier:
     """Load weights into a network and wrap it."""
-    tensors = [*network.parameters(), *network.buffers()]
-    if any(is_lazy(item) for item in tensors):
-        # lazy layers get their shapes from a first image; if that fails, Classifier reports it
-        with torch.no_grad(), suppress(Exception):
-            network.eval()(random_pixels(1, config.transform.size) / 255)
+    _initialize(network, config.transform.size)
     if weights is not None:
         load_state_dict(network, load_weights(weights), weights)
-    classifier = Classifier(network, config, maps)
+    classifier = Classifier(network, config, maps, code)
     if config.num_classes is not None and classifier.num_classes != config.num_classes:
         raise UsageError(
             f"{config.spec} has {classifier.num_classes} classes, not --num-classes "

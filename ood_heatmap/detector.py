@@ -1,16 +1,17 @@
 """The trained detector: returns score, decision, heatmap and predicted class of images."""
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.errors import UsageError
@@ -84,6 +85,28 @@ class HeatmapDetector:
                 len(calibration.scores),
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = {
+            "scorer": copy.deepcopy(self.scorer).cpu(),
+            "classes": self.classes,
+            "color_max": self.color_max,
+            "calibration": self.calibration,
+            "false_alarm": self.false_alarm,
+            "fingerprint": self.fingerprint,
+        }
+        decoder = copy.deepcopy(self.decoder).cpu()
+        return _rebuild, (self.classifier, decoder, arguments, str(self.device))
+
+    def __repr__(self) -> str:
+        config = self.classifier.config
+        parts = [config.spec, f"{self.classifier.num_classes} classes", str(self.device)]
+        parts.append(f"{config.transform.size} px")
+        if self.calibration is None:
+            parts.append("not calibrated")
+        else:
+            parts.append(f"threshold {self.threshold:.4g} at level {self.false_alarm:g}")
+        return f"HeatmapDetector({', '.join(parts)})"
+
     @staticmethod
     def load(
         run: str | Path,
@@ -91,6 +114,7 @@ class HeatmapDetector:
         false_alarm: float | None = None,
         *,
         trust_code: bool = False,
+        network: nn.Module | None = None,
     ) -> "HeatmapDetector":
         """Load the detector of a run directory, calibrated if the run has been evaluated.
 
@@ -99,16 +123,18 @@ class HeatmapDetector:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             false_alarm: Share of ID images that may be called OOD; as evaluated if None.
             trust_code: Trust the model code named by the run even if it never ran on this machine.
+            network: The network that the run was made with, if that was passed from Python.
 
         Raises:
             OodHeatmapError: A stage is missing, unfinished, damaged or stale; its model code is not
                 trusted; or a level is given but the run is not calibrated.
         """
         # imported lazily: a detector in memory needs no code that reads run directories
+        from ood_heatmap.in_memory import passing_network
         from ood_heatmap.pipeline.run import load_detector
         from ood_heatmap.user_code import trusting_code
 
-        with trusting_code(trust_code):
+        with trusting_code(trust_code), passing_network(network):
             return load_detector(Path(run), device, false_alarm)
 
     def at(self, false_alarm: float) -> "HeatmapDetector":
@@ -301,6 +327,18 @@ class HeatmapDetector:
         if self.calibration is None:
             return np.full(len(scores), np.nan)
         return self.calibration.p_value(scores)
+
+
+def _rebuild(
+    classifier: "Classifier", decoder: "Decoder", arguments: dict[str, Any], device: str
+) -> HeatmapDetector:
+    """Rebuild a pickled detector on its device, or on the CPU of a machine without it."""
+    detector = HeatmapDetector(classifier, decoder, **arguments)
+    kind = torch.device(device)
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        log.warning("this machine has no %s: the detector is on the CPU", device)
+        return detector.to("cpu")
+    return detector.to(kind)
 
 
 def decode(decoder: "Decoder", output: "Output", prediction: Tensor) -> tuple[Tensor, Tensor]:

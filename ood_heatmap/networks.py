@@ -16,6 +16,9 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.images import Transform
 from ood_heatmap.user_code import UserCode, describe_error
 
+# begins the SPEC of a network that was passed from Python
+IN_MEMORY = "in-memory/"
+
 
 class _ResidualBlock(nn.Module):
     """Convolutions with batch norm, and a shortcut.
@@ -184,13 +187,16 @@ _BUILT_IN = {
 _Built: TypeAlias = tuple[nn.Module, Transform | None, tuple[float, ...], tuple[float, ...]]
 
 
-def build(spec: str, num_classes: int | None, *, pretrained: bool) -> _Built:
+def build(
+    spec: str, num_classes: int | None, *, pretrained: bool, code: UserCode | None = None
+) -> _Built:
     """Build the network of a SPEC, and return it with its default transform, mean and std.
 
     Args:
         spec: See ``ClassifierConfig``.
         num_classes: Number of classes; the network's default if None.
         pretrained: Load the library's pretrained weights.
+        code: The user code that the SPEC names, if any; found by the SPEC if None.
 
     Raises:
         UsageError: There is no such network, or it does not accept the arguments.
@@ -203,13 +209,19 @@ def build(spec: str, num_classes: int | None, *, pretrained: bool) -> _Built:
         return _build_torchvision(name, num_classes, pretrained)
     if family == "timm":
         return _build_timm(name, num_classes, pretrained)
-    code = parse_user_code(spec)
+    code = code or parse_user_code(spec)
     if code is not None:
         return _build_from_code(code, num_classes)
     raise UsageError(
         f"there is no classifier {spec!r}: use {', '.join(_BUILT_IN)}, "
         "torchvision/NAME, timm/NAME, path/to/file.py:function or package.module:function."
     )
+
+
+def is_in_memory(spec: str) -> bool:
+    """Return whether a SPEC names a network that was passed from Python."""
+    is_name = spec not in _BUILT_IN and "/" not in spec and ":" not in spec
+    return spec.startswith(IN_MEMORY) or is_name
 
 
 def parse_user_code(spec: str) -> UserCode | None:

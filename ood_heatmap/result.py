@@ -322,7 +322,8 @@ class Result:
     def _pixel_score(self, row: int) -> NDArray[np.float32]:
         if not len(self.heatmap):
             raise UsageError("this result has no heatmaps.")
-        return pixel_score(torch.from_numpy(self.heatmap[row][None])).numpy()[0]
+        scores: NDArray[np.float32] = pixel_score(torch.from_numpy(self.heatmap[row][None])).numpy()
+        return scores[0]
 
     def _seen_box(self, photo: Image.Image) -> tuple[float, float, float, float]:
         """Return the part of an image that the classifier sees."""

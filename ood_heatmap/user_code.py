@@ -4,24 +4,28 @@ A run directory names the function that makes its network, so opening a run from
 execute arbitrary code. Naming a function yourself, as with ``index --classifier``, makes it
 trusted: its source is recorded outside the run, and the same source at the same path is run for any
 run. Other code is run only inside ``trusting_code``.
+
+A run keeps a copy of the sources, and from then on the copy is what runs: the original may change,
+or be on another machine.
 """
 
 import ast
 import hashlib
 import importlib
-import importlib.util
+import importlib.abc
 import inspect
 import logging
 import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.machinery import ModuleSpec
+from importlib.util import decode_source, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +34,8 @@ from ood_heatmap.errors import OodHeatmapError, UsageError
 
 log = logging.getLogger(__name__)
 
+# folder, beside the main module, of what it imports
+_IMPORTS = "imports"
 # part of this package
 _OWN_CODE = {"ood_heatmap.demo:digits_network"}
 _LIBRARIES = {
@@ -56,10 +62,14 @@ class UserCode:
     Args:
         module: A Python file, or the name of a module.
         function: Name of the function.
+        kept: A copy of ``sources``, executed instead of what is on disk.
+        place: Where the copy can be read, for messages.
     """
 
     module: str
     function: str
+    kept: Mapping[str, bytes] | None = field(default=None, repr=False)
+    place: str = ""
 
     def __str__(self) -> str:
         return f"{self.module}:{self.function}"
@@ -73,8 +83,47 @@ class UserCode:
         Raises:
             UsageError: There is no such module.
         """
+        if self.kept is not None:
+            return dict(self.kept)
         with self._importing():
             return _read_sources(self.module)
+
+    def keep(self) -> "UserCode":
+        """Return the same function with a copy of its sources; a library has none."""
+        if self.kept is not None or (
+            not self.module.endswith(".py") and _is_installed(self.module)
+        ):
+            return self
+        return replace(self, kept=self.sources)
+
+    @property
+    def _main(self) -> str:
+        """File name of the main module in ``kept_files``."""
+        return Path(self.module).name if self.module.endswith(".py") else f"{self.module}.py"
+
+    def kept_files(self) -> dict[str, bytes]:
+        """Return the kept sources by file name, for ``from_kept_files``."""
+        return {
+            f"{_IMPORTS}/{name}.py" if name else self._main: source
+            for name, source in (self.kept or {}).items()
+        }
+
+    def from_kept_files(self, files: Mapping[str, bytes], folder: Path | None) -> "UserCode":
+        """Return the same function with the sources in ``kept_files``; as it is if there are none.
+
+        Args:
+            files: Sources by file name.
+            folder: Where the files can be read, for messages.
+        """
+        if self._main not in files:
+            return self
+        kept = {
+            name.removeprefix(f"{_IMPORTS}/").removesuffix(".py"): source
+            for name, source in files.items()
+            if name != self._main
+        }
+        place = str(folder / self._main) if folder else ""
+        return replace(self, kept={"": files[self._main], **kept}, place=place)
 
     @cached_property
     def hash(self) -> str:
@@ -96,6 +145,8 @@ class UserCode:
             UsageError: The code fails, or the function is not defined in this module.
         """
         imported = [name for name in self.sources if name]
+        if self.kept is not None:
+            imported.append(self.module)
         with self._importing():
             # other code may have imported different modules under these names
             hidden = {name: sys.modules.pop(name) for name in imported if name in sys.modules}
@@ -105,7 +156,10 @@ class UserCode:
                 raise
             # user code may raise anything; a script without a main guard may exit
             except (Exception, SystemExit) as error:
-                raise UsageError(f"{self} fails: {describe_error(error)}.") from error
+                hint = ""
+                if isinstance(error, ModuleNotFoundError) and self.kept is not None:
+                    hint = " Import it with an import statement: a run keeps what those name."
+                raise UsageError(f"{self} fails: {describe_error(error)}.{hint}") from error
             finally:
                 sys.modules.update(hidden)
 
@@ -149,9 +203,20 @@ class UserCode:
 
     @contextmanager
     def _importing(self) -> Iterator[None]:
-        """Put the folder of a file first on ``sys.path``, as Python does for a script."""
+        """Put the folder of a file first on ``sys.path``, as Python does for a script.
+
+        Kept sources are imported from memory, and their folder is not searched.
+        """
         folder = str(Path(self.module).parent)
         importlib.invalidate_caches()
+        if self.kept is not None:
+            finder = _KeptSources(self.module, self.kept)
+            sys.meta_path.insert(0, finder)
+            try:
+                yield
+            finally:
+                sys.meta_path.remove(finder)
+            return
         if self.module.endswith(".py"):
             sys.path.insert(0, folder)
         try:
@@ -183,8 +248,8 @@ class UserCode:
             return
         raise OodHeatmapError(
             f"the run's classifier is code that you have not run here before: function "
-            f"{self.function} of {self.module}. Read it, then add --trust-code (in Python "
-            "trust_code=True) to run it."
+            f"{self.function} of {self.place or self.module}. Read it, then add --trust-code (in "
+            "Python trust_code=True) to run it."
         )
 
     def _is_remembered(self) -> bool:
@@ -208,6 +273,42 @@ class UserCode:
         return root / "ood_heatmap" / "trusted" / hashlib.sha256(key).hexdigest()
 
 
+class _KeptSources(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports modules from sources in memory; ``__file__`` is where the original was.
+
+    Args:
+        module: Name or file of the main module.
+        sources: Source of each module by name; that of the main module under "".
+    """
+
+    def __init__(self, module: str, sources: Mapping[str, bytes]) -> None:
+        is_file = module.endswith(".py")
+        self._folder = Path(module).parent if is_file else Path()
+        self._sources = {name: source for name, source in sources.items() if name}
+        if not is_file:
+            self._sources[module] = sources[""]
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a module that was kept, or that is a package of one."""
+        if fullname not in self._sources and not self.is_package(fullname):
+            return None
+        spec = spec_from_loader(fullname, self, is_package=self.is_package(fullname))
+        if spec is not None:
+            spec.origin = str(self._folder / f"{fullname.replace('.', '/')}.py")
+            spec.has_location = True
+        return spec
+
+    def is_package(self, fullname: str) -> bool:
+        """Return whether a module that was kept is inside this one."""
+        return any(name.startswith(f"{fullname}.") for name in self._sources)
+
+    def get_source(self, fullname: str) -> str:
+        """Return the source of a module; none for a package that is only a folder."""
+        return decode_source(self._sources.get(fullname, b""))
+
+
 def describe_error(error: BaseException, length: int = 200) -> str:
     """Return an error's type, its first line, and the line of user code that raised it."""
     text = (str(error).strip().splitlines() or [""])[0][:length].rstrip(".")
@@ -227,7 +328,7 @@ def _read_sources(module: str) -> dict[str, bytes]:
         found = _find(module)
         if found is None:
             raise UsageError(f"there is no module {module}: its folder must be on PYTHONPATH.")
-        name, origin = found.name, found.origin or ""
+        name, origin = module, found.origin or ""
     # a built-in module has no source
     sources = {"": Path(origin).read_bytes() if Path(origin).is_file() else b""}
     seen = {name}
@@ -243,6 +344,13 @@ def _read_sources(module: str) -> dict[str, bytes]:
             sources[imported] = Path(origin).read_bytes()
             pending += _imported_names(sources[imported], _package(imported, origin))
     return sources
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether a module comes with Python or a package, or has no source."""
+    found = _find(module)
+    origin = (found and found.origin) or ""
+    return _is_library(origin) or not Path(origin).is_file()
 
 
 def _package(name: str, origin: str) -> str:
@@ -279,12 +387,21 @@ def _find(name: str) -> ModuleSpec | None:
     """Find a module as ``import`` would, without executing the packages that contain it."""
     found, path = None, None
     for full_name in _with_packages(name):
-        specs = (finder.find_spec(full_name, path) for finder in sys.meta_path)
-        found = next((item for item in specs if item is not None), None)
+        try:
+            found = _find_in(full_name, path)
+        except KeyError:
+            # folders without __init__.py ask for the module of the folder above, not imported here
+            found = _find_in(full_name.rpartition(".")[2], path)
         if found is None:
             return None
         path = found.submodule_search_locations
     return found
+
+
+def _find_in(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Return the first spec that a finder has for a module in a package with this path."""
+    specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next((item for item in specs if item is not None), None)
 
 
 def _is_library(origin: str) -> bool:

@@ -23,6 +23,7 @@ from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.duplicates import hash_pixels
 from ood_heatmap.errors import OodHeatmapError
 from ood_heatmap.images import ImageSet
+from ood_heatmap.in_memory import passing_network
 from ood_heatmap.pipeline.channels import cached_shapes, is_projected, project_maps
 from ood_heatmap.pipeline.config import IndexConfig, result_options
 from ood_heatmap.pipeline.embed import Embedded, embed
@@ -37,6 +38,7 @@ from ood_heatmap.pipeline.ranges import (
 )
 from ood_heatmap.pipeline.results import IndexResults
 from ood_heatmap.pipeline.run import (
+    CODE,
     INDEX,
     PIXEL_HASHES,
     PROBE,
@@ -127,6 +129,7 @@ def build_index(
         manifest = None
         if results is not None:
             names = [*schedule.names, INDEX, WEIGHTS, STATISTICS, PIXEL_HASHES, PROBE]
+            names += _code_files(classifier)
             content = stage_content(stage, schedule.names)
             if channels is not None:
                 names.append(PROJECTIONS)
@@ -231,6 +234,9 @@ def _write_derived(
         classifier.network.state_dict(),
         record=partial(stage.record, WEIGHTS),
     )
+    for name, source in _code_files(classifier).items():
+        with stage.writing(name) as scratch:
+            scratch.write_bytes(source)
     _add_up(stage, schedule.tasks[_SHARDS])
     _write_probe(stage, columns, classifier)
     known = (label >= 0) & (label < classifier.num_classes)
@@ -256,6 +262,12 @@ def _write_derived(
         versions=library_versions(),
         **texts(findings),
     )
+
+
+def _code_files(classifier: Classifier) -> dict[str, bytes]:
+    """Return the copy of the user's model code that the run keeps, by file name in the stage."""
+    files = classifier.code.kept_files() if classifier.code else {}
+    return {f"{CODE}/{name}": source for name, source in files.items()}
 
 
 def _add_up(stage: Stage, tasks: Sequence[ShardTask]) -> None:
@@ -290,9 +302,12 @@ def _write_probe(stage: Stage, columns: Mapping[str, Rows], classifier: Classifi
     tensors = {name: torch.from_numpy(columns[name].take(rows)) for name in names}
     save_tensors(stage.directory / PROBE, tensors, record=partial(stage.record, PROBE))
     # its code has just run, even if that could not be remembered
-    with trusting_code():
+    with trusting_code(), passing_network(classifier.network):
         restored = restore_classifier(
-            classifier.config, stage.directory / WEIGHTS, stage.inputs["classifier"]
+            classifier.config,
+            stage.directory / WEIGHTS,
+            stage.inputs["classifier"],
+            code=classifier.code,
         )
     restored.to(classifier.device).project(classifier.projections())
     check_probe(restored, tensors, library_versions())

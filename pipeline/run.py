@@ -6,6 +6,7 @@ Nothing here builds a stage: inference imports no training code, and no stage im
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +30,9 @@ from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
 from ood_heatmap.distributed import broadcast, is_main
-from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.heatmap import SCALE
+from ood_heatmap.networks import parse_user_code
 from ood_heatmap.pipeline.patched import PastePlan, draw_paste_plan
 from ood_heatmap.pipeline.results import (
     DecoderResults,
@@ -39,6 +41,7 @@ from ood_heatmap.pipeline.results import (
     TargetsResults,
 )
 from ood_heatmap.projection import Projection, load_projections
+from ood_heatmap.user_code import UserCode
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ PIXEL_HASHES, PROJECTIONS = "pixel_hashes.safetensors", "projections.safetensors
 INDEX, WEIGHTS, DECODER = "index.faiss", "classifier.safetensors", "decoder.safetensors"
 CALIBRATION = "calibration.safetensors"
 COMBINATION = "combination.safetensors"
+# folder with a copy of the user's model code
+CODE = "code"
 # column of the targets
 PRESENCE = "presence"
 _SQUARES = "squares"
@@ -312,6 +317,7 @@ class Index:
             self.run / "index" / WEIGHTS,
             self.manifest.inputs["classifier"],
             num_maps,
+            self._code(),
         )
         classifier.to(device).project(self._projections())
         path = self.run / "index" / PROBE
@@ -330,6 +336,31 @@ class Index:
             return {}
         content = read_file(self.run, self.manifest, PROJECTIONS)
         return load_projections(content, self.run / "index" / PROJECTIONS)
+
+    def _code(self) -> UserCode | None:
+        """Return the run's copy of the user's model code; None for other networks.
+
+        Raises:
+            DamagedCacheError: A file is missing or has changed.
+        """
+        code = parse_user_code(self.classifier_config.spec)
+        if code is None:
+            return None
+        prefix = f"{CODE}/"
+        files = {
+            name.removeprefix(prefix): read_file(self.run, self.manifest, name)
+            for name in self.manifest.files
+            if name.startswith(prefix)
+        }
+        kept = code.from_kept_files(files, self.run / self.manifest.stage / CODE)
+        with suppress(UsageError):
+            if kept.kept is not None and code.hash != kept.hash:
+                log.warning(
+                    "%s has changed since the run was made: its own copy %s is used",
+                    code.module,
+                    kept.place,
+                )
+        return kept
 
     def pixel_hashes(self) -> NDArray[np.uint64] | None:
         """Return the pixel hash of each image; None if an earlier version made the index.

@@ -148,8 +148,14 @@ def classifier(data: Path, spec: str) -> Classifier:
 def make_run(data: Path, spec: str) -> Callable[..., Path]:
     """Return what makes all four stages in a directory, with the settings given for each."""
 
-    def make(run: Path, device: torch.device = CPU, **settings: Any) -> Path:
-        classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
+    def make(
+        run: Path,
+        device: torch.device = CPU,
+        classifier: Classifier | None = None,
+        **settings: Any,
+    ) -> Path:
+        if classifier is None:
+            classifier = load_classifier(spec, weights=data / "weights.safetensors", num_maps=2)
         classifier, ood = classifier.to(device), open_images(str(data / "ood"))
         shared: dict[str, Any] = {"batch_size": 16, **settings}
         build_index(run, open_images(str(data / "id")), classifier, IndexConfig(**shared))

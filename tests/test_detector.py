@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import inf
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
+from joblib import Parallel, delayed
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -19,6 +21,7 @@ from ood_heatmap.cache import manifest as manifest_module
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier
+from ood_heatmap.detector import _rebuild
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
 from ood_heatmap.images import UnreadableImageError
 from ood_heatmap.pipeline import run as run_module
@@ -254,6 +257,59 @@ def test_a_deep_copy_is_another_detector_with_the_same_scores(detector):
         for parameter in copied.classifier.network.parameters():
             parameter.zero_()
     assert not np.array_equal(copied(images).score, detector(images).score)
+
+
+LOAD_AND_SCORE = """
+import pickle, sys
+from pathlib import Path
+import numpy as np
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    detector = pickle.loads((folder / "detector.pickle").read_bytes())
+    result = detector(np.load(folder / "images.npy"))
+    np.savez(folder / "found.npz", score=result.score, is_ood=result.is_ood)
+"""
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, cloudpickle.dumps])
+def test_a_pickled_detector_works_in_a_process_without_its_run(run, tmp_path, dumps, data):
+    images = noise(2, 6)
+    loaded = HeatmapDetector.load(run, "cpu")
+    detector = loaded.calibrated(calibrate(loaded, noise(1, 30)), 0.2)
+    (tmp_path / "detector.pickle").write_bytes(dumps(detector))
+    np.save(tmp_path / "images.npy", images)
+    network = data / "network.py"
+    hidden = network.rename(tmp_path / "hidden.py")
+    try:
+        subprocess.run([sys.executable, "-c", LOAD_AND_SCORE, tmp_path], check=True)
+    finally:
+        hidden.rename(network)
+    wanted, found = detector(images), np.load(tmp_path / "found.npz")
+    np.testing.assert_allclose(found["score"], wanted.score, rtol=1e-5)
+    np.testing.assert_array_equal(found["is_ood"], wanted.is_ood)
+
+
+def test_a_pickle_keeps_level_names_and_colours(detector):
+    strict = detector.calibrated(calibrate(detector, noise(1, 30)), 0.2)
+    again = pickle.loads(pickle.dumps(strict))
+    assert again.scale == strict.scale
+    assert again.fingerprint == strict.fingerprint
+    assert repr(again) == repr(strict)
+    assert again.classifier.fingerprint() == strict.classifier.fingerprint()
+
+
+def test_a_pickle_from_a_gpu_opens_on_the_cpu_of_another_machine(detector, caplog):
+    _, arguments = detector.__reduce__()
+    again = _rebuild(*arguments[:-1], "cuda:99")
+    assert again.device.type == "cpu"
+    assert "no cuda:99" in caplog.text
+
+
+def test_joblib_workers_score_alike(detector):
+    batches = [noise(seed, 2) for seed in range(4)]
+    found = [found.score for found in Parallel(n_jobs=2)(map(delayed(detector), batches))]
+    wanted = [detector(batch).score for batch in batches]
+    np.testing.assert_allclose(np.stack(found), np.stack(wanted), rtol=1e-5)
 
 
 def test_a_data_loader_may_use_the_transform_of_the_detector(detector):

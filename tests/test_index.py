@@ -76,9 +76,9 @@ def test_small_shards_hold_the_same_rows(data, classifier, finished_run, tmp_pat
 
 
 def test_started_again_it_is_finished(data, classifier, run):
-    before = {path: path.read_bytes() for path in (run / "index").glob("[!.]*")}
+    before = {path: path.read_bytes() for path in (run / "index").glob("[!.]*.*")}
     build_index(run, open_images(str(data / "id")), classifier, CONFIG)
-    assert before == {path: path.read_bytes() for path in (run / "index").glob("[!.]*")}
+    assert before == {path: path.read_bytes() for path in (run / "index").glob("[!.]*.*")}
 
 
 def test_other_weights_are_refused_by_name(data, spec, run):

@@ -1,10 +1,12 @@
 """Model code runs only on the user's word, and is hashed with all that it imports."""
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import save_file
@@ -143,6 +145,54 @@ def test_the_number_of_classes_goes_by_its_name(tmp_path, signature, classes):
     assert found.get("options", found).get("num_classes") == classes
     assert found.get("width", 16) in (16, 10)
     assert not found.get("pretrained")
+
+
+def test_kept_sources_run_after_the_files_are_gone(tmp_path):
+    helper = "from pathlib import Path\nSCALE = 3.0\nPLACE = Path(__file__)\n"
+    (tmp_path / "lib").mkdir()
+    inner = "from . import more\nVALUE = more.SCALE\n"
+    write(tmp_path / "lib" / "deep", inner=inner, more="SCALE = 5.0")
+    body = (
+        "import helper\nfrom lib.deep.inner import VALUE\nfrom torch import nn\n\n"
+        f"def network():\n    net = {LINEAR}\n"
+        "    net.found = (helper.SCALE, VALUE, helper.PLACE)\n    return net\n"
+    )
+    code = write(tmp_path, net=body, helper=helper)
+    kept = code.keep()
+    files = kept.kept_files()
+    assert sorted(files) == [
+        "imports/helper.py",
+        "imports/lib.deep.inner.py",
+        "imports/lib.deep.more.py",
+        "net.py",
+    ]
+    again = UserCode(str(tmp_path / "net.py"), "network").from_kept_files(files, None)
+    assert again.hash == code.hash
+    (tmp_path / "helper.py").write_text("SCALE = 4.0")
+    shutil.rmtree(tmp_path / "lib")
+    (tmp_path / "net.py").unlink()
+    for item in (again, kept):
+        assert item.make(None).found == (3.0, 5.0, tmp_path / "helper.py")
+
+
+def test_what_no_import_statement_names_is_not_kept_and_that_is_said(tmp_path):
+    body = f"import importlib\nhelper = importlib.import_module('helper')\n{SIMPLE}"
+    code = write(tmp_path, net=body.replace("helper", "unseen"), unseen="")
+    with pytest.raises(UsageError, match=r"named 'unseen'.*import statement") as caught:
+        code.keep().make(None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_in_a_package_is_kept_with_it_and_a_library_is_not(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path / "mine", net="from .part import SCALE\n" + SIMPLE, part="SCALE = 2.0")
+    (tmp_path / "mine" / "__init__.py").write_text("NAME = 'mine'")
+    kept = UserCode("mine.net", "network").keep()
+    assert sorted(kept.kept_files()) == ["imports/mine.part.py", "imports/mine.py", "mine.net.py"]
+    shutil.rmtree(tmp_path / "mine")
+    again = UserCode("mine.net", "network").from_kept_files(kept.kept_files(), None)
+    assert isinstance(again.make(None), nn.Module)
+    assert UserCode("torchvision.models", "resnet18").keep().kept_files() == {}
 
 
 def test_a_dataclass_with_postponed_annotations_works_in_a_model_file(tmp_path):
@@ -291,3 +341,44 @@ def test_a_downloaded_run_is_opened_only_on_the_users_word(run, tmp_path, monkey
 def test_every_command_that_opens_a_classifier_has_the_flag(command):
     result = CliRunner().invoke(main, [*command.split(), "--help"])
     assert "--trust-code" in result.output
+
+
+def test_a_model_file_that_changes_later_is_said_and_not_used(make_run, data, tmp_path, caplog):
+    shutil.copy(data / "network.py", tmp_path)
+    spec = f"{tmp_path / 'network.py'}:network"
+    run = make_run(
+        tmp_path / "run",
+        classifier=load_classifier(spec, weights=data / "weights.safetensors"),
+    )
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    wanted = HeatmapDetector.load(run, "cpu")(images).score
+    assert "has changed" not in caplog.text
+    (tmp_path / "network.py").write_text("raise ValueError")
+    np.testing.assert_array_equal(HeatmapDetector.load(run, "cpu")(images).score, wanted)
+    assert f"{tmp_path / 'network.py'} has changed since the run was made" in caplog.text
+
+
+def test_a_moved_run_needs_neither_model_file_nor_weights(make_run, data, tmp_path, monkeypatch):
+    original = tmp_path / "original"
+    original.mkdir()
+    (original / "layers.py").write_text((data / "network.py").read_text())
+    (original / "model.py").write_text(
+        "from layers import Network\n\ndef network():\n    return Network(4)\n"
+    )
+    shutil.copy(data / "weights.safetensors", original)
+    spec = f"{original / 'model.py'}:network"
+    classifier = load_classifier(spec, weights=original / "weights.safetensors", num_maps=1)
+    run = make_run(original / "run", classifier=classifier)
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    wanted = HeatmapDetector.load(run, "cpu")(images).score
+    moved = run.rename(tmp_path / "moved")
+    shutil.rmtree(original)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another machine"))
+    kept = moved / "index" / "code" / "model.py"
+    with pytest.raises(OodHeatmapError, match=f"function network of {kept}"):
+        HeatmapDetector.load(moved, "cpu")
+    detector = HeatmapDetector.load(moved, "cpu", trust_code=True)
+    np.testing.assert_array_equal(detector(images).score, wanted)
+    kept.write_text(kept.read_text() + "# changed\n")
+    with pytest.raises(OodHeatmapError, match=r"code/model\.py"):
+        HeatmapDetector.load(moved, "cpu", trust_code=True)
