@@ -100,7 +100,7 @@ class Transform:
                 "Name a model of torchvision.models for classification."
             )
         (size,), (resize,) = preset.crop_size, preset.resize_size
-        return Transform(size, resize, _interpolation(preset.interpolation.value))
+        return Transform(size, resize, interpolation_of(preset.interpolation.value))
 
     @staticmethod
     def from_timm(config: Mapping[str, Any]) -> "Transform":
@@ -128,7 +128,7 @@ class Transform:
         return Transform(
             height,
             math.floor(height / config["crop_pct"]),
-            _interpolation(config["interpolation"]),
+            interpolation_of(config["interpolation"]),
             crop_mode,
             f"#{red:02x}{green:02x}{blue:02x}" if crop_mode == "border" else "#000000",
         )
@@ -191,7 +191,7 @@ class Transform:
         return (height, width) == (self.size, self.size) and self.resize in (0, self.size)
 
 
-def _interpolation(name: str) -> Interpolation:
+def interpolation_of(name: str) -> Interpolation:
     """Validate the interpolation of a preset.
 
     Raises:
