@@ -309,11 +309,13 @@ class Result:
 
         photo = self.image(row)
         decision = Decision(
-            float(self.score[row]),
-            self.scale.class_name(int(self.prediction[row])),
-            self.scale.threshold,
-            self.scale.false_alarm,
-            float(self.p_value[row]),
+            score=float(self.score[row]),
+            prediction=self.scale.class_name(int(self.prediction[row])),
+            is_ood=None if self.is_ood is None else bool(self.is_ood[row]),
+            threshold=self.scale.threshold,
+            false_alarm=self.scale.false_alarm,
+            p_value=float(self.p_value[row]),
+            confidence=float(self.confidence[row]),
         )
         return draw_panel(
             photo, self._pixel_score(row), self._seen_box(photo), self._colors(), decision
@@ -322,8 +324,8 @@ class Result:
     def _pixel_score(self, row: int) -> NDArray[np.float32]:
         if not len(self.heatmap):
             raise UsageError("this result has no heatmaps.")
-        scores: NDArray[np.float32] = pixel_score(torch.from_numpy(self.heatmap[row][None])).numpy()
-        return scores[0]
+        scores: NDArray[np.float32] = pixel_score(torch.from_numpy(self.heatmap[[row]])).numpy()[0]
+        return scores
 
     def _seen_box(self, photo: Image.Image) -> tuple[float, float, float, float]:
         """Return the part of an image that the classifier sees."""
