@@ -299,8 +299,8 @@ def test_a_pickle_keeps_level_names_and_colours(detector):
 
 
 def test_a_pickle_from_a_gpu_opens_on_the_cpu_of_another_machine(detector, caplog):
-    _, arguments = detector.__reduce__()
-    again = _rebuild(*arguments[:-1], "cuda:99")
+    _, (classifier, decoder, arguments, _) = detector.__reduce__()
+    again = _rebuild(classifier, decoder, arguments, "cuda:99")
     assert again.device.type == "cpu"
     assert "no cuda:99" in caplog.text
 

@@ -34,13 +34,14 @@ class Small(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU())
         self.head = nn.Linear(6, 4)
         # so that several classes are predicted
         self.head.weight.data *= 20
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(images).mean(dim=(2, 3)))
+        return self.head(self.second(self.first(images)).mean(dim=(2, 3)))
 
 
 @pytest.fixture(scope="module")
