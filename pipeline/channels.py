@@ -28,12 +28,20 @@ _BATCH_SIZE = 32
 def cached_shapes(classifier: Classifier, channels: int) -> tuple[tuple[int, ...], ...]:
     """Return the shape of each feature map as it is cached.
 
+    A map with more places than the deepest has fewer channels, so that none takes more space than
+    the deepest may.
+
     Args:
         classifier: The classifier, whether or not it projects its maps.
-        channels: Maximum number of channels; 0 for any number.
+        channels: Maximum number of channels of the deepest map; 0 for any number, of all maps.
     """
+    shapes = classifier.whole_shapes
+    if not channels or not shapes:
+        return tuple(shapes)
+    values = channels * shapes[0][1] * shapes[0][2]
     return tuple(
-        (min(shape[0], channels or shape[0]), *shape[1:]) for shape in classifier.whole_shapes
+        (min(width, channels, max(1, values // (height * breadth))), height, breadth)
+        for width, height, breadth in shapes
     )
 
 

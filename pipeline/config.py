@@ -398,12 +398,13 @@ class IndexConfig(EmbedConfig):
     map_channels: Annotated[
         int,
         Option(
-            "Maximum number of channels of a cached feature map; wider ones are projected to their "
-            "principal components over ID images. 0 for all channels.",
+            "Maximum number of channels of the deepest cached feature map; a larger map may take "
+            "as much space. Wider ones are projected to their principal components over ID images. "
+            "0 for all channels.",
             "Classifier",
             min=0,
         ),
-    ] = 256
+    ] = 128
     shard_mb: _ShardMegabytes = _SHARD_MEGABYTES
     allow_suspicious: _AllowSuspicious = False
     deterministic: _Deterministic = False
