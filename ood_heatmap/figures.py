@@ -76,8 +76,10 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def score_histograms(id_scores: NDArray[np.float32], ood_scores: _Scores) -> Figure:
-    """Plot the distribution of the heatmap score on the ID set and on each OOD set."""
+def score_histograms(
+    id_scores: NDArray[np.float32], ood_scores: _Scores, label: str = "heatmap"
+) -> Figure:
+    """Plot the distribution of a score, named by its label, on the ID set and on each OOD set."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     all_scores = np.concatenate([id_scores, *ood_scores.values()])
@@ -90,7 +92,7 @@ def score_histograms(id_scores: NDArray[np.float32], ood_scores: _Scores) -> Fig
         patches: Any
         _, _, patches = axes.hist(np.clip(scores, 0, bins[-1]), bins, density=True, **style)
         handles.append(patches[0])
-    axes.set(xlabel="heatmap score (larger is more OOD)", ylabel="density")
+    axes.set(xlabel=f"{label} score (larger is more OOD)", ylabel="density")
     # explicit handles: matplotlib drops labels that begin with an underscore
     # at a fixed place: matplotlib warns when its search for the best one takes a second
     axes.legend(handles, ["ID", *ood_scores], frameon=False, loc="upper right")
@@ -114,14 +116,19 @@ def roc_points(
     return fpr[kept].tolist(), tpr[kept].tolist()
 
 
-def roc_curves(id_scores: _Scores, ood_scores: Mapping[str, _Scores]) -> Figure:
-    """Plot one panel per OOD set with one curve per method; OOD is the positive class."""
+def roc_curves(
+    id_scores: _Scores, ood_scores: Mapping[str, _Scores], label: str = "heatmap"
+) -> Figure:
+    """Plot one panel per OOD set with one curve per method, that of ``label`` thicker.
+
+    OOD is the positive class.
+    """
     figure = Figure(figsize=(3.6 * len(ood_scores), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(ood_scores)))
     for axes, (name, scores) in zip(panels, ood_scores.items(), strict=True):
         for method, values in scores.items():
             fpr, tpr = roc_points(id_scores[method], values)
-            width = 2.2 if method == "heatmap" else 1.0
+            width = 2.2 if method == label else 1.0
             axes.plot(fpr, tpr, label=method, linewidth=width, zorder=3 if width > 2 else 2)
         axes.plot([0, 1], [0, 1], color="0.8", linewidth=0.8)
         axes.set(title=name, xlabel="false positive rate", aspect="equal")

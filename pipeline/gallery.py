@@ -16,7 +16,7 @@ from ood_heatmap.cache.neighbours import Bank
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.figures import Card
-from ood_heatmap.images import Transform, to_rgb
+from ood_heatmap.images import Decoded, Transform, to_rgb
 from ood_heatmap.pictures import Box, ColorScale, draw_overlay
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.page import CONTENT, collect_warnings
@@ -78,9 +78,12 @@ def write_figures(
         name: {method_label(key, metrics): values for key, values in item.by_method.items()}
         for name, item in scored.items()
     }
+    id_curves, curves = by_method[ID], {name: by_method[name] for name in ood}
+    label = method_label(maker.method, metrics)
+    id_scores, ood_scores = default[ID], {name: default[name] for name in ood}
     for name, figure in (
-        (_HISTOGRAMS, figures.score_histograms(default[ID], {key: default[key] for key in ood})),
-        (_ROC, figures.roc_curves(by_method[ID], {key: by_method[key] for key in ood})),
+        (_HISTOGRAMS, figures.score_histograms(id_scores, ood_scores, label)),
+        (_ROC, figures.roc_curves(id_curves, curves, label)),
         (_EXAMPLES, figures.example_grid(examples, detector.color_max, len(scored))),
     ):
         _write(stage, name, figures.to_png(figure))
@@ -142,9 +145,9 @@ class _Maker:
         chosen = order[_steps(len(order), count)]
         rows, score = scored.row[chosen], scores[chosen]
         transform = self.detector.classifier.config.transform
-        decoded = [subset.images.read(int(row))[0] for row in rows]
-        pixels = np.stack([transform(image) for image in decoded])
-        photos = [_shrink(to_rgb(image), transform) for image in decoded]
+        # one by one: decoded photos are large
+        shrunk = [_shrink(subset.images.read(int(row))[0], transform) for row in rows]
+        pixels = np.stack([seen for seen, _, _ in shrunk])
         result, output = self.detector.detect(pixels)
         found = self.bank.nearest(output.features.cpu().numpy(), result.prediction)
         nearest = self.index.columns["images"].take(self.index.positions(found.row))
@@ -170,12 +173,14 @@ class _Maker:
                 draw_overlay(photo, card.pixel_score, box, self.scale),
                 self.detector.class_name(int(label)) if label >= 0 else "",
             )
-            for card, (photo, box), label in zip(cards, photos, scored.label[chosen], strict=True)
+            for card, (_, photo, box), label in zip(
+                cards, shrunk, scored.label[chosen], strict=True
+            )
         ]
 
 
-def _shrink(photo: Image.Image, transform: Transform) -> tuple[Image.Image, Box]:
-    """Return a photo of the size on the page, and the part of it that the classifier sees."""
-    photo = photo.copy()
+def _shrink(image: Decoded, transform: Transform) -> tuple[NDArray[np.uint8], Image.Image, Box]:
+    """Return what the classifier sees of an image, the photo on the page, and the part seen."""
+    photo = to_rgb(image).copy()
     photo.thumbnail((_PHOTO_SIDE, _PHOTO_SIDE), Image.Resampling.LANCZOS)
-    return photo, transform.seen_box(*photo.size)
+    return transform(image), photo, transform.seen_box(*photo.size)

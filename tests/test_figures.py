@@ -40,6 +40,16 @@ def title_png(title: str) -> bytes:
     return to_png(figure)
 
 
+def test_the_score_is_named_by_its_label():
+    scores = np.array([0.0, 1.0], np.float32)
+    (axes,) = score_histograms(scores, {"far": scores}, "combined").axes
+    assert axes.get_xlabel().startswith("combined score")
+    methods = {"combined": scores, "heatmap": scores}
+    (axes,) = roc_curves(methods, {"far": methods}, "combined").axes
+    combined, heatmap = axes.get_lines()[:2]
+    assert combined.get_linewidth() > heatmap.get_linewidth()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_any_class_name_can_be_drawn(name):
     figure = example_grid([make_card(name), make_card("cat")], 0.5)
