@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+# of FAISS an environment has one kind: for NVIDIA GPUs where there is a driver, else for CPUs
+FAISS ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .PHONY: demo test lint types reliability bench clean
 
@@ -23,7 +25,7 @@ types: $(VENV)/tested
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --editable .
+	$(RUN)/pip install --editable .$$($(RUN)/python -c 'import faiss' 2> /dev/null || echo '[$(FAISS)]')
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed

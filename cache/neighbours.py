@@ -25,7 +25,13 @@ from ood_heatmap.cores import local_world_size, physical_memory
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError
 
 # after torch: the reverse order crashes where both ship a CUDA runtime; imported only here
-import faiss  # isort: skip
+try:
+    import faiss  # isort: skip
+except ModuleNotFoundError as error:
+    raise OodHeatmapError(
+        "FAISS is not installed: run `pip install 'ood-heatmap[cpu]'`, or 'ood-heatmap[cuda]' for "
+        "an NVIDIA GPU."
+    ) from error
 
 log = logging.getLogger(__name__)
 _Float32: TypeAlias = NDArray[np.float32]

@@ -19,6 +19,7 @@ from ood_heatmap.errors import UsageError
 from ood_heatmap.options import (
     Command,
     CommandGroup,
+    GroupedOption,
     device_option,
     raise_descriptor_limit,
     share_cores,
@@ -57,9 +58,19 @@ def main(context: click.Context) -> None:
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"))
 @device_option
+@click.option(
+    "--open",
+    "show_report",
+    cls=GroupedOption,
+    group="Output",
+    is_flag=True,
+    help="Open the report in a browser at the end.",
+)
 @click.pass_context
-def demo(context: click.Context, run: Path, device: str) -> None:
+def demo(context: click.Context, run: Path, device: str, show_report: bool) -> None:
     """Run all four stages in RUN on handwritten digits that come with the dependencies.
+
+    Ends with the addresses of the report and of pictures of some images; --open shows the report.
 
     \b
     Example:
@@ -78,7 +89,11 @@ def demo(context: click.Context, run: Path, device: str) -> None:
         command = main.commands[name]
         with command.make_context(name, arguments, parent=context.find_root()) as stage:
             command.invoke(stage)
-    click.echo(f"\nTry: ood-heatmap predict {run} {data / 'letters'} --out {run / 'predictions'}")
+    report = (run / "evaluation" / "report.html").resolve()
+    click.echo(f"\nreport:   {report.as_uri()}")
+    click.echo(f"pictures: {(run / 'predictions').resolve().as_uri()}")
+    if show_report and click.launch(str(report)):
+        click.echo("no browser could be opened", err=True)
 
 
 # in the order of use

@@ -6,6 +6,7 @@ OOD for testing: crops of the other, and, as the near set, letters drawn with ma
 
 import string
 from collections.abc import Iterator
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def digits_network() -> DigitsNetwork:
 
 
 def demo_commands(run: Path, data: Path) -> list[list[str]]:
-    """Return the commands of the four stages as argument lists, starting with the command name."""
+    """Return the commands of the four stages and ``predict``, starting with the command name."""
     weights = data / WEIGHTS
     commands: list[list[str | Path | int]] = [
         ["index", run, "--id", data / "id-train"],
@@ -66,7 +67,18 @@ def demo_commands(run: Path, data: Path) -> list[list[str]]:
     commands[0] += ["--classifier", "ood_heatmap.demo:digits_network", "--weights", weights]
     commands[-1] += ["--ood", f"photo={data / 'photo-test'}"]
     commands[-1] += ["--ood", f"letters={data / 'letters'}"]
+    # letters that look like no digit, two digits, and the whole photograph behind the crops
+    names = [*(f"letters/{number:04d}.png" for number in range(4)), "id-test/3", "id-test/8"]
+    pictures: list[str | Path | int] = ["predict", run, whole_photograph()]
+    pictures += [data / name for name in names]
+    commands.append([*pictures, "--out", run / "predictions", "--overwrite"])
     return [[str(argument) for argument in command] for command in commands]
+
+
+def whole_photograph() -> Path:
+    """Return the photograph of which ``photo-test`` are crops, as it comes with scikit-learn."""
+    # the second one
+    return Path(str(files("sklearn.datasets.images") / "flower.jpg"))
 
 
 def demo_images() -> Iterator[tuple[str, Image.Image]]:

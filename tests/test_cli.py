@@ -329,7 +329,8 @@ def test_names_that_are_not_utf8_are_printed_escaped(tmp_path):
 def examples():
     """Yield the command lines of the README, of the sources' page and of the help texts."""
     root = Path(__file__).parent.parent
-    texts = [(root / name).read_text("utf-8") for name in ("README.md", "docs/sources.md")]
+    pages = ("README.md", "docs/sources.md", "docs/install.md")
+    texts = [(root / name).read_text("utf-8") for name in pages]
     commands = [*main.commands.values(), *plan.commands.values()]
     texts += [command.help or "" for command in commands]
     for text in texts:
@@ -357,6 +358,22 @@ def test_the_demo_writes_nothing_for_a_device_that_is_not_there(tmp_path):
     assert result.exit_code == 2
     assert "'tpu'" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("flags", "opened"), [([], False), (["--open"], True)])
+def test_the_demo_ends_with_its_report_and_pictures(tmp_path, monkeypatch, flags, opened):
+    launched: list[str] = []
+    monkeypatch.setattr("ood_heatmap.pipeline.demo.prepare_demo", lambda run: run / "data")
+    monkeypatch.setattr("ood_heatmap.demo.demo_commands", lambda run, data: [])
+    monkeypatch.setattr(click, "launch", lambda url: launched.append(url) or 0)
+    monkeypatch.chdir(tmp_path)
+    result = run_command("demo", "a run", "--device", "cpu", *flags)
+    assert result.exit_code == 0, result.output
+    report, pictures = result.output.splitlines()[-2:]
+    run = tmp_path / "a run"
+    assert report == f"report:   {(run / 'evaluation' / 'report.html').as_uri()}"
+    assert pictures == f"pictures: {(run / 'predictions').as_uri()}"
+    assert launched == ([str(run / "evaluation" / "report.html")] if opened else [])
 
 
 def test_the_demo_leaves_another_run_alone(run):

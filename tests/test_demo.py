@@ -6,7 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
 
 from ood_heatmap.demo import FOLDERS, WEIGHTS, demo_commands, demo_images, train_classifier
 from ood_heatmap.errors import OodHeatmapError, UsageError
@@ -62,8 +64,12 @@ def test_a_demo_that_was_interrupted_is_made_whole(tmp_path):
     written = (data / WEIGHTS).stat().st_mtime_ns
     assert prepare_demo(run) == data
     assert (data / WEIGHTS).stat().st_mtime_ns == written
-    for command in demo_commands(run, data):
-        assert all(isinstance(argument, str) for argument in command)
+    *stages, predict = demo_commands(run, data)
+    assert [command[0] for command in stages] == ["index", "targets", "train", "evaluate"]
+    assert all(isinstance(argument, str) for command in (*stages, predict) for argument in command)
+    with Image.open(predict[2]) as photograph:
+        # of this one the test set has crops, not of the one of the training set
+        np.testing.assert_array_equal(np.asarray(photograph), load_sample_images().images[1])
 
 
 @pytest.mark.parametrize("own", ["index/manifest.json", "photo.jpg", "data/mine/a.png"])

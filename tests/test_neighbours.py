@@ -332,6 +332,14 @@ def test_all_rows_are_prepared_block_by_block_and_kept_up_to_a_limit(monkeypatch
     assert sizes == [30, 1024, 1024, 1024, 1024, 904, 30, 1024, 1024, 904]
 
 
+def test_without_faiss_a_stage_says_what_to_install():
+    code = "import sys; sys.modules['faiss'] = None; import ood_heatmap.cache.neighbours"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ood_heatmap.errors.OodHeatmapError: FAISS is not installed: run `pip")
+    assert "ood-heatmap[cpu]" in last
+
+
 def test_two_faiss_packages_are_refused_with_the_way_out(monkeypatch):
     class Distribution:
         def __init__(self, name: str) -> None:
