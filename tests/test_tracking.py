@@ -16,6 +16,7 @@ from ood_heatmap.cli import main
 from ood_heatmap.errors import OodHeatmapError, UsageError
 from ood_heatmap.pipeline import train as module
 from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.run import read_manifest
 from ood_heatmap.pipeline.step import lr_at
 from ood_heatmap.pipeline.train import train_decoder
 
@@ -97,6 +98,13 @@ def test_tensorboard_shows_each_epoch_once_also_after_a_resume(run, monkeypatch)
     assert [step for step, _ in shown] == [1, 2, 3, 4]
     assert [value for _, value in shown] == pytest.approx(losses(run))
     assert len(scalars(folder, "train/lr")) == len(scalars(folder, "train/images_per_second")) == 4
+
+
+def test_a_training_that_is_complete_leaves_no_empty_directory(run):
+    pytest.importorskip("tensorboard")
+    options = read_manifest(run, "decoder").inputs["options"]
+    train_decoder(run, CPU, TrainConfig(**options, log=("tensorboard",)))
+    assert not (run / "tensorboard").exists()
 
 
 def test_tensorboard_keeps_trainings_with_other_settings_apart(run, tmp_path):

@@ -6,7 +6,7 @@ Both need their package: the extra ``tensorboard`` or ``mlflow``.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -133,6 +133,7 @@ class _TensorBoard:
 
         self._folder, self._make_writer = folder, SummaryWriter
         self._writer: Any = None
+        self._made = [path for path in (folder, folder.parent) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
 
     def log(self, epoch: Epoch) -> None:
@@ -145,9 +146,13 @@ class _TensorBoard:
         self._writer.flush()
 
     def close(self, *_: object) -> None:
-        """Close the event file."""
+        """Close the event file; remove the directories that were made if nothing was logged."""
         if self._writer is not None:
             self._writer.close()
+            return
+        with suppress(OSError):
+            for path in self._made:
+                path.rmdir()
 
 
 class _Mlflow:
