@@ -46,8 +46,8 @@ from ood_heatmap.pipeline.targets import columns_from_index, describe_inputs, he
 
 # ImageNet-1k as ResNet-50 sees it
 NUM_ID, NUM_CLASSES, NUM_FEATURES, SIZE = 1_281_167, 1_000, 2_048, 224
-# of 2,048 channels, as they are cached
-MAP_SHAPES = ((256, 7, 7),)
+# of 2,048 and 1,024 channels, as they are cached
+MAP_SHAPES = ((128, 7, 7), (32, 14, 14))
 # columns that are written in full: without them a run is not valid
 _KEPT = {"row", "prediction", "nearest", "same_class", "patched"}
 # number of distinct image files, and their size, the mean of ImageNet
@@ -167,12 +167,10 @@ def _make_index(run: Path, images: ImageSet) -> None:
     with stage.writing(INDEX) as scratch, scratch.open("wb") as file:
         file.truncate(count * NUM_FEATURES * 4)
     generator = np.random.default_rng(0)
-    features, spatial = (
-        generator.random(shape, np.float32)
-        for shape in ((2, NUM_FEATURES), (2, 2, MAP_SHAPES[0][0]))
-    )
+    features = generator.random((2, NUM_FEATURES), np.float32)
+    spatial = [generator.random((2, 2, shape[0]), np.float32) for shape in MAP_SHAPES]
     with stage.writing(STATISTICS) as scratch:
-        scratch.write_bytes(save(shard_moments(features, [spatial], MAP_SHAPES)))
+        scratch.write_bytes(save(shard_moments(features, spatial, MAP_SHAPES)))
     results = IndexResults(
         source=images.source,
         classes=(),
@@ -180,7 +178,7 @@ def _make_index(run: Path, images: ImageSet) -> None:
         head="fc",
         num_features=NUM_FEATURES,
         num_classes=NUM_CLASSES,
-        map_names=("layer4",),
+        map_names=("layer4", "layer3"),
         map_shapes=MAP_SHAPES,
         backend="none",
         num_images=count,
