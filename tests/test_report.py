@@ -551,6 +551,17 @@ def test_it_draws_every_set(opened, arguments):
 
 
 @pytest.mark.browser
+def test_no_two_of_24_methods_look_alike(opened, tmp_path):
+    curve = ([0.0, 1.0], [0.0, 1.0])
+    roc = {"far": dict.fromkeys(["heatmap", *map(str, range(23))], curve)}
+    (tmp_path / "report.html").write_text(render(roc=roc), "utf-8")
+    opened.get((tmp_path / "report.html").as_uri())
+    paths = "[...document.querySelectorAll('#roc-legend path')]"
+    looks = get(opened, f"{paths}.map(path => path.style.cssText + path.className.baseVal)")
+    assert len(set(looks)) == 24
+
+
+@pytest.mark.browser
 def test_warnings_are_in_sight_when_the_page_opens(opened):
     box = "document.querySelector('.warnings')"
     assert get(opened, f"{box}.innerText").splitlines()[:2] == [

@@ -173,11 +173,11 @@ for (const { set, values } of shown) {
 
 // ---- ROC curves
 
-const DASHES = ["", "7 3", "2 3", "9 3 2 3"]; // with the six colours, no two of twelve methods look alike
+const DASHES = ["", "7 3", "2 3", "9 3 2 3"]; // with the six colours, no two of 24 methods look alike
 function dress(line, method) {
   const number = data.methods.indexOf(method);
   line.style.stroke = `var(--curve-${number % 6})`;
-  line.style.strokeDasharray = method === data.main ? "" : DASHES[number % 4];
+  line.style.strokeDasharray = method === data.main ? "" : DASHES[Math.floor(number / 6) % 4];
 }
 
 for (const method of data.methods) {
