@@ -199,7 +199,7 @@ class Classifier(nn.Module):
             for name, item in self.projections().items()
         }
         arguments = (self.config, state, self.maps, projections, self.code, network)
-        return _rebuild_classifier, arguments
+        return rebuild_classifier, arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Classifier":
         copied = Classifier.__new__(Classifier)
@@ -510,21 +510,43 @@ def restore_classifier(
     return classifier
 
 
-def _rebuild_classifier(
+def rebuild_classifier(
     config: ClassifierConfig,
     state: Mapping[str, Tensor],
     maps: Sequence[FeatureMap],
     projections: Mapping[str, Projection],
     code: UserCode | None,
-    network: nn.Module | None,
+    network: nn.Module | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> Classifier:
-    """Rebuild a pickled classifier, on the CPU."""
-    if network is None:
+    """Rebuild a classifier from its weights in memory, on the CPU.
+
+    Args:
+        config: Its configuration.
+        state: State dict of its network.
+        maps: Its feature maps.
+        projections: Projections of feature maps by name.
+        code: The user's code that makes the network, if any.
+        network: The network itself; made as the configuration says if None.
+        fingerprint: What the classifier must be; with it, code runs only if the user trusts it.
+
+    Raises:
+        StaleCacheError: The classifier is another one than the fingerprint says.
+        OodHeatmapError: The weights do not fit, or the code is not trusted.
+    """
+    if fingerprint is not None and code is not None:
+        _check_same(config.spec, {"source": fingerprint.get("source")}, {"source": code.hash})
+        code.require_trust()
+    if network is None and is_in_memory(config.spec):
+        network = find_network(config.spec, str((fingerprint or {}).get("weights", "")))
+    elif network is None:
         network, *_ = build(config.spec, config.num_classes, pretrained=False, code=code)
         _initialize(network, config.transform.size)
-        load_state_dict(network, state, Path("the pickled classifier"))
+        load_state_dict(network, state, Path("the classifier's weights"))
     classifier = Classifier(network, config, maps, code)
     classifier.project(projections)
+    if fingerprint is not None:
+        _check_same(config.spec, fingerprint, classifier.fingerprint())
     return classifier
 
 

@@ -14,7 +14,7 @@ import click
 
 from ood_heatmap import __version__
 from ood_heatmap.cli_stages import evaluate, index, plan, targets, train
-from ood_heatmap.cli_tools import audit, export, localize, predict, verify
+from ood_heatmap.cli_tools import audit, bundle, export, localize, predict, verify
 from ood_heatmap.errors import UsageError
 from ood_heatmap.options import (
     Command,
@@ -106,6 +106,7 @@ for _command in (
     audit,
     localize,
     export,
+    bundle,
     plan,
     verify,
     demo,

@@ -11,6 +11,7 @@ from ood_heatmap.output import conclude
 from ood_heatmap.pipeline.config import (
     AuditConfig,
     AuditData,
+    BundleOptions,
     ExportOptions,
     LocalizeConfig,
     LocalizeData,
@@ -141,6 +142,30 @@ def localize(run: Path, data: LocalizeData, config: LocalizeConfig, device: str)
     click.echo(format_localization(read_result(run, "localization", "localization.json")))
     click.echo(f"picture: {folder / 'figures' / 'localization.png'}")
     conclude(results)
+
+
+@click.command(cls=Command)
+@existing_run
+@options(given=BundleOptions)
+@trust_option
+def bundle(run: Path, given: BundleOptions) -> None:
+    """Put the detector of RUN into one small file for `HeatmapDetector.load`, without its images.
+
+    The file is safetensors with JSON. The text of a model file is in it, and runs only if the user
+    who loads it trusts it.
+
+    \b
+    Example:
+        ood-heatmap bundle runs/c10 --out c10.safetensors
+    """
+    from ood_heatmap.bundle import to_bundle
+    from ood_heatmap.cache.files import write_bytes
+    from ood_heatmap.detector import HeatmapDetector
+
+    if not given.out.parent.is_dir():
+        raise OodHeatmapError(f"cannot write {given.out}: there is no folder {given.out.parent}.")
+    write_bytes(given.out, to_bundle(HeatmapDetector.load(run, "cpu", given.false_alarm)))
+    click.echo(f"{given.out}, {given.out.stat().st_size / 1e6:.1f} MB")
 
 
 @click.command(cls=Command)

@@ -236,6 +236,7 @@ class CombinedScorer(Scorer):
 
     def __init__(self, parts: CombinedParts, features: Tensor) -> None:
         super().__init__()
+        self.parts = parts
         self.layers, self.weight = parts.layers, parts.combination.weight
         self.neighbours = min(parts.neighbours, len(features))
         self.register_buffer("bank", functional.normalize(features.float()))

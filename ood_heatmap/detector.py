@@ -116,10 +116,10 @@ class HeatmapDetector:
         trust_code: bool = False,
         network: nn.Module | None = None,
     ) -> "HeatmapDetector":
-        """Load the detector of a run directory, calibrated if the run has been evaluated.
+        """Load the detector of a run or bundle, calibrated if the run has been evaluated.
 
         Args:
-            run: The run directory.
+            run: The run directory, or a file written by ``ood-heatmap bundle``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             false_alarm: Share of ID images that may be called OOD; as evaluated if None.
             trust_code: Trust the model code named by the run even if it never ran on this machine.

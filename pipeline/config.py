@@ -749,6 +749,15 @@ class ExportOptions(DetectorOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BundleOptions(DetectorOptions):
+    """Detector and output of ``bundle``."""
+
+    out: Annotated[
+        Path, Option("File to write, such as detector.safetensors.", "Output", path="file")
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Settings):
     """Settings of ``verify``."""
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from ood_heatmap.bundle import read_bundle
 from ood_heatmap.cache import manifest as manifests
 from ood_heatmap.cache.manifest import MANIFEST, Manifest, abbreviate
 from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write_index
@@ -537,7 +538,9 @@ def open_decoder(run: Path, index: Manifest, device: torch.device) -> TrainedDec
 def load_detector(
     run: Path, device: str = "auto", false_alarm: float | None = None
 ) -> HeatmapDetector:
-    """Load the detector of a run: see ``HeatmapDetector.load``."""
+    """Load the detector of a run or bundle: see ``HeatmapDetector.load``."""
+    if run.is_file():
+        return _load_bundle(run, device, false_alarm)
     index = _open_for_classifier(run)
     torch_device = choose_device(device)
     trained = open_decoder(run, index.manifest, torch_device)
@@ -553,6 +556,20 @@ def load_detector(
             f"run `ood-heatmap evaluate {run} ...` first."
         )
     return detector
+
+
+def _load_bundle(path: Path, device: str, false_alarm: float | None) -> HeatmapDetector:
+    """Load the detector of a bundle."""
+    torch_device = choose_device(device)
+    detector = read_bundle(path)
+    if detector.calibration is not None and false_alarm is not None:
+        detector = detector.at(false_alarm)
+    elif false_alarm is not None:
+        raise OodHeatmapError(
+            f"{path} is not calibrated, so a false-alarm level cannot be applied: make it of a run "
+            "that has been evaluated."
+        )
+    return detector.to(torch_device)
 
 
 def make_detector(
