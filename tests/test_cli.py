@@ -218,7 +218,7 @@ def test_commands_are_listed_in_the_order_of_the_stages_and_described_whole():
     names = [words[0] for words in listed if words and words[0] in main.commands]
     assert names == [
         *("index", "targets", "train", "evaluate"),
-        *("predict", "audit", "localize", "export", "plan", "verify", "demo"),
+        *("predict", "audit", "localize", "export", "bundle", "plan", "verify", "demo"),
     ]
     for group in (["--help"], ["plan", "--help"]):
         assert "..." not in run_command(*group).output.replace("COMMAND [ARGS]...", "")

@@ -336,7 +336,7 @@ def test_a_downloaded_run_is_opened_only_on_the_users_word(run, tmp_path, monkey
 
 @pytest.mark.parametrize(
     "command",
-    ["targets", "evaluate", "predict", "localize", "export", "plan targets"],
+    ["targets", "evaluate", "predict", "localize", "export", "bundle", "plan targets"],
 )
 def test_every_command_that_opens_a_classifier_has_the_flag(command):
     result = CliRunner().invoke(main, [*command.split(), "--help"])
