@@ -5,6 +5,7 @@ the backend of a notebook.
 """
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,22 +78,44 @@ def to_png(figure: Figure) -> bytes:
 
 
 def score_histograms(
-    id_scores: NDArray[np.float32], ood_scores: _Scores, label: str = "heatmap"
+    id_scores: NDArray[np.float32],
+    ood_scores: _Scores,
+    label: str = "heatmap",
+    threshold: float | None = None,
 ) -> Figure:
-    """Plot the distribution of a score, named by its label, on the ID set and on each OOD set."""
+    """Plot the distribution of a score on the ID set and on each OOD set.
+
+    Args:
+        id_scores: ``(B,)`` scores of the ID set; larger is more OOD.
+        ood_scores: Likewise of each OOD set, by name.
+        label: Label of the score.
+        threshold: Score above which an image is called OOD, drawn as a line.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     all_scores = np.concatenate([id_scores, *ood_scores.values()])
-    bins = np.linspace(0, float(np.quantile(all_scores, 0.995)) or 1.0, 60).tolist()
+    low, high = np.quantile(all_scores, [0.005, 0.995]).tolist()
+    bins = np.linspace(low, high if high > low else low + 1, 60).tolist()
     handles: list[Any] = []
     for number, scores in enumerate([id_scores, *ood_scores.values()]):
         style: Any = {"color": "0.75"}
         if number > 0:
             style = {"histtype": "step", "linewidth": 1.6}
         patches: Any
-        _, _, patches = axes.hist(np.clip(scores, 0, bins[-1]), bins, density=True, **style)
+        _, _, patches = axes.hist(
+            # in float32 the clipped values would be rounded out of the last bin
+            np.clip(scores.astype(np.float64), low, bins[-1]),
+            bins,
+            density=True,
+            **style,
+        )
         handles.append(patches[0])
-    axes.set(xlabel=f"{label} score (larger is more OOD)", ylabel="density")
+    if threshold is not None and math.isfinite(threshold):
+        axes.axvline(min(max(threshold, low), bins[-1]), color="black", linewidth=0.8)
+    axes.set(
+        xlabel=f"{label} score, larger is more OOD (outermost bars: all beyond; line: threshold)",
+        ylabel="density",
+    )
     # explicit handles: matplotlib drops labels that begin with an underscore
     # at a fixed place: matplotlib warns when its search for the best one takes a second
     axes.legend(handles, ["ID", *ood_scores], frameon=False, loc="upper right")
@@ -126,6 +149,8 @@ def roc_curves(
     figure = Figure(figsize=(3.6 * len(ood_scores), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(ood_scores)))
     for axes, (name, scores) in zip(panels, ood_scores.items(), strict=True):
+        # the default cycle repeats after 10 methods
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for method, values in scores.items():
             fpr, tpr = roc_points(id_scores[method], values)
             width = 2.2 if method == label else 1.0

@@ -1,14 +1,17 @@
 """Figures: text is drawn literally, nothing touches a notebook's backend."""
 
 import io
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -75,6 +78,33 @@ def test_every_set_is_in_the_legend_of_the_histograms():
     (legend,) = figure.findobj(Legend)
     assert isinstance(legend, Legend)
     assert [text.get_text() for text in legend.get_texts()] == ["ID", "_far", "ID"]
+
+
+def test_histograms_show_negative_scores_and_the_threshold():
+    scores = np.random.default_rng(0).normal(-5, 1, 2000).astype(np.float32)
+    figure = score_histograms(scores, {"far": scores + 3}, threshold=-3.5)
+    (axes,) = figure.axes
+    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    edges = np.array([[bar.get_x(), bar.get_x() + bar.get_width()] for bar in bars])
+    heights = np.array([bar.get_height() for bar in bars])
+    assert sum(heights * np.ptp(edges, axis=1)) == pytest.approx(1)
+    counts = heights * np.ptp(edges, axis=1) * len(scores)
+    inner = slice(1, -1)
+    wanted = [((scores >= low) & (scores < high)).sum() for low, high in edges[inner]]
+    np.testing.assert_allclose(counts[inner], wanted, atol=1)
+    (line,) = axes.lines
+    assert set(np.asarray(line.get_xdata())) == {-3.5}
+    assert not score_histograms(scores, {}, threshold=math.inf).axes[0].lines
+
+
+def test_each_method_has_a_colour_of_its_own():
+    scores = {f"method {number}": np.arange(5, dtype=np.float32) for number in range(17)}
+    figure = roc_curves(scores, {"far": scores, "near": scores})
+    for axes in figure.axes:
+        colors = {
+            to_hex(line.get_color()) for line in axes.lines if str(line.get_label())[0] == "m"
+        }
+        assert len(colors) == 17
 
 
 def test_no_legend_searches_for_the_best_place(monkeypatch):
