@@ -1,4 +1,4 @@
-"""Figures: heatmap overlays on a shared colour scale, histograms, ROC curves, example grids.
+"""Figures of an evaluation: histograms, ROC curves, example grids.
 
 Figures are returned, not written. pyplot is not used, so that importing this module does not change
 the backend of a notebook.
@@ -9,24 +9,19 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from sklearn.metrics import roc_curve
 
 from ood_heatmap.errors import printable
 
 COLORMAP = "inferno"
-# opacity of the top of the colour scale on an overlay
-_OPACITY = 0.75
 _Scores = Mapping[str, NDArray[np.float32]]
 
 
@@ -184,25 +179,6 @@ def example_grid(examples: Sequence[Card], color_max: float, columns: int = 2) -
     return figure
 
 
-def overlay(
-    image: NDArray[np.uint8], pixel_score: NDArray[np.float32], color_max: float, size: int = 224
-) -> Image.Image:
-    """Overlay a heatmap on its image; transparent where the heatmap is 0.
-
-    Args:
-        image: ``(3, H, W)`` uint8.
-        pixel_score: ``(h, w)`` in [0, 1], resized to the image.
-        color_max: Top of the colour scale, shared by all images of a decoder.
-        size: Minimum side of the result in pixels; the image is enlarged by an integer factor.
-    """
-    share = share_of_scale(resize_scores(pixel_score, image.shape[-1]), color_max)
-    picture = Image.fromarray(_blend(image.transpose(1, 2, 0), share))
-    factor = max(1, -(-size // picture.width))
-    return picture.resize(
-        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
-    )
-
-
 def resize_scores(pixel_score: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """Interpolate pixel scores ``(h, h)`` bilinearly to ``(size, size)``; unchanged if equal."""
     scores = Image.fromarray(np.ascontiguousarray(pixel_score, np.float32))
@@ -210,64 +186,3 @@ def resize_scores(pixel_score: NDArray[np.float32], size: int) -> NDArray[np.flo
         scores.resize((size, size), Image.Resampling.BILINEAR)
     )
     return resized
-
-
-def share_of_scale(pixel_score: NDArray[np.float32], color_max: float) -> NDArray[np.float32]:
-    """Normalize pixel scores to positions on the colour scale, in [0, 1].
-
-    A decoder whose heatmaps are all zero has a ``color_max`` of 0; its heatmaps remain dark.
-    """
-    share = pixel_score / color_max if color_max > 0 else np.zeros_like(pixel_score)
-    return np.clip(share, 0, 1).astype(np.float32)
-
-
-def _blend(image: NDArray[np.uint8], share: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Blend ``(H, W, 3)`` uint8 with the colours of ``(H, W)`` positions on the colour scale.
-
-    Opacity is proportional to the position.
-    """
-    colors = colormaps[COLORMAP](share)[..., :3] * 255
-    opacity = _OPACITY * share[..., None]
-    picture: NDArray[np.uint8] = ((1 - opacity) * image + opacity * colors).round().astype(np.uint8)
-    return picture
-
-
-def add_legend(picture: Image.Image, lines: Sequence[str], color_max: float) -> Image.Image:
-    """Add lines of text and a colour bar below an overlay.
-
-    The bar is blended with grey as the heatmap is with the image, so the colours are comparable.
-    """
-    em = max(12, picture.width // 18)
-    font, margin = _load_font(em), em // 2
-    inner_width = picture.width - 2 * margin
-    canvas = Image.new("RGB", (picture.width, picture.height + (len(lines) + 3) * em * 4 // 3))
-    canvas.paste("white", (0, picture.height, *canvas.size))
-    canvas.paste(picture)
-    draw = ImageDraw.Draw(canvas)
-    top = picture.height + margin
-    for line in lines:
-        draw.text((margin, top), _truncate(line, font, inner_width), "black", font)
-        top += em * 4 // 3
-    grey, ramp = np.full((em, inner_width, 3), 160, np.uint8), np.linspace(0, 1, inner_width)
-    canvas.paste(Image.fromarray(_blend(grey, np.tile(ramp, (em, 1)))), (margin, top + em // 4))
-    top += em * 3 // 2
-    draw.text((margin, top), "0", "black", font)
-    draw.text((canvas.width // 2, top), "heatmap", "black", font, anchor="ma")
-    draw.text((canvas.width - margin, top), f"{color_max:.3g}", "black", font, anchor="ra")
-    return canvas
-
-
-@cache
-def _load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font shipped with matplotlib, which covers many scripts."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
-
-
-def _truncate(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Truncate text to one line of at most ``width`` pixels."""
-    text = printable(text)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"

@@ -18,14 +18,11 @@ from torch.nn.functional import interpolate
 from ood_heatmap.errors import printable
 from ood_heatmap.figures import (
     Card,
-    add_legend,
     example_grid,
-    overlay,
     resize_scores,
     roc_curves,
     roc_points,
     score_histograms,
-    share_of_scale,
     to_png,
 )
 
@@ -57,7 +54,6 @@ def test_the_score_is_named_by_its_label():
 def test_any_class_name_can_be_drawn(name):
     figure = example_grid([make_card(name), make_card("cat")], 0.5)
     assert Image.open(io.BytesIO(to_png(figure))).width > 100
-    add_legend(Image.new("RGB", (64, 64)), [name, "score"], 0.5)
 
 
 def test_a_dollar_sign_is_no_mathematics():
@@ -117,12 +113,6 @@ def test_no_legend_searches_for_the_best_place(monkeypatch):
     to_png(roc_curves({"heatmap": scores}, {"far": {"heatmap": scores}}))
 
 
-def test_shares_of_the_colour_scale():
-    found = share_of_scale(np.array([[0, 0.2, 0.4, 0.8]], np.float32), 0.4)
-    np.testing.assert_allclose(found, [[0, 0.5, 1, 1]])
-    np.testing.assert_array_equal(share_of_scale(np.ones((2, 2), np.float32), 0.0), 0)
-
-
 def test_roc_points_keep_both_ends():
     rng = np.random.default_rng(0)
     fpr, tpr = roc_points(
@@ -180,6 +170,3 @@ def test_a_smaller_heatmap_is_interpolated_to_the_image():
     wanted = interpolate(torch.from_numpy(coarse)[None, None], (56, 56), mode="bilinear")[0, 0]
     np.testing.assert_allclose(resize_scores(coarse, 56), wanted, atol=1e-6)
     np.testing.assert_array_equal(resize_scores(coarse, 7), coarse)
-    image = np.zeros((3, 56, 56), np.uint8)
-    fine = overlay(image, resize_scores(coarse, 56), 1.0)
-    assert overlay(image, coarse, 1.0).tobytes() == fine.tobytes()
