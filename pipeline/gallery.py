@@ -79,10 +79,10 @@ def write_figures(
         for name, item in scored.items()
     }
     id_curves, curves = by_method[ID], {name: by_method[name] for name in ood}
-    label = method_label(maker.method, metrics)
+    label, threshold = method_label(maker.method, metrics), decided.get("threshold")
     id_scores, ood_scores = default[ID], {name: default[name] for name in ood}
     for name, figure in (
-        (_HISTOGRAMS, figures.score_histograms(id_scores, ood_scores, label)),
+        (_HISTOGRAMS, figures.score_histograms(id_scores, ood_scores, label, threshold)),
         (_ROC, figures.roc_curves(id_curves, curves, label)),
         (_EXAMPLES, figures.example_grid(examples, detector.color_max, len(scored))),
     ):
@@ -98,7 +98,7 @@ def write_figures(
         },
         images=[image for name in images for image in images[name]],
         scale=scale,
-        threshold=decided.get("threshold"),
+        threshold=threshold,
         classes=detector.classes,
         warnings=collect_warnings(stage.run, metrics["warnings"]),
     )
