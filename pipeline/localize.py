@@ -361,5 +361,5 @@ def _outline(axes: Any, mask: NDArray[np.bool_]) -> None:
             colors=color,
             linewidths=width,
             origin=None,
-            extent=(-1.5, mask.shape[1] + 0.5, -1.5, mask.shape[0] + 0.5),
+            extent=(-1, mask.shape[1], -1, mask.shape[0]),
         )

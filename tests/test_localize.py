@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 
 from ood_heatmap.detector import HeatmapDetector
@@ -450,3 +451,16 @@ def test_the_report_of_an_evaluation_by_an_earlier_version_is_left_as_it_is(tmp_
     before = page.read_bytes()
     redraw_page(run)
     assert page.read_bytes() == before
+
+
+def test_the_outline_of_a_patch_lies_on_the_edges_of_its_pixels():
+    mask = np.zeros((16, 16), bool)
+    mask[0:5, 10:16] = True
+    axes = Figure().subplots()
+    axes.imshow(mask)
+    module._outline(axes, mask)
+    (path,) = axes.collections[0].get_paths()
+    assert path.vertices.min(axis=0).tolist() == [9.5, -0.5]
+    assert path.vertices.max(axis=0).tolist() == [15.5, 4.5]
+    # row 0 is at the top
+    assert axes.yaxis_inverted()
