@@ -66,6 +66,7 @@ class FitData:
         labels: ``(N,)`` their classes.
         ood: M auxiliary OOD images.
         head: The classifier's last linear layer, on the CPU.
+        layers: Numbers of the feature maps whose spatial means are layers beside the features.
         noise: Standard deviation of the noise on the decoder's inputs in training.
         seed: Random seed.
     """
@@ -74,6 +75,7 @@ class FitData:
     labels: NDArray[np.integer[Any]]
     ood: Outputs
     head: nn.Linear
+    layers: Sequence[int]
     noise: float
     seed: int
 
@@ -224,20 +226,17 @@ def _fdbd_score(mean: NDArray[np.float64], inverse: _Float32, inputs: ScoreInput
 def multi_layer_mahalanobis(data: FitData) -> Score | None:
     """Fit Mahalanobis++ to the features and the spatial means of the feature maps, concatenated.
 
-    Each is divided by its norm first. A map whose mean is the features, as the deepest often is, is
-    left out. None if there is only one map, or none is left.
+    Each is divided by its norm first. A map whose mean is the features, as often that of the
+    deepest, is left out. None if there is only one map, or none is left.
 
     Source: after Mueller and Hein, Mahalanobis++, ICML 2025; several layers as in Lee et al.,
         NeurIPS 2018.
     """
-    features, map_means = data.id.features, data.id.map_means
-    layers = [
-        number for number, means in enumerate(map_means) if not _are_features(means, features)
-    ]
-    if len(map_means) < 2 or not layers:
+    if len(data.id.map_means) < 2 or not data.layers:
         return None
-    joined = join_layers(features, [map_means[number] for number in layers])
-    return partial(_multi_layer_score, Mahalanobis.fit_unit(joined, data.labels), layers)
+    features, map_means = data.id.features, data.id.map_means
+    joined = join_layers(features, [map_means[number] for number in data.layers])
+    return partial(_multi_layer_score, Mahalanobis.fit_unit(joined, data.labels), data.layers)
 
 
 def _multi_layer_score(
@@ -247,12 +246,6 @@ def _multi_layer_score(
     outputs = inputs.outputs
     means = [outputs.map_means[number] for number in layers]
     return mahalanobis(join_layers(outputs.features, means))
-
-
-def _are_features(means: _Float32, features: _Float32) -> bool:
-    """Return whether spatial means of a map, stored in float16, are the features."""
-    tolerance = 0.01 * float(np.abs(features).mean())
-    return means.shape == features.shape and np.allclose(means, features, 0.01, tolerance)
 
 
 def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:

@@ -22,6 +22,8 @@ _Int64 = NDArray[np.int64]
 _MAX_FIT = 50_000
 # cached rows whose feature maps are in memory at once
 _ROWS_PER_CHUNK = 256
+# relative difference below which spatial means are the features
+_SAME = 0.01
 
 
 def num_neighbours(index: Index, config: EvaluateConfig) -> int:
@@ -39,7 +41,7 @@ def fit_data(
     Args:
         index: The ID training images.
         targets: The auxiliary OOD images.
-        classifier: The classifier.
+        classifier: The classifier; returns all feature maps of the index.
         num_maps: Number of feature maps that the decoder uses.
         seed: Random seed.
     """
@@ -57,6 +59,7 @@ def fit_data(
         np.where(known, label, id_outputs.prediction),
         ood_outputs,
         copy.deepcopy(classifier.last_layer()).cpu(),
+        _layers(id_outputs, classifier),
         _training_noise(index),
         seed,
     )
@@ -114,6 +117,28 @@ def to_outputs(
         _, height, width = shapes[0]
         std = np.sqrt(spatial[0][:, 1] / max(height * width - 1, 1))
     return Outputs(features, prediction, [item[:, 0] for item in spatial], std)
+
+
+def _layers(outputs: Outputs, classifier: Classifier) -> list[int]:
+    """Return the numbers of the feature maps whose spatial mean is a layer beside the features.
+
+    Not a projected map: it is stored less its mean, and the direction of a vector, by which layers
+    are compared, is another without it. On CIFAR-10 that costs 3 points of AUROC on far OOD.
+    """
+    return [
+        number
+        for number, (name, means) in enumerate(
+            zip(classifier.map_names, outputs.map_means, strict=True)
+        )
+        if name not in classifier.projections() and not _is_same(means, outputs.features)
+    ]
+
+
+def _is_same(means: _Float32, features: _Float32) -> bool:
+    """Return whether spatial means of a map are the features, but for its rounding to float16."""
+    if means.shape != features.shape:
+        return False
+    return bool(np.linalg.norm(means - features) < _SAME * np.linalg.norm(features))
 
 
 def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> list[Finding]:

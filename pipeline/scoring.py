@@ -307,13 +307,12 @@ def make_detection_methods(
 ) -> DetectionMethods:
     """Fit every method, on rank 0 for all ranks."""
     detector = detectors[0]
-    classifier, decoder = detector.classifier, detector.decoder
-    fitted = None
-    if is_main():
-        num_maps = len(decoder.config.map_shapes)
-        fitted = fit_methods(fit_data(index, targets, classifier, num_maps, config.seed))
+    classifier, num_maps = detector.classifier, len(detector.decoder.config.map_shapes)
     if len(classifier.map_shapes) < len(index.results.map_shapes):
         classifier = index.classifier(classifier.device)
+    fitted = None
+    if is_main():
+        fitted = fit_methods(fit_data(index, targets, classifier, num_maps, config.seed))
     return DetectionMethods(
         detectors,
         classifier,

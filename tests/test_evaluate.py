@@ -238,20 +238,6 @@ def test_sets_scored_by_a_version_without_a_method_are_scored_again(data, run, m
     assert table(run)[0] == wanted
 
 
-@pytest.mark.parametrize("num_maps", [0, 1])
-def test_the_mlp_is_fitted_on_the_inputs_and_noise_of_the_decoder(run, num_maps):
-    index = open_index(run)
-    targets = open_targets(run, index)
-    found = fit_data(index, targets, index.classifier(CPU), num_maps, 0)
-    assert found.noise == TrainConfig().noise
-    for stage, outputs in ((index, found.id), (targets, found.ood)):
-        columns = {name: column.read() for name, column in stage.columns.items()}
-        maps = torch.from_numpy(columns["feature_maps_1"].astype(np.float32))
-        std = maps.std(dim=(2, 3)).numpy()[:, : 10**6 * num_maps]
-        np.testing.assert_allclose(outputs.map_std, std, rtol=1e-4, atol=1e-6)
-        np.testing.assert_array_equal(outputs.prediction, columns["prediction"])
-
-
 def test_rank_0_fits_for_all_and_no_rank_reads_all_features(data, run, monkeypatch):
     """The other ranks get what rank 0 has fitted; features are read in blocks."""
 
