@@ -103,6 +103,20 @@ def fake_modules(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is pushed in the working directory."""
+    import huggingface_hub
+
+    def commit(repo_id, operations, **_):
+        for operation in operations:
+            Path(operation.path_in_repo).write_bytes(operation.path_or_fileobj)
+        return SimpleNamespace(commit_url="address")
+
+    api = SimpleNamespace(create_repo=lambda *_, **__: None, create_commit=commit)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name, **_: name)
+
+
 @pytest.fixture
 def workplace(run, tmp_path, monkeypatch) -> Path:
     """Return a folder with all that the page names, as the working directory."""
@@ -117,7 +131,7 @@ def workplace(run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-NEEDED = {"TensorBoard": "tensorboard", "MLflow": "mlflow"}
+NEEDED = {"TensorBoard": "tensorboard", "MLflow": "mlflow", "Hugging Face Hub": "huggingface_hub"}
 
 
 @pytest.mark.parametrize("name", [name for name, blocks in sections().items() if blocks])
@@ -128,6 +142,8 @@ def test_snippets_run_as_printed(name, workplace, monkeypatch, capsys):
     if name in ("TensorBoard", "MLflow"):
         # not trained yet
         shutil.rmtree("runs/c10/decoder")
+    if name == "Hugging Face Hub":
+        fake_hub(monkeypatch)
     scope: dict[str, Any] = {}
     for language, text in sections()[name]:
         if language == "python":
@@ -156,4 +172,4 @@ def test_the_benchmark_takes_seven_lines():
 
 def test_every_section_has_a_snippet():
     assert all(sections().values())
-    assert len(sections()) == 6
+    assert len(sections()) == 7
