@@ -20,6 +20,7 @@ from pytorch_ood.detector import ASH, ReAct, ViM
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
+from ood_heatmap.combined import GEN_CLASSES, GEN_POWER
 from ood_heatmap.controls import logistic_regression, mlp
 from ood_heatmap.distances import Mahalanobis, join_layers
 
@@ -30,7 +31,6 @@ _FeatureScore: TypeAlias = Callable[[_Float32], _Float32]
 
 _REACT_PERCENTILE = 0.9
 _ASH_PERCENTILE = 0.65
-_GEN_POWER, _GEN_CLASSES = 0.1, 100
 _MAX_NEIGHBOURS = 50
 
 
@@ -184,7 +184,7 @@ def gen(logits: _Float32) -> _Float32:
     log_rest = np.log1p(-np.exp(log_p[:, 1:]))
     log_rest_of_first = logsumexp(descending[:, 1:], axis=1, keepdims=True) - normalizer
     log_terms = log_p + np.concatenate([log_rest_of_first, log_rest], axis=1)
-    return _float32(np.exp(_GEN_POWER * log_terms[:, :_GEN_CLASSES]).sum(axis=1))
+    return _float32(np.exp(GEN_POWER * log_terms[:, :GEN_CLASSES]).sum(axis=1))
 
 
 def fdbd(features: _Float32, head: nn.Linear) -> Score:

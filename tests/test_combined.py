@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load, save
 from sklearn.metrics import roc_auc_score
 
+from ood_heatmap.baselines import gen
 from ood_heatmap.classifier import Output
 from ood_heatmap.combined import TERMS, WEIGHTS, Combination, CombinedParts, CombinedScorer
 from ood_heatmap.distances import Mahalanobis, join_layers
@@ -16,7 +17,7 @@ def scores(count: int, shifts: dict[str, float], seed: int) -> dict[str, np.ndar
     generator = np.random.default_rng(seed)
     found = {name: generator.normal(shift, 1, count) for name, shift in shifts.items()}
     return {
-        name: (values if name in ("max_logit", "heatmap") else np.exp(values)).astype(np.float32)
+        name: (values if name in ("gen", "heatmap") else np.exp(values)).astype(np.float32)
         for name, values in found.items()
     }
 
@@ -27,7 +28,7 @@ def shifts(of_distances: float, learned: float) -> dict[str, float]:
 
 def by_the_formula(held_out, queries, weight):
     total = 0.0
-    for name in ("max_logit", "knn", "mahalanobis_pp", "heatmap"):
+    for name in ("gen", "knn", "mahalanobis_pp", "heatmap"):
         ours, theirs = held_out[name].astype(float), queries[name].astype(float)
         if name in ("knn", "mahalanobis_pp"):
             ours, theirs = np.log(ours), np.log(theirs)
@@ -102,7 +103,7 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
         )
         distance = np.linalg.norm(unit[:, None] - bank, axis=2)
         scores = {
-            "max_logit": -logits.max(axis=1),
+            "gen": gen(logits),
             "knn": np.sort(distance, axis=1)[:, 3].astype(np.float32),
             "mahalanobis_pp": near(queries),
             "heatmap": generator.normal(size=count).astype(np.float32),
