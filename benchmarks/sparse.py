@@ -200,9 +200,9 @@ def targets_stage(run: Path, index: Index, images: ImageSet, config: TargetsConf
 
 def _make_targets(run: Path, images: ImageSet) -> None:
     """Lay out stage 2."""
-    config, index = TargetsConfig(), map_index(run, read_manifest(run, "index"))
+    config, index = TargetsConfig(patched=2.0), map_index(run, read_manifest(run, "index"))
     rows = draw_rows(len(images), config.limit, config.seed)
-    paste_plan = make_paste_plan(index, rows, config.patched, config.seed, squares=False)
+    paste_plan = make_paste_plan(index, rows, 2.0, config.seed, squares=False)
     stage = targets_stage(run, index, images, config)
     columns = columns_from_index(index, heatmap_size(index, config))
 

@@ -20,8 +20,8 @@ from ood_heatmap.decoder_base import (
 
 # neurons of the hidden layers of the image head
 _IMAGE_WIDTH = 256
-# channels and 3x3 convolutions of the place head
-_PLACE_WIDTH, _PLACE_DEPTH = 48, 3
+# channels of the place head, and dilations of its last convolutions: they see 15 x 15 places
+_PLACE_WIDTH, _DILATIONS = 48, (1, 2, 4)
 # of probabilities in float32
 _EPS = 1e-7
 # without a feature map, the place head has only the features
@@ -68,8 +68,9 @@ class SplitDecoder(Decoder):
 
     The image head is an MLP on the features, the standard deviations of the deepest feature map and
     the predicted class, trained with noise on its inputs to tell ID from auxiliary OOD images. The
-    place head sees the feature maps, at the size of the largest, and the same inputs; it is trained
-    on the masks of ID images with a patch.
+    place head sees the feature maps, and each place less the mean of its map, at the size of the
+    largest; it is trained on the masks of ID images with a patch. Without a feature map it has
+    nothing to see.
 
     With the log-odds ``g`` of the image and ``s`` of its places, the heatmap is
     ``sigmoid(g + s - log(mean(exp(s))))``: the presence of OOD content. The log-mean-exp of its
@@ -97,15 +98,16 @@ class SplitDecoder(Decoder):
         self.image = nn.Linear(_IMAGE_WIDTH, 1)
         width = config.width or _PLACE_WIDTH
         self._size = max([height for _, height, _ in config.map_shapes] or [_NO_MAP_SIZE])
-        self.context = nn.Linear(num_inputs, width)
         self.maps = nn.ModuleList(
-            nn.Conv2d(channels, width, 1) for channels, _, _ in config.map_shapes
+            nn.Conv2d(2 * channels, width, 1) for channels, _, _ in config.map_shapes
         )
+        # where the map is small, convolutions see far at little cost
+        self.deepest = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
         self.places = nn.Sequential(
             *(
                 layer
-                for _ in range(_PLACE_DEPTH)
-                for layer in (nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+                for step in _DILATIONS
+                for layer in (nn.ReLU(), nn.Conv2d(width, width, 3, padding=step, dilation=step))
             ),
             nn.ReLU(),
         )
@@ -136,17 +138,25 @@ class SplitDecoder(Decoder):
         """
         inputs = torch.cat([features, maps[0].std(dim=(2, 3))], dim=1) if maps else features
         image = self.image(self.image_head(self._scale_inputs(inputs, prediction, noise)))[:, 0]
-        x = self.context(self._scale_inputs(inputs, prediction, None))[:, :, None, None]
-        x = x.expand(-1, -1, self._size, self._size)
-        for number, (convolution, values) in enumerate(zip(self.maps, maps, strict=True)):
-            scaled = self._scale_map(values, number, values.shape[2])
-            x = x + resize(convolution(scaled), self._size)
-        x = self.places(x)
+        x = self.places(self._join(maps, features))
         place, difference = (
             resize(at_least_float32(head(x)), self.config.size)
             for head in (self.place, self.difference)
         )
         return SplitLogits(at_least_float32(image), place, difference.sigmoid())
+
+    def _join(self, maps: Sequence[Tensor], features: Tensor) -> Tensor:
+        """Return the sum of all feature maps as the place head sees them, at one size."""
+        x = features.new_zeros(len(features), self.place.in_channels, self._size, self._size)
+        for number, values in enumerate(maps):
+            scaled = self._scale_map(values, number, values.shape[2])
+            centred = scaled - scaled.mean(dim=(2, 3), keepdim=True)
+            y = self.maps[number](torch.cat([scaled, centred], dim=1))
+            if number == 0:
+                for convolution in self.deepest:
+                    y = y + convolution(functional.relu(y))
+            x = x + resize(y, self._size)
+        return x
 
     def detect(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()

@@ -432,13 +432,14 @@ class TargetsConfig(EmbedConfig):
         ),
     ] = "nearest"
     patched: Annotated[
-        float,
+        float | None,
         Option(
-            "Number of ID images with a pasted OOD patch, per OOD image.",
+            "Number of ID images with a pasted OOD patch, per OOD image; by default 2, and more "
+            "where there are few OOD images: 3 per ID image, but not more than 20,000 in all.",
             "Pairing",
             min=0,
         ),
-    ] = 2.0
+    ] = None
     patch_shapes: Annotated[
         Literal["mixed", "squares"],
         Option(

@@ -39,6 +39,7 @@ from ood_heatmap.pipeline.targets import (
     heatmap_size,
     max_pending_bytes,
 )
+from ood_heatmap.pipeline.targets import resolve as resolve_targets
 from ood_heatmap.pipeline.train import check_maps, decoder_config, make_training_set, resolve
 
 _PROBE_SECONDS = 2.0
@@ -104,10 +105,11 @@ def plan_targets(run: Path, images: ImageSet, device: torch.device, config: Targ
     """
     index = map_index(run, read_manifest(run, "index"))
     rows = choose_rows(images, config)
+    config = resolve_targets(config, index, len(rows))
     with kernel_selection(deterministic=config.deterministic):
         rate = _measure_embedding_rate(images, rows, index.classifier(device), config)
     bank, on_gpu = index.columns["features"].num_bytes, device.type == "cuda"
-    count = len(rows) + round(config.patched * len(rows))
+    count = len(rows) + round((config.patched or 0) * len(rows))
     row_bytes = bytes_per_row(columns_from_index(index, heatmap_size(index, config)))
     # a row in memory is its image and what is stored
     computed_bytes = max(row_bytes, 3 * index.size**2)

