@@ -141,7 +141,7 @@ def measure_plan(case: Case) -> Stopwatch:
         patch.object(Index, "classifier", MagicMock()),
         Stopwatch() as watch,
     ):
-        plan.plan_targets(case.run, images, _CPU, TargetsConfig())
+        plan.plan_targets(case.run, images, _CPU, TargetsConfig(patched=2.0))
         plan.plan_train(case.run, _CPU, _TRAIN)
     return watch
 
@@ -155,7 +155,7 @@ def measure_verify(case: Case) -> Stopwatch:
 
 def measure_resume(case: Case) -> Stopwatch:
     """Start stage 2 again when only its last shard is missing, until it would embed."""
-    images, config = sparse.image_set(case.folder, case.num_ood), TargetsConfig()
+    images, config = sparse.image_set(case.folder, case.num_ood), TargetsConfig(patched=2.0)
     if (case.run / "targets" / MANIFEST).is_file():
         _take_apart(case, images, config)
     with (

@@ -147,7 +147,9 @@ class SplitDecoder(Decoder):
 
     def _join(self, maps: Sequence[Tensor], features: Tensor) -> Tensor:
         """Return the sum of all feature maps as the place head sees them, at one size."""
-        x = features.new_zeros(len(features), self.place.in_channels, self._size, self._size)
+        # not of len(features) rows: an exported decoder takes any number
+        zero = self.place.weight.new_zeros(1, self.place.in_channels, self._size, self._size)
+        x = zero + 0 * features[:, :1, None, None]
         for number, values in enumerate(maps):
             scaled = self._scale_map(values, number, values.shape[2])
             centred = scaled - scaled.mean(dim=(2, 3), keepdim=True)
