@@ -398,9 +398,8 @@ class IndexConfig(EmbedConfig):
     map_channels: Annotated[
         int,
         Option(
-            "Maximum number of channels of the deepest cached feature map; a larger map may take "
-            "as much space. Wider ones are projected to their principal components over ID images. "
-            "0 for all channels.",
+            "Maximum number of channels of a cached feature map. Wider maps are projected to their "
+            "principal components over ID images, the larger to fewer. 0 for all channels.",
             "Classifier",
             min=0,
         ),
