@@ -172,13 +172,17 @@ class Decoder(nn.Module):
         heatmap = self(features, prediction, maps).float()
         return heatmap, score(heatmap)
 
-    def place_scores(self, heatmap: Tensor) -> Tensor:
-        """Return how OOD each pixel is, ``(B, H, W)`` float32, to say where an image is OOD.
+    def place_scores(
+        self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Return how OOD each pixel is, ``(B, size, size)`` float32, to say where an image is OOD.
 
         Args:
-            heatmap: ``(B, num_channels, H, W)`` float32 from ``detect``.
+            features: See ``detect``.
+            prediction: See ``detect``.
+            maps: See ``detect``.
         """
-        return pixel_score(heatmap)
+        return pixel_score(self.detect(features, prediction, maps)[0])
 
     def _scale_inputs(self, inputs: Tensor, prediction: Tensor, noise: Tensor | None) -> Tensor:
         """Return ``(B, num_inputs + L)``: scaled inputs, plus noise if any, and the one-hot class.

@@ -22,8 +22,6 @@ from ood_heatmap.decoder_base import (
 _IMAGE_WIDTH = 256
 # channels of the place head, and dilations of its last convolutions: they see 15 x 15 places
 _PLACE_WIDTH, _DILATIONS = 48, (1, 2, 4)
-# of probabilities in float32
-_EPS = 1e-7
 # without a feature map, the place head has only the features
 _NO_MAP_SIZE = 4
 
@@ -168,12 +166,15 @@ class SplitDecoder(Decoder):
         level = logits.image[:, None, None, None]
         return torch.sigmoid(level + relative(logits.place)), logits.image
 
-    def place_scores(self, heatmap: Tensor) -> Tensor:
-        """Return the log-odds of pixels less the level of their image, ``(B, H, W)``.
+    def place_scores(
+        self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Return the log-odds of pixels without the level of their image, ``(B, size, size)``.
 
-        The level is the score of the image: it says whether, and not where.
+        The level is the score of the image: it says whether, and not where. Not from the heatmap,
+        which is 0 or 1 in float32 where the level is far from 0.
         """
-        return relative(torch.logit(heatmap, eps=_EPS))[:, 0]
+        return relative(self(features, prediction, maps).place)[:, 0]
 
 
 def relative(log_odds: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ _BATCH_SIZE = 32
 def cached_shapes(classifier: Classifier, channels: int) -> tuple[tuple[int, ...], ...]:
     """Return the shape of each feature map as it is cached.
 
-    A map that is wider, and has more places than the deepest, keeps so few channels that it takes no
-    more space than the deepest may: 14x14 places of a ResNet-50 keep 32 of 1,024 channels.
+    A wider map with more places than the deepest keeps so few that it takes no more space than the
+    deepest may: 14x14 places of a ResNet-50 keep 32 of 1,024 channels.
 
     Args:
         classifier: The classifier, whether or not it projects its maps.

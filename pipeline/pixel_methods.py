@@ -84,12 +84,12 @@ class LocalizationMethods:
         maps = output.maps[: len(self.decoder.config.map_shapes)]
         for start in range(0, len(prediction), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            heatmap, _ = self.decoder.detect(
+            found = self.decoder.place_scores(
                 output.features[rows].to(device),
                 prediction[rows].to(device),
                 [item[rows].to(device).float() for item in maps],
             )
-            pixel_scores.append(resize(self.decoder.place_scores(heatmap).cpu(), self.index.size))
+            pixel_scores.append(resize(found.cpu(), self.index.size))
         # shuffled weights may overflow to infinity and give NaN
         scores: _Float32 = torch.cat(pixel_scores).nan_to_num(0.0).numpy()
         return scores
