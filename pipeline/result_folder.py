@@ -53,10 +53,12 @@ def replacing_results(out: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             yield scratch
             _put_in_place(scratch, out)
-        finally:
+        except BaseException:
             # must not hide the first error
             with contextlib.suppress(OodHeatmapError):
                 remove_directory(scratch)
+            raise
+        remove_directory(scratch)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -66,9 +66,9 @@ def test_heatmaps_and_scores_have_the_targets_size(small, data):
     result = detector([data / "far" / f"{number:03d}.png" for number in range(3)])
     assert result.heatmap.shape == (3, 3, 8, 8)
     means = np.abs(result.heatmap).max(axis=1).mean(axis=(1, 2))
-    np.testing.assert_allclose(result.score, means, rtol=1e-5)
     with np.load(small / "evaluation" / "scores-far.npz") as saved:
-        np.testing.assert_allclose(saved["heatmap"][:3], result.score, rtol=1e-4)
+        np.testing.assert_allclose(saved["heatmap"][:3], means, rtol=1e-4)
+        np.testing.assert_allclose(saved["combined"][:3], result.score, rtol=1e-2, atol=1e-2)
 
 
 def test_pixel_scores_are_compared_at_the_images_size(small, sets):
@@ -88,9 +88,11 @@ def test_pixel_scores_are_compared_at_the_images_size(small, sets):
 def test_raw_heatmaps_have_the_targets_size_and_pictures_the_images(small, data, tmp_path):
     detector = HeatmapDetector.load(small, "cpu")
     predict(detector, [data / "far" / "000.png"], tmp_path / "out", PredictConfig(workers=1))
-    assert np.load(tmp_path / "out" / "000_png.npy").shape == (3, 8, 8)
-    with Image.open(tmp_path / "out" / "000_png.png") as picture:
-        assert picture.width == 224
+    (heatmap,) = (tmp_path / "out" / "heatmaps").glob("*.npy")
+    assert np.load(heatmap).shape == (3, 8, 8)
+    (picture,) = (tmp_path / "out" / "pictures").glob("*.png")
+    with Image.open(picture) as opened:
+        assert opened.height > 8
 
 
 def test_an_exported_file_has_heatmaps_of_the_targets_size(small, tmp_path):

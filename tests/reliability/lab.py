@@ -482,7 +482,7 @@ class Lab:
         found = {
             path.relative_to(place).as_posix(): (path.lstat().st_mode, b"")
             for path in place.rglob("*")
-            if path.name not in ("log.jsonl", "run.yaml", STAMPS)
+            if path.name not in ("log.jsonl", "run.yaml", ".run.yaml.tmp", STAMPS)
         }
         # for the message of a second writer alone: what it says of nobody is no harm
         content = {name: b"" if name.endswith(".lock") else item for name, item in content.items()}
