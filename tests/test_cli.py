@@ -353,6 +353,15 @@ def test_examples_of_readme_sources_and_help_are_commands_that_parse(line, tmp_p
         assert context.params
 
 
+def test_the_readme_is_short_and_shows_its_picture():
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text("utf-8")
+    assert len(text.split()) <= 800
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert pictures
+    assert all((root / picture).is_file() for picture in pictures)
+
+
 def test_the_demo_writes_nothing_for_a_device_that_is_not_there(tmp_path):
     result = run_command("demo", tmp_path / "demo", "--device", "tpu")
     assert result.exit_code == 2
