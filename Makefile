@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 # of FAISS an environment has one kind: for NVIDIA GPUs where there is a driver, else for CPUs
 FAISS ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
-.PHONY: demo test lint types reliability bench clean
+.PHONY: demo test lint types docs reliability bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/ood-heatmap demo runs/demo
@@ -22,6 +22,12 @@ types: $(VENV)/tested
 	rm -rf build && $(RUN)/pip install --quiet --no-deps --target build/types .
 	cp -r tests benchmarks build/types
 	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg ood_heatmap tests benchmarks
+
+# the manual, into site/; not part of `make test`, for it installs what nothing else needs
+docs: $(VENV)/installed
+	rm -rf build && $(RUN)/pip install --quiet --no-deps --target build/package .
+	$(RUN)/pip install --quiet --editable '.[docs]'
+	$(RUN)/mkdocs build --strict
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,4 +47,4 @@ bench: $(VENV)/tested
 	$(RUN)/python benchmarks/run.py
 
 clean:
-	rm -rf build runs/demo *.egg-info
+	rm -rf build site runs/demo *.egg-info

@@ -327,10 +327,10 @@ def test_names_that_are_not_utf8_are_printed_escaped(tmp_path):
 
 
 def examples():
-    """Yield the command lines of the README, of the sources' page and of the help texts."""
+    """Yield the command lines of the README, of the manual and of the help texts."""
     root = Path(__file__).parent.parent
-    pages = ("README.md", "docs/sources.md", "docs/install.md")
-    texts = [(root / name).read_text("utf-8") for name in pages]
+    pages = (root / "README.md", *sorted((root / "docs").glob("*.md")))
+    texts = [page.read_text("utf-8") for page in pages]
     commands = [*main.commands.values(), *plan.commands.values()]
     texts += [command.help or "" for command in commands]
     for text in texts:
@@ -341,7 +341,7 @@ def examples():
 
 
 @pytest.mark.parametrize("line", sorted(set(examples())))
-def test_examples_of_readme_sources_and_help_are_commands_that_parse(line, tmp_path, monkeypatch):
+def test_examples_of_readme_manual_and_help_are_commands_that_parse(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run in ("runs/c10", "runs/own", "RUN", "..."):
         Path(run).mkdir(parents=True, exist_ok=True)
