@@ -157,8 +157,8 @@ class Result:
 
     Args:
         score: ``(B,)`` float32; larger is more OOD.
-        heatmap: ``(B, C, H, W)`` float32 output of the decoder: in [-1, 1] for a signed target, in
-            [0, 1] for a magnitude target.
+        heatmap: ``(B, C, H, W)`` float32 output of the decoder: in [-1, 1] for a signed target,
+            else in [0, 1].
         prediction: ``(B,)`` int64 predicted class.
         p_value: ``(B,)`` float64 in (0, 1], the share of held-out ID images that score at least as
             high; NaN without a calibration.

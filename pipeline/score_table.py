@@ -17,7 +17,7 @@ class TableLine:
 
     Args:
         image: Path of the file, as given by the user.
-        score: Score in [0, 1]; larger is more OOD.
+        score: Larger is more OOD.
         p_value: Share of held-out ID images that score at least as high; None without a
             calibration.
         is_ood: The decision; None without one, see ``Result``.
