@@ -166,7 +166,7 @@ def _to_host(pixels: Tensor, config: "ClassifierConfig") -> list[NDArray[np.uint
     """Return the images of a batch as uint8 arrays ``(3, H, W)`` that share no memory with it."""
     if pixels.is_floating_point():
         pixels = (255 * _to_unit_range(pixels, config)).round().clamp(0, 255).to(torch.uint8)
-    return list(np.array(pixels.numpy(force=True)))
+    return list(np.array(pixels.detach().cpu().numpy()))
 
 
 def _to_unit_range(batch: Tensor, config: "ClassifierConfig") -> Tensor:
@@ -250,7 +250,7 @@ def _to_picture(image: ImageLike, config: "ClassifierConfig | None" = None) -> I
     if not isinstance(image, Tensor | np.ndarray):
         raise UsageError(f"{_EXPECTED}; got {type(image).__name__} for one of them.")
     _check_dtype(image, config)
-    array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):

@@ -139,7 +139,7 @@ class TensorResult:
         Args:
             **about: The other fields of the result.
         """
-        arrays = {name: item.numpy(force=True) for name, item in self._tensors().items()}
+        arrays = {name: item.detach().cpu().numpy() for name, item in self._tensors().items()}
         return Result(**arrays, **about)
 
     def _tensors(self) -> dict[str, Any]:

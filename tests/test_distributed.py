@@ -113,9 +113,10 @@ def test_two_processes_evaluate_as_one_does_byte_for_byte(alone, arrays, data, t
     assert {name: line["processes"] for name, line in scored.items()} == {
         "id": 2,
         "calibration": 2,
+        "mixtures": 2,
         "ood": 2,
     }
-    assert sum(line["images"] for line in scored.values()) == 3000 + 1500
+    assert sum(line["images"] for line in scored.values()) == 3000 + 1500 + 1000
 
 
 def test_what_runs_in_one_process_says_so_under_torchrun(tmp_path, monkeypatch):

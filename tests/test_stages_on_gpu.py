@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -74,7 +75,9 @@ def test_decoder_and_evaluation_are_those_of_the_cpu(gpu_run, finished_run):
             assert ours.files == theirs.files
             for name in theirs.files:
                 if theirs[name].dtype.kind == "f":
-                    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+                    np.testing.assert_allclose(
+                        ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name
+                    )
                 else:
                     np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
@@ -97,9 +100,17 @@ def test_few_queries_do_not_move_the_bank_to_a_gpu(gpu_run, data, tmp_path, monk
 @pytest.mark.parametrize(
     ("feed", "step"), [("resident", "eager"), ("pinned", "graph"), ("streaming", "graph")]
 )
-@pytest.mark.parametrize("stack", ["plain", "dcgan"])
+@pytest.mark.parametrize("stack", ["split", "plain", "dcgan"])
 def test_every_feed_and_step_trains_as_the_cpu(gpu_run, tmp_path, feed, step, stack):
-    options = {"epochs": 1, "batch_size": 32, "width": 16, "stack": stack, "overwrite": True}
+    target = "presence" if stack == "split" else "magnitude"
+    options: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": 32,
+        "width": 16,
+        "stack": stack,
+        "target": target,
+        "overwrite": True,
+    }
     for name in ("cpu", "gpu"):
         shutil.copytree(gpu_run, tmp_path / name)
     train_decoder(tmp_path / "cpu", torch.device("cpu"), TrainConfig(**options))

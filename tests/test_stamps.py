@@ -88,7 +88,8 @@ def test_a_run_is_opened_without_reading_it_and_a_copy_is_read_once(run, hashed)
     for path in run.rglob("*"):
         age(path)
     open_both()
-    assert sorted(hashed) == sorted([*index.manifest.files, *targets.manifest.files])
+    names = [*index.manifest.files, *targets.manifest.files]
+    assert sorted(hashed) == sorted(Path(name).name for name in names)
     hashed.clear()
     open_both()
     assert hashed == []
