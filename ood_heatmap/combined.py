@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ood_heatmap.distances import Mahalanobis, Standardization
+from ood_heatmap.distances import SMALLEST, Mahalanobis, Standardization, log_distance
 from ood_heatmap.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ _DISTANCES = ("knn", "mahalanobis_pp", "mahalanobis_pp_layers")
 TERMS = ("gen", *_DISTANCES)
 # power and number of classes of GEN, as in its paper
 GEN_POWER, GEN_CLASSES = 0.1, 100
-# smaller distances count as this: float32 search of unit-length features cannot tell them from 0
-_SMALLEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,10 @@ class Combination:
 
 def _stack(scores: Mapping[str, _Float32], names: Sequence[str]) -> _Float64:
     """Return the terms before standardisation, ``(B, T)``."""
-    columns = []
-    for name in names:
-        values = scores[name].astype(np.float64)
-        columns.append(np.log(np.maximum(values, _SMALLEST)) if name in _DISTANCES else values)
+    columns = [
+        log_distance(scores[name]) if name in _DISTANCES else scores[name].astype(np.float64)
+        for name in names
+    ]
     return np.stack(columns, axis=1)
 
 
@@ -267,7 +265,7 @@ class CombinedScorer(Scorer):
             means = [output.maps[number].double().mean(dim=(2, 3)) for number in self.layers]
             joined = torch.cat([unit, *(functional.normalize(item) for item in means)], dim=1)
             distances.append(self.of_layers(joined))
-        logs = [item.double().clamp(min=_SMALLEST).log() for item in distances]
+        logs = [item.double().clamp(min=SMALLEST).log() for item in distances]
         terms = torch.stack([_gen(output.logits), *logs, learned.double()], dim=1)
         terms = (terms - self.mean) / self.std
         total: Tensor = terms[:, :-1].sum(dim=1) + self.weight * terms[:, -1]

@@ -29,7 +29,7 @@ _Labels: TypeAlias = NDArray[np.integer[Any]]
 # rows at once where a float64 copy of all of them would be large
 _STEP = 1024
 # smaller distances count as this: float32 search of unit-length features cannot tell them from 0
-_SMALLEST = 1e-3
+SMALLEST = 1e-3
 # names of the three scores in ``baselines.METHODS``, as the arguments of ``three_terms``
 TERMS = ("max_logit", "knn", "mahalanobis_pp")
 _PREFIX = "sum_of_three."
@@ -203,6 +203,11 @@ class Standardization:
         return (terms - self.mean) / self.std
 
 
+def log_distance(distance: _Float32) -> _Float64:
+    """Return the natural logarithm of distances ``(B,)``, of a smallest one where they are less."""
+    return np.asarray(np.log(np.maximum(distance, SMALLEST, dtype=np.float64)))
+
+
 def three_terms(
     max_logit: _Float32, knn_distance: _Float32, mahalanobis: _Float32
 ) -> NDArray[np.float64]:
@@ -214,10 +219,8 @@ def three_terms(
             nearest ID training image.
         mahalanobis: ``(B,)`` squared distance of ``Mahalanobis.fit_unit``.
     """
-    distances = (
-        np.maximum(item, _SMALLEST, dtype=np.float64) for item in (knn_distance, mahalanobis)
-    )
-    return np.stack([max_logit.astype(np.float64), *map(np.log, distances)], axis=1)
+    logs = [log_distance(item) for item in (knn_distance, mahalanobis)]
+    return np.stack([max_logit.astype(np.float64), *logs], axis=1)
 
 
 @dataclass(frozen=True)

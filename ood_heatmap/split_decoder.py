@@ -22,7 +22,7 @@ from ood_heatmap.decoder_base import (
 _IMAGE_WIDTH = 256
 # channels of the place head, and dilations of its last convolutions: they see 15 x 15 places
 _PLACE_WIDTH, _DILATIONS = 48, (1, 2, 4)
-# without a feature map, the place head has only the features
+# size of the place head's empty input if there is no feature map
 _NO_MAP_SIZE = 4
 
 
