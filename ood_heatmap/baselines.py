@@ -20,7 +20,7 @@ from pytorch_ood.detector import ASH, ReAct, ViM
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
-from ood_heatmap.combined import GEN_CLASSES, GEN_POWER
+from ood_heatmap.combined import generalized_entropy
 from ood_heatmap.controls import logistic_regression, mlp
 from ood_heatmap.distances import Mahalanobis, join_layers
 
@@ -168,23 +168,8 @@ def energy(logits: _Float32) -> _Float32:
 
 
 def gen(logits: _Float32) -> _Float32:
-    """Return the generalized entropy of the most probable classes, ``(B,)``.
-
-    The sum of ``p^0.1 (1 - p)^0.1`` over at most 100 classes, as in the paper. In float64 from the
-    logits, whereas pytorch-ood bounds probabilities at 1e-7 and so gives confident images the same
-    score.
-
-    Source: Liu et al., GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection, CVPR
-        2023.
-    """
-    descending = -np.sort(-logits.astype(np.float64), axis=1)
-    normalizer = logsumexp(descending, axis=1, keepdims=True)
-    log_p = descending - normalizer
-    # of the first, `1 - p` would round to 0; all others are at most 0.5
-    log_rest = np.log1p(-np.exp(log_p[:, 1:]))
-    log_rest_of_first = logsumexp(descending[:, 1:], axis=1, keepdims=True) - normalizer
-    log_terms = log_p + np.concatenate([log_rest_of_first, log_rest], axis=1)
-    return _float32(np.exp(GEN_POWER * log_terms[:, :GEN_CLASSES]).sum(axis=1))
+    """Return GEN, ``(B,)``, see ``combined.generalized_entropy``."""
+    return _score_arrays(generalized_entropy, logits)
 
 
 def fdbd(features: _Float32, head: nn.Linear) -> Score:
@@ -234,8 +219,7 @@ def multi_layer_mahalanobis(data: FitData) -> Score | None:
     """
     if len(data.id.map_means) < 2 or not data.layers:
         return None
-    features, map_means = data.id.features, data.id.map_means
-    joined = join_layers(features, [map_means[number] for number in data.layers])
+    joined = _join_layers(data.id, data.layers)
     return partial(_multi_layer_score, Mahalanobis.fit_unit(joined, data.labels), data.layers)
 
 
@@ -243,9 +227,18 @@ def _multi_layer_score(
     mahalanobis: Mahalanobis, layers: Sequence[int], inputs: ScoreInputs
 ) -> _Float32:
     """Score features and spatial means of some feature maps."""
-    outputs = inputs.outputs
-    means = [outputs.map_means[number] for number in layers]
-    return mahalanobis(join_layers(outputs.features, means))
+    return _score_arrays(mahalanobis, _join_layers(inputs.outputs, layers))
+
+
+def _join_layers(outputs: Outputs, layers: Sequence[int]) -> _Float32:
+    """Return features and spatial means of some feature maps side by side."""
+    means = [torch.from_numpy(outputs.map_means[number]) for number in layers]
+    return join_layers(torch.from_numpy(outputs.features), means).float().numpy()
+
+
+def _mahalanobis_score(mahalanobis: Mahalanobis, inputs: ScoreInputs) -> _Float32:
+    """Score the features."""
+    return _score_arrays(mahalanobis, inputs.outputs.features)
 
 
 def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:
@@ -306,7 +299,7 @@ def _head_bias(head: nn.Linear) -> Tensor:
 def _score_arrays(predict: Callable[[Tensor], Tensor], features: _Float32) -> _Float32:
     """Call a score of tensors with an array."""
     with torch.inference_mode():
-        return predict(torch.from_numpy(features)).numpy()
+        return predict(torch.from_numpy(features)).float().numpy()
 
 
 def _of_logits(score: Callable[[_Float32], _Float32]) -> Callable[[FitData], Score]:
@@ -361,12 +354,14 @@ METHODS = (
     Method(
         "mahalanobis",
         "Mahalanobis",
-        _of_features(lambda data: Mahalanobis.fit(data.id.features, data.labels)),
+        lambda data: partial(_mahalanobis_score, Mahalanobis.fit(data.id.features, data.labels)),
     ),
     Method(
         "mahalanobis_pp",
         "Mahalanobis++",
-        _of_features(lambda data: Mahalanobis.fit_unit(data.id.features, data.labels)),
+        lambda data: partial(
+            _mahalanobis_score, Mahalanobis.fit_unit(data.id.features, data.labels)
+        ),
     ),
     Method("mahalanobis_pp_layers", "Maha++ all layers", multi_layer_mahalanobis),
     Method("fdbd", "fDBD", lambda data: fdbd(data.id.features, data.head)),

@@ -22,10 +22,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from ood_heatmap.distances import SMALLEST, Mahalanobis, Standardization, log_distance
+from ood_heatmap.distances import (
+    SMALLEST,
+    Mahalanobis,
+    Standardization,
+    join_layers,
+    log_distance,
+)
 from ood_heatmap.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ _MAX_LOSS = 0.01
 _DISTANCES = ("knn", "mahalanobis_pp", "mahalanobis_pp_layers")
 TERMS = ("gen", *_DISTANCES)
 # power and number of classes of GEN, as in its paper
-GEN_POWER, GEN_CLASSES = 0.1, 100
+_GEN_POWER, _GEN_CLASSES = 0.1, 100
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,11 @@ class CombinedParts:
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return tensors and metadata for a safetensors file."""
-        arrays = {
-            "mean": self.combination.standardization.mean,
-            "std": self.combination.standardization.std,
-            **_arrays("features", self.mahalanobis),
-            **(_arrays("layers", self.of_layers) if self.of_layers else {}),
+        tensors = {
+            "mean": torch.from_numpy(self.combination.standardization.mean),
+            "std": torch.from_numpy(self.combination.standardization.std),
+            **_tensors("features", self.mahalanobis),
+            **(_tensors("layers", self.of_layers) if self.of_layers else {}),
         }
         about = {
             "names": self.combination.names,
@@ -156,9 +162,7 @@ class CombinedParts:
             "neighbours": self.neighbours,
             "layers": self.layers,
         }
-        tensors = {
-            name: torch.from_numpy(np.array(values, order="C")) for name, values in arrays.items()
-        }
+        tensors = {name: item.cpu().contiguous() for name, item in tensors.items()}
         # one entry: the order of several would vary between files
         return tensors, {"ood_heatmap": json.dumps(about)}
 
@@ -170,10 +174,9 @@ class CombinedParts:
             KeyError, ValueError, TypeError: Something is missing or has another form.
         """
         about = json.loads(metadata["ood_heatmap"])
-        arrays = {name: item.double().numpy() for name, item in tensors.items()}
         combination = Combination(
             tuple(map(str, about["names"])),
-            Standardization(arrays["mean"], arrays["std"]),
+            Standardization(*(tensors[name].double().numpy() for name in ("mean", "std"))),
             float(about["weight"]),
             tuple(map(float, about["mixture_auroc"])),
         )
@@ -181,56 +184,43 @@ class CombinedParts:
         return CombinedParts(
             combination,
             int(about["neighbours"]),
-            _mahalanobis("features", arrays),
+            _mahalanobis("features", tensors),
             layers,
-            _mahalanobis("layers", arrays) if layers else None,
+            _mahalanobis("layers", tensors) if layers else None,
         )
 
 
-def _arrays(prefix: str, mahalanobis: Mahalanobis) -> dict[str, NDArray[np.float32]]:
-    """Return the arrays of a distance by name; they are exact in float32."""
-    return {
-        f"{prefix}.{name}": getattr(mahalanobis, name).astype(np.float32)
-        for name in ("centre", "whiten", "white_means")
-    }
+def _tensors(prefix: str, mahalanobis: Mahalanobis) -> dict[str, Tensor]:
+    """Return the tensors of a distance by name; they are exact in float32."""
+    return {f"{prefix}.{name}": item.float() for name, item in mahalanobis.state_dict().items()}
 
 
-def _mahalanobis(prefix: str, arrays: Mapping[str, _Float64]) -> Mahalanobis:
-    """Return the distance that ``_arrays`` describes."""
-    centre, whiten, means = (
-        arrays[f"{prefix}.{name}"] for name in ("centre", "whiten", "white_means")
-    )
-    return Mahalanobis(True, centre, whiten, means)
+def _mahalanobis(prefix: str, tensors: Mapping[str, Tensor]) -> Mahalanobis:
+    """Return the distance that ``_tensors`` describes."""
+    names = ("centre", "whiten", "white_means")
+    return Mahalanobis(True, *(tensors[f"{prefix}.{name}"].double() for name in names))
 
 
-class _MahalanobisScore(nn.Module):
-    """``Mahalanobis`` of unit-length rows, as a module that moves between devices."""
+def generalized_entropy(logits: Tensor) -> Tensor:
+    """Return GEN, the generalized entropy of the most probable classes, ``(B,)`` float64.
 
-    centre: Tensor
-    whiten: Tensor
-    white_means: Tensor
+    The sum of ``p^0.1 (1 - p)^0.1`` over at most 100 classes, as in the paper. In float64 from the
+    logits, whereas pytorch-ood bounds probabilities at 1e-7 and so gives confident images the same
+    score.
 
-    def __init__(self, mahalanobis: Mahalanobis) -> None:
-        super().__init__()
-        for name in ("centre", "whiten", "white_means"):
-            self.register_buffer(name, torch.from_numpy(getattr(mahalanobis, name)))
+    Args:
+        logits: ``(B, L)``.
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return the squared distance to the nearest class mean, ``(B,)`` float64."""
-        white = (functional.normalize(rows) - self.centre) @ self.whiten
-        squared = self.white_means.square().sum(dim=1) - 2 * white @ self.white_means.T
-        return white.square().sum(dim=1) + squared.amin(dim=1)
-
-
-def _gen(logits: Tensor) -> Tensor:
-    """Return ``baselines.gen`` in PyTorch, ``(B,)`` float64."""
+    Source: Liu et al., GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection, CVPR
+        2023.
+    """
     descending = logits.double().sort(dim=1, descending=True).values
     normalizer = descending.logsumexp(dim=1, keepdim=True)
     log_p = descending - normalizer
-    # of the first, `1 - p` would round to 0
+    # of the first, `1 - p` would round to 0; all others are at most 0.5
     first = descending[:, 1:].logsumexp(dim=1, keepdim=True) - normalizer
     log_rest = torch.cat([first, torch.log1p(-log_p[:, 1:].exp())], dim=1)
-    return (GEN_POWER * (log_p + log_rest)[:, :GEN_CLASSES]).exp().sum(dim=1)
+    return (_GEN_POWER * (log_p + log_rest)[:, :_GEN_CLASSES]).exp().sum(dim=1)
 
 
 class CombinedScorer(Scorer):
@@ -254,19 +244,17 @@ class CombinedScorer(Scorer):
         self.register_buffer("bank", functional.normalize(features.float()))
         self.register_buffer("mean", torch.from_numpy(parts.combination.standardization.mean))
         self.register_buffer("std", torch.from_numpy(parts.combination.standardization.std))
-        self.mahalanobis = _MahalanobisScore(parts.mahalanobis)
-        self.of_layers = _MahalanobisScore(parts.of_layers) if parts.of_layers else None
+        self.mahalanobis, self.of_layers = parts.mahalanobis, parts.of_layers
 
     def forward(self, output: "Output", learned: Tensor) -> Tensor:
         """Return the score ``(B,)`` float32."""
-        unit = functional.normalize(output.features.double())
-        distances = [self._knn_distance(output.features), self.mahalanobis(unit)]
+        features = output.features
+        distances = [self._knn_distance(features), self.mahalanobis(features)]
         if self.of_layers is not None:
             means = [output.maps[number].double().mean(dim=(2, 3)) for number in self.layers]
-            joined = torch.cat([unit, *(functional.normalize(item) for item in means)], dim=1)
-            distances.append(self.of_layers(joined))
+            distances.append(self.of_layers(join_layers(features, means)))
         logs = [item.double().clamp(min=SMALLEST).log() for item in distances]
-        terms = torch.stack([_gen(output.logits), *logs, learned.double()], dim=1)
+        terms = torch.stack([generalized_entropy(output.logits), *logs, learned.double()], dim=1)
         terms = (terms - self.mean) / self.std
         total: Tensor = terms[:, :-1].sum(dim=1) + self.weight * terms[:, -1]
         return total.float()

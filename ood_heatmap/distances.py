@@ -10,17 +10,18 @@ distance ``M`` of its unit-length features (Mahalanobis++), it is::
 counts the same, and only ID images are needed. (The logarithm of the cosine distance
 ``1 - cos = d^2 / 2`` is ``2 log(d) - log(2)``, hence the same after standardisation.)
 
-Everything is fitted from arrays, computed in float64, and stored as plain tensors.
+Everything is fitted from arrays and computed in float64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 _Float32: TypeAlias = NDArray[np.float32]
 _Float64: TypeAlias = NDArray[np.float64]
@@ -32,11 +33,9 @@ _STEP = 1024
 SMALLEST = 1e-3
 # names of the three scores in ``baselines.METHODS``, as the arguments of ``three_terms``
 TERMS = ("max_logit", "knn", "mahalanobis_pp")
-_PREFIX = "sum_of_three."
 
 
-@dataclass(frozen=True)
-class Mahalanobis:
+class Mahalanobis(nn.Module):
     """Squared Mahalanobis distance to the nearest class mean; one covariance for all classes.
 
     Args:
@@ -46,10 +45,16 @@ class Mahalanobis:
         white_means: ``(L, R)`` float64, the class means, treated likewise.
     """
 
-    unit: bool
-    centre: _Float64
-    whiten: _Float64
-    white_means: _Float64
+    centre: Tensor
+    whiten: Tensor
+    white_means: Tensor
+
+    def __init__(self, unit: bool, centre: Tensor, whiten: Tensor, white_means: Tensor) -> None:
+        super().__init__()
+        self.unit = unit
+        self.register_buffer("centre", centre)
+        self.register_buffer("whiten", whiten)
+        self.register_buffer("white_means", white_means)
 
     @staticmethod
     def fit(features: _Float32, labels: _Labels) -> "Mahalanobis":
@@ -83,17 +88,16 @@ class Mahalanobis:
         within = _WithinClasses.of(features, labels, unit=True)
         return within.to_mahalanobis(within.shrunk_covariance())
 
-    def __call__(self, features: _Float32) -> _Float32:
-        """Return the squared distance to the nearest class mean, ``(B,)``.
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the squared distance to the nearest class mean, ``(B,)`` float64.
 
         Args:
             features: ``(B, D)``.
         """
-        wide = features.astype(np.float64)
-        white = ((_unit_length(wide) if self.unit else wide) - self.centre) @ self.whiten
-        squared = (self.white_means**2).sum(axis=1) - 2 * white @ self.white_means.T
-        nearest = (white**2).sum(axis=1) + squared.min(axis=1)
-        return np.asarray(np.maximum(nearest, 0), np.float32)
+        rows = functional.normalize(features.double()) if self.unit else features.double()
+        white = (rows - self.centre) @ self.whiten
+        squared = self.white_means.square().sum(dim=1) - 2 * white @ self.white_means.T
+        return (white.square().sum(dim=1) + squared.amin(dim=1)).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -153,25 +157,19 @@ class _WithinClasses:
         kept = values > values[-1] * len(values) * np.finfo(np.float32).eps
         centre = _rounded(self.means.mean(axis=0))
         whiten = _rounded(vectors[:, kept] / np.sqrt(values[kept]))
-        return Mahalanobis(self.unit, centre, whiten, _rounded((self.means - centre) @ whiten))
+        arrays = centre, whiten, _rounded((self.means - centre) @ whiten)
+        return Mahalanobis(self.unit, *map(torch.from_numpy, arrays))
 
 
 def _widen(features: _Float32, start: int, unit: bool) -> _Float64:
     """Return ``_STEP`` rows in float64, of unit length if ``unit``."""
     rows = features[start : start + _STEP].astype(np.float64)
-    return _unit_length(rows) if unit else rows
+    return functional.normalize(torch.from_numpy(rows)).numpy() if unit else rows
 
 
-def _unit_length(rows: _Float64) -> _Float64:
-    """Return rows divided by their norm; a zero row stays zero."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(norms, np.finfo(np.float32).tiny))
-
-
-def join_layers(features: _Float32, map_means: Sequence[_Float32]) -> _Float32:
+def join_layers(features: Tensor, map_means: Sequence[Tensor]) -> Tensor:
     """Concatenate features and means of feature maps, ``(B, C)`` each, all of unit length."""
-    items = [_unit_length(item.astype(np.float64)) for item in (features, *map_means)]
-    return np.concatenate(items, axis=1).astype(np.float32)
+    return torch.cat([functional.normalize(item.double()) for item in (features, *map_means)], 1)
 
 
 def _rounded(values: _Float64) -> _Float64:
@@ -221,84 +219,3 @@ def three_terms(
     """
     logs = [log_distance(item) for item in (knn_distance, mahalanobis)]
     return np.stack([max_logit.astype(np.float64), *logs], axis=1)
-
-
-@dataclass(frozen=True)
-class SumOfThree:
-    """The plain sum of three scores, see the top of this module.
-
-    Args:
-        mahalanobis: Of ``Mahalanobis.fit_unit``.
-        standardization: Of its three terms.
-        neighbours: k of the kNN distance that it was fitted with and must be called with.
-    """
-
-    mahalanobis: Mahalanobis
-    standardization: Standardization
-    neighbours: int
-
-    @staticmethod
-    def fit(
-        mahalanobis: Mahalanobis,
-        features: _Float32,
-        logits: _Float32,
-        knn_distance: _Float32,
-        neighbours: int,
-    ) -> "SumOfThree":
-        """Fit the standardisation on n held-out ID images.
-
-        Args:
-            mahalanobis: ``Mahalanobis.fit_unit`` of the ID training images.
-            features: ``(n, D)`` of the held-out images.
-            logits: ``(n, L)``.
-            knn_distance: ``(n,)``, see ``three_terms``.
-            neighbours: k of that distance.
-        """
-        terms = three_terms(-logits.max(axis=1), knn_distance, mahalanobis(features))
-        return SumOfThree(mahalanobis, Standardization.fit(terms), neighbours)
-
-    def terms(
-        self, features: _Float32, logits: _Float32, knn_distance: _Float32
-    ) -> NDArray[np.float64]:
-        """Return the three standardised terms of B images, ``(B, 3)``: their sum is the score."""
-        terms = three_terms(-logits.max(axis=1), knn_distance, self.mahalanobis(features))
-        return self.standardization(terms)
-
-    def __call__(self, features: _Float32, logits: _Float32, knn_distance: _Float32) -> _Float32:
-        """Return the score of B images, ``(B,)``; larger is more OOD.
-
-        Args:
-            features: ``(B, D)``.
-            logits: ``(B, L)``.
-            knn_distance: ``(B,)``, see ``three_terms``.
-        """
-        return np.asarray(self.terms(features, logits, knn_distance).sum(axis=1), np.float32)
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return everything as tensors for a safetensors file; ``from_tensors`` is exact."""
-        float32 = {
-            name: getattr(self.mahalanobis, name).astype(np.float32)
-            for name in ("centre", "whiten", "white_means")
-        }
-        float64 = {"mean": self.standardization.mean, "std": self.standardization.std}
-        arrays = {**float32, **float64, "neighbours": np.array(self.neighbours)}
-        return {
-            _PREFIX + name: torch.from_numpy(array).contiguous() for name, array in arrays.items()
-        }
-
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> "SumOfThree":
-        """Read what ``to_tensors`` returned; other tensors are ignored.
-
-        Raises:
-            KeyError: A tensor is missing.
-        """
-        centre, whiten, white_means, mean, std = (
-            tensors[_PREFIX + name].double().numpy()
-            for name in ("centre", "whiten", "white_means", "mean", "std")
-        )
-        return SumOfThree(
-            Mahalanobis(True, centre, whiten, white_means),
-            Standardization(mean, std),
-            int(tensors[_PREFIX + "neighbours"]),
-        )

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from ood_heatmap.baselines import gen
 from ood_heatmap.classifier import Output
 from ood_heatmap.combined import TERMS, WEIGHTS, Combination, CombinedParts, CombinedScorer
-from ood_heatmap.distances import Mahalanobis, join_layers
+from ood_heatmap.distances import Mahalanobis
 
 
 def scores(count: int, shifts: dict[str, float], seed: int) -> dict[str, np.ndarray]:
@@ -90,8 +90,14 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
     maps = generator.normal(size=(60, 5, 3, 3)).astype(np.float32)
     labels = np.arange(60) % 3
     layers = (0,) if with_layers else ()
+
+    def join(rows: np.ndarray, maps: np.ndarray) -> np.ndarray:
+        items = rows.astype(float), maps.mean(axis=(2, 3)).astype(float)
+        unit = [item / np.linalg.norm(item, axis=1, keepdims=True) for item in items]
+        return np.concatenate(unit, axis=1).astype(np.float32)
+
     near = Mahalanobis.fit_unit(features, labels)
-    joined = Mahalanobis.fit_unit(join_layers(features, [maps.mean(axis=(2, 3))]), labels)
+    joined = Mahalanobis.fit_unit(join(features, maps), labels)
 
     def by_name(count: int) -> tuple[Output, dict[str, np.ndarray]]:
         queries = generator.normal(size=(count, 8)).astype(np.float32)
@@ -105,13 +111,12 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
         scores = {
             "gen": gen(logits),
             "knn": np.sort(distance, axis=1)[:, 3].astype(np.float32),
-            "mahalanobis_pp": near(queries),
+            "mahalanobis_pp": near(torch.from_numpy(queries)).float().numpy(),
             "heatmap": generator.normal(size=count).astype(np.float32),
         }
         if with_layers:
-            scores["mahalanobis_pp_layers"] = joined(
-                join_layers(queries, [other.mean(axis=(2, 3))])
-            )
+            rows = torch.from_numpy(join(queries, other))
+            scores["mahalanobis_pp_layers"] = joined(rows).float().numpy()
         tensors = (torch.from_numpy(item) for item in (queries, logits, other))
         values, of_logits, of_maps = tensors
         return Output(values, of_logits, (of_maps,)), scores
@@ -121,8 +126,22 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
     combination = Combination.fit(held_out, mixtures, "heatmap")
     parts = CombinedParts(combination, 4, near, layers, joined if with_layers else None)
     tensors, metadata = parts.to_tensors()
-    restored = CombinedParts.from_tensors(load(save(tensors, metadata)), metadata)
+    again = load(save(tensors, metadata))
+    restored = CombinedParts.from_tensors(again, metadata)
+    for name, item in restored.to_tensors()[0].items():
+        assert torch.equal(item, tensors[name])
     scorer = CombinedScorer(restored, torch.from_numpy(features))
     output, scores = by_name(20)
     found = scorer(output, torch.from_numpy(scores["heatmap"])).numpy()
     np.testing.assert_allclose(found, combination(scores), rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_tensor_is_named():
+    generator = np.random.default_rng(10)
+    features = generator.normal(size=(20, 4)).astype(np.float32)
+    combination = Combination.fit(scores(50, shifts(0, 0), 11), None, "heatmap")
+    parts = CombinedParts(combination, 2, Mahalanobis.fit_unit(features, np.arange(20) % 2))
+    tensors, metadata = parts.to_tensors()
+    del tensors["features.whiten"]
+    with pytest.raises(KeyError, match="whiten"):
+        CombinedParts.from_tensors(tensors, metadata)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from safetensors.torch import load, save
+import torch
 from sklearn.covariance import ledoit_wolf
 
-from ood_heatmap.distances import Mahalanobis, SumOfThree
+from ood_heatmap.distances import Mahalanobis, Standardization, three_terms
 
 NUM_CLASSES = 4
 
@@ -40,8 +40,12 @@ def smallest(queries, means, covariance):
     return [min((query - mean) @ inverse @ (query - mean) for mean in means) for query in queries]
 
 
+def distance_of(mahalanobis, queries):
+    return mahalanobis(torch.from_numpy(queries)).numpy()
+
+
 def close(found, wanted, tolerance=2e-4):
-    assert found.dtype == np.float32
+    assert found.dtype == np.float64
     np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -49,7 +53,7 @@ def test_mahalanobis_is_the_smallest_distance_to_a_class_mean():
     features, labels, queries = draw()
     means, centred = less_class_means(features.astype(np.float64), labels)
     wanted = smallest(queries, means, sum(np.outer(row, row) for row in centred) / len(features))
-    close(Mahalanobis.fit(features, labels)(queries), wanted)
+    close(distance_of(Mahalanobis.fit(features, labels), queries), wanted)
 
 
 def test_mahalanobis_leaves_out_directions_in_which_no_id_image_varies():
@@ -59,7 +63,8 @@ def test_mahalanobis_leaves_out_directions_in_which_no_id_image_varies():
         return np.concatenate([features, np.zeros_like(features), features], axis=1)
 
     dead = Mahalanobis.fit(with_dead_ones(features), labels)
-    close(dead(with_dead_ones(queries)), Mahalanobis.fit(features, labels)(queries))
+    alive = distance_of(Mahalanobis.fit(features, labels), queries)
+    close(distance_of(dead, with_dead_ones(queries)), alive)
 
 
 @pytest.mark.parametrize("fit", [Mahalanobis.fit, Mahalanobis.fit_unit])
@@ -67,7 +72,8 @@ def test_the_classes_that_are_there_count(fit):
     features, labels, queries = draw()
     two = labels % 2
     # 0 and 3: nobody in 1 and 2
-    close(fit(features, two * 3)(queries), fit(features, two)(queries))
+    found, wanted = (distance_of(fit(features, item), queries) for item in (two * 3, two))
+    close(found, wanted)
 
 
 # more images than are taken at once; fewer images than features
@@ -78,69 +84,49 @@ def test_mahalanobis_pp_is_that_of_unit_length_features_with_ledoit_wolf(num_fea
     covariance, shrinkage = ledoit_wolf(centred, assume_centered=True)
     assert 0 < shrinkage < 1
     score = Mahalanobis.fit_unit(features, labels)
-    close(score(queries), smallest(unit(queries), means, covariance))
-    close(score(7 * queries), score(queries), 1e-6)
+    found = distance_of(score, queries)
+    close(found, smallest(unit(queries), means, covariance))
+    close(distance_of(score, 7 * queries), found, 1e-6)
 
 
 def test_mahalanobis_pp_of_one_image_per_class_is_the_euclidean_distance():
     features, _, queries = draw(count=5)
     distance = ((unit(queries)[:, None] - unit(features)) ** 2).sum(axis=2).min(axis=1)
-    close(Mahalanobis.fit_unit(features, np.arange(5))(queries), distance)
+    close(distance_of(Mahalanobis.fit_unit(features, np.arange(5)), queries), distance)
 
 
-def k_smallest_cosine_distance(queries, bank, k):
-    return np.sort(1 - unit(queries) @ unit(bank).T, axis=1)[:, k - 1]
+def three_scores(num_held_out=100):
+    """Return the maximum logit, a distance and a squared one of held-out images and of queries."""
+    generator = np.random.default_rng(1)
+    logit = generator.normal(size=140)
+    distance, squared = generator.gamma(2, 0.1, 140), generator.gamma(3, 2, 140)
+    columns = [item.astype(np.float32) for item in (-logit, distance, squared)]
+    return [item[:num_held_out] for item in columns], [item[num_held_out:] for item in columns]
 
 
-@pytest.fixture
-def fitted():
-    """Return the sum fitted on 100 held-out images, its arguments, and the arguments of queries."""
-    features, labels, queries = draw()
-    held_out, features, labels = features[:100], features[100:], labels[100:]
-    weight = np.random.default_rng(1).normal(size=(12, NUM_CLASSES)).astype(np.float32)
-
-    def arguments(rows, k=3):
-        distance = np.sqrt(2 * k_smallest_cosine_distance(rows, features, k))
-        return rows, rows @ weight, distance.astype(np.float32)
-
-    mahalanobis = Mahalanobis.fit_unit(features, labels)
-    features_out, logits, distance = arguments(held_out)
-    score = SumOfThree.fit(mahalanobis, features_out, logits, distance, neighbours=3)
-    return score, (features_out, logits, distance), arguments(queries)
-
-
-def test_the_sum_is_its_formula(fitted):
+def test_the_sum_of_three_is_its_formula():
     """Minus maximum logit, log cosine distance, log Mahalanobis++, each standardised on ID."""
-    score, held_out, queries = fitted
+    held_out, queries = three_scores()
 
-    def terms(features, logits, distance):
-        squared = score.mahalanobis(features).astype(np.float64)
-        return np.array([-logits.max(axis=1), np.log(distance**2 / 2), np.log(squared)])
+    def terms(max_logit, distance, squared):
+        cosine = distance.astype(np.float64) ** 2 / 2
+        return np.array([max_logit, np.log(cosine), np.log(squared.astype(np.float64))])
 
     mean, std = terms(*held_out).mean(axis=1), terms(*held_out).std(axis=1)
     wanted = ((terms(*queries) - mean[:, None]) / std[:, None]).sum(axis=0)
-    close(score(*queries), wanted)
-    assert (score(*queries)[20:].mean() > score(*held_out)).mean() > 0.99
+    standardization = Standardization.fit(three_terms(*held_out))
+    found = standardization(three_terms(*queries)).sum(axis=1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_each_term_has_mean_0_and_std_1_on_held_out_images(fitted):
-    score, held_out, _ = fitted
-    terms = score.terms(*held_out)
-    np.testing.assert_allclose(terms.mean(axis=0), 0, atol=1e-9)
-    np.testing.assert_allclose(terms.std(axis=0), 1, atol=1e-9)
+def test_each_term_has_mean_0_and_std_1_on_held_out_images():
+    terms = three_terms(*three_scores()[0])
+    standardised = Standardization.fit(terms)(terms)
+    np.testing.assert_allclose(standardised.mean(axis=0), 0, atol=1e-9)
+    np.testing.assert_allclose(standardised.std(axis=0), 1, atol=1e-9)
 
 
-def test_the_sum_comes_out_of_a_safetensors_file_exactly(fitted):
-    score, _, queries = fitted
-    tensors = load(save(score.to_tensors()))
-    again = SumOfThree.from_tensors(tensors)
-    assert again.neighbours == score.neighbours
-    np.testing.assert_array_equal(again(*queries), score(*queries))
-    with pytest.raises(KeyError, match="whiten"):
-        SumOfThree.from_tensors({k: v for k, v in tensors.items() if not k.endswith("whiten")})
-
-
-def test_the_sum_of_copies_of_one_image_is_finite(fitted):
-    score, (features, logits, distance), _ = fitted
-    one = SumOfThree.fit(score.mahalanobis, features[:1], logits[:1], 0 * distance[:1], 3)
-    assert np.isfinite(one(features, logits, 0 * distance)).all()
+def test_the_sum_of_copies_of_one_image_is_finite():
+    held_out, queries = three_scores(num_held_out=1)
+    standardization = Standardization.fit(three_terms(held_out[0], 0 * held_out[1], held_out[2]))
+    assert np.isfinite(standardization(three_terms(queries[0], 0 * queries[1], queries[2]))).all()

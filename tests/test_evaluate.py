@@ -217,7 +217,7 @@ def test_without_held_out_images_id_training_images_stand_in(data, run):
     reference = {
         "max_logit": -logits.max(axis=1),
         "knn": np.sort(distance, axis=1)[:, CONFIG.neighbours - 1],
-        "mahalanobis_pp": Mahalanobis.fit_unit(features, label)(features),
+        "mahalanobis_pp": Mahalanobis.fit_unit(features, label)(torch.from_numpy(features)).numpy(),
     }
     saved = scores(run, "far")
     np.testing.assert_allclose(
