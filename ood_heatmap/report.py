@@ -135,8 +135,9 @@ def render_report(
         **content["slider"],
         "sets": content["sets"],
         "roc": content["roc"],
-        "methods": _unique(
-            curve["method"] for panel in content["roc"] for curve in panel["curves"]
+        "methods": sorted(
+            _unique(curve["method"] for panel in content["roc"] for curve in panel["curves"]),
+            key=lambda method: method != printable(main),
         ),
         "main": printable(main),
         "cards": [

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ood_heatmap.verdict import default_method, fpr_key
+from ood_heatmap.verdict import default_method, distinct_groups, fpr_key
 
 _MEAN = "mean"
 _Row = Mapping[str, Any]
@@ -108,13 +108,18 @@ class Summary:
 def summary_table(metrics: Mapping[str, Any]) -> Summary:
     """Return AUROC and FPR95 of each method on each set, with the best marked."""
     rows: Sequence[_Row] = metrics["table"]
-    sets = sorted(_unique(row["set"] for row in rows), key=lambda name: -_mean_first(name))
+    sets = sorted(distinct_groups(metrics), key=lambda name: -_mean_first(name))
     fpr = fpr_key(metrics)
     columns = [column for column in ALL_METRICS if column.key in ("auroc", fpr)]
     by_place = {(row["method"], row["set"]): row for row in rows}
+    default = default_method(metrics)
+    # of equal methods the default first
     methods = sorted(
         _unique(row["method"] for row in rows),
-        key=lambda method: -_number(by_place.get((method, sets[0]), {}), "auroc"),
+        key=lambda method: (
+            -_number(by_place.get((method, sets[0]), {}), "auroc"),
+            method != default,
+        ),
     )
     cells = {
         (name, column.key): _cells(
@@ -123,7 +128,6 @@ def summary_table(metrics: Mapping[str, Any]) -> Summary:
         for name in sets
         for column in columns
     }
-    default = default_method(metrics)
     lines = [
         Line(
             method_label(method, metrics),
@@ -205,7 +209,7 @@ def localization_table(content: Mapping[str, Any]) -> Localization:
             Line(row["method"], [one[number] for one in cells], row["method"] == "heatmap")
             for number, row in enumerate(chosen)
         ]
-        groups.append(Group(name, lines))
+        groups.append(Group("other ID images" if name == "id" else name, lines))
     leads = [
         Line(method, [Cell(f"{100 * lead[c.key]:+.1f}", _margin(lead, c.key, 1)) for c in columns])
         for method, lead in content.get("leads", {}).items()

@@ -10,7 +10,8 @@ from ood_heatmap.errors import printable
 # the default score of detectors before ``metrics.json`` named it
 _FALLBACK = "heatmap"
 _OVERALL = "mean all"
-_MEANS = ("mean near", "mean far", _OVERALL)
+_NEAR, _FAR = "mean near", "mean far"
+_MEANS = (_NEAR, _FAR, _OVERALL)
 
 
 def default_method(metrics: Mapping[str, Any]) -> str:
@@ -21,6 +22,21 @@ def default_method(metrics: Mapping[str, Any]) -> str:
     """
     name: str = metrics.get("default", _FALLBACK)
     return name
+
+
+def distinct_groups(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the sets and means of the table in order, without means over a single set.
+
+    Those repeat the numbers of the set.
+
+    Args:
+        metrics: Content of ``metrics.json``.
+    """
+    groups = list(dict.fromkeys(row["set"] for row in metrics["table"]))
+    sets = [name for name in groups if name not in _MEANS]
+    num_near = sum(name in metrics.get("near", ()) for name in sets)
+    num_sets = {_NEAR: num_near, _FAR: len(sets) - num_near, _OVERALL: len(sets)}
+    return [name for name in groups if num_sets.get(name) != 1]
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
@@ -70,6 +86,11 @@ class _Difference:
     def doubt(self) -> str:
         """What to add to a difference that is uncertain."""
         return "" if self.is_certain else ", which is within the uncertainty"
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the two are equal as printed."""
+        return f"{self.value:.1f}" == "0.0"
 
     def to_text(self, kind: str = "") -> str:
         """Return the points, and the interval after the words for its kind."""
@@ -175,6 +196,8 @@ def _rank(found: _Comparison) -> str:
             f"(AUROC {auroc}): the best, {found.other}, is ahead by {points}"
         )
         return f"{text}{found.difference.doubt}."
+    if found.difference.is_tie:
+        return f"the {found.label} score has the highest AUROC ({auroc}), as {found.other} has."
     if found.is_certain:
         return (
             f"the {found.label} score is ahead of every other (AUROC {auroc}): of the next, "
@@ -192,6 +215,8 @@ def _by_set(each: Sequence[_Comparison]) -> str:
     behind = [found for found in each if found.rank > 1]
     if not behind:
         closest = min(best, key=lambda found: found.difference.value)
+        if closest.difference.is_tie:
+            return f"It is the best on each set; on {closest.set}, {closest.other} is as good."
         return (
             f"It is the best on each set, and closest to another on {closest.set}: ahead of "
             f"{closest.other} by {closest.difference.to_text()}{closest.difference.doubt}."

@@ -96,7 +96,8 @@ def write_figures(
             }
             for name in ood
         },
-        images=[image for name in images for image in images[name]],
+        # what a reader looks for comes first: OOD images, the highest scores of each set
+        images=[image for name in [*ood, ID] for image in reversed(images[name])],
         scale=scale,
         threshold=threshold,
         classes=detector.classes,

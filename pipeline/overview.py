@@ -9,7 +9,7 @@ import click
 
 from ood_heatmap.errors import printable
 from ood_heatmap.pipeline.tables import format_decisions, format_label
-from ood_heatmap.verdict import default_method, fpr_key, verdict
+from ood_heatmap.verdict import default_method, distinct_groups, fpr_key, verdict
 
 _WIDTH, _MAX_METHODS = 80, 12
 # a cell is 100.0 and a mark; a space is between columns
@@ -43,7 +43,7 @@ def print_overview(content: Mapping[str, Any]) -> None:
     Args:
         content: Content of ``metrics.json``.
     """
-    names = list(dict.fromkeys(row["set"] for row in content["table"]))
+    names = distinct_groups(content)
     columns = _choose_columns(names, fpr_key(content))
     values: dict[_Column, _Values] = {
         column: {

@@ -361,11 +361,12 @@ def cards_of(run):
 def test_the_report_shows_images_at_even_steps_of_the_score(data, finished_run):
     calibration = Calibration.from_bytes((finished_run / CALIBRATION_FILE).read_bytes(), "")
     cards = cards_of(finished_run)
-    assert [card["set"] for card in cards] == ["id"] * 27 + ["far"] * 25 + ["near"] * 40
+    # what a reader looks for first
+    assert [card["set"] for card in cards] == ["far"] * 25 + ["near"] * 40 + ["id"] * 27
     paths = sorted((data / "ood").iterdir())
     saved = scores(finished_run, "near")["combined"]
     shown = [card for card in cards if card["set"] == "near"]
-    wanted = np.argsort(saved, kind="stable")[np.linspace(0, 49, 40).round().astype(int)]
+    wanted = np.argsort(saved, kind="stable")[np.linspace(0, 49, 40).round().astype(int)][::-1]
     assert [card["name"] for card in shown] == [paths[row].name for row in wanted]
     np.testing.assert_array_equal([card["score"] for card in shown], saved[wanted])
     for card in cards:

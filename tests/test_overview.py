@@ -65,6 +65,13 @@ def test_it_fits_on_a_screen_of_80_columns(capsys, num_sets):
     assert {len(row) for row in cells.values()} == {2 if num_sets == 1 else min(9, num_sets + 3)}
 
 
+def test_means_over_one_set_leave_their_columns_to_the_fpr(capsys):
+    _, cells, below = shown(make_content(2, near=["cifar100"]), capsys)
+    assert {len(row) for row in cells.values()} == {2 * len(("cifar100", "tin", "mean all"))}
+    assert "AUROC and FPR95 (ID positive) in %" in below
+    assert "sets and means" not in below
+
+
 @pytest.mark.parametrize("num_sets", [1, 3, 6])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_of_all_methods_is_marked_in_every_column(capsys, num_sets, seed):

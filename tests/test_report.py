@@ -348,6 +348,14 @@ def test_the_summary_has_means_first_the_best_method_on_top_and_the_lead():
     assert re.search(r'<th scope="row">MSP <small>sees OOD</small>', text)
 
 
+def test_the_summary_has_no_mean_over_one_set():
+    groups = ("near", "far", "mean near", "mean far", "mean all")
+    rows = [summary_row("knn", name, 0.9) for name in groups]
+    sets, cells = summary_of(render({"table": rows, "near": ["near"]}))
+    assert sets == ["mean all", "near", "far"]
+    assert len(cells["knn"]) == 2 * len(sets)
+
+
 def test_an_evaluation_of_the_openood_protocol_shows_its_fpr95():
     metrics = make_metrics(make_scores()) | {"headline": ["auroc", "aupr_out", "fpr95_ood_pos"]}
     metrics["table"][0]["fpr95_ood_pos"] = 0.125
@@ -379,6 +387,7 @@ def test_localization_is_shown_if_it_was_measured():
     assert '<strong>90.0</strong></td><td class="interval">[85.0, 95.0]' in tables[0][0][1]
     assert "-30.0" in tables[1][0][1]
     assert "99.0" not in part
+    assert f"<summary>Patches of {NASTY}</summary>" in unescape(part)
     assert f"less {NASTY}" in unescape(part)
 
 
@@ -559,6 +568,21 @@ def test_no_two_of_24_methods_look_alike(opened, tmp_path):
     paths = "[...document.querySelectorAll('#roc-legend path')]"
     looks = get(opened, f"{paths}.map(path => path.style.cssText + path.className.baseVal)")
     assert len(set(looks)) == 24
+
+
+@pytest.mark.browser
+def test_the_default_score_leads_the_legend_in_the_colour_of_the_page(opened, tmp_path):
+    curve = ([0.0, 1.0], [0.0, 1.0])
+    roc = {"far": dict.fromkeys(["knn", "msp", "heatmap"], curve)}
+    (tmp_path / "report.html").write_text(render(roc=roc), "utf-8")
+    opened.get((tmp_path / "report.html").as_uri())
+    entries = "[...document.querySelectorAll('#roc-legend li')]"
+    assert get(opened, f"{entries}.map(entry => entry.textContent)") == ["heatmap", "knn", "msp"]
+    style = "getComputedStyle({}).{}"
+    line = style.format("document.querySelector('#roc-legend path')", "stroke")
+    assert get(opened, line) == get(
+        opened, style.format("document.querySelector('nav a')", "color")
+    )
 
 
 @pytest.mark.browser
@@ -787,8 +811,13 @@ def test_an_image_opens_large_and_the_arrow_keys_go_on(opened):
     assert titles == ["001", "000", "003"]
     opened.switch_to.active_element.send_keys(keys.ESCAPE)
     assert not dialog.is_displayed()
-    # the focus is where one was
-    assert opened.switch_to.active_element.get_attribute("aria-label") == "Enlarge 003 far.png"
+    # the focus goes to where one was, in an event after the dialog has closed
+    for _ in range(100):
+        label = opened.switch_to.active_element.get_attribute("aria-label")
+        if label == "Enlarge 003 far.png":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the focus is at {label}")
 
 
 @pytest.mark.browser
@@ -868,5 +897,7 @@ def test_on_paper_there_are_pictures_and_tables_and_no_controls(opened):
         )
         assert get(opened, seen.format("button:not(.sort, .pictures), select, input, nav")) == 0
         assert get(opened, seen.format("#summary td, .card img")) > 40
+        # what paper cannot open
+        assert get(opened, seen.format("#commands li")) == len(COMMANDS)
     finally:
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

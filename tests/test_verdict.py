@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ood_heatmap.verdict import default_method, fpr_key, verdict
+from ood_heatmap.pipeline.config import EvaluateConfig
+from ood_heatmap.pipeline.tables import metrics_table
+from ood_heatmap.verdict import default_method, distinct_groups, fpr_key, verdict
 
 OLD = Path(__file__).parent / "data" / "format-2" / "run" / "evaluation" / "metrics.json"
 
@@ -160,3 +163,32 @@ def test_it_loads_no_torch():
     code = "import sys, ood_heatmap.verdict; print('torch' in sys.modules, 'numpy' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert output.stdout.split() == ["False", "False"], output.stderr
+
+
+@pytest.mark.parametrize(
+    ("ood", "near", "distinct"),
+    [
+        (["a"], [], ["a"]),
+        (["a"], ["a"], ["a"]),
+        (["a", "b"], ["a"], ["a", "b", "mean all"]),
+        (["a", "b", "c"], ["a"], ["a", "b", "c", "mean far", "mean all"]),
+        (list("abcd"), ["a", "c"], [*"abcd", "mean near", "mean far", "mean all"]),
+    ],
+)
+def test_a_mean_over_one_set_is_no_group_of_its_own(ood, near, distinct):
+    config = EvaluateConfig(near=tuple(near), resamples=25)
+    scores = {name: {"heatmap": np.linspace(0, 1, 5)} for name in ["id", *ood]}
+    rows = [row.to_json() for row in metrics_table(scores, config)]
+    assert distinct_groups(table(*rows, near=near)) == distinct
+
+
+def test_means_of_metrics_without_near_sets_are_all_shown():
+    assert distinct_groups(sets(*[[("knn", 0.5)]] * 3)) == ["near", "far", "mean all"]
+
+
+def test_methods_that_are_printed_alike_share_the_first_place():
+    alike = [("combined", 1.0), ("knn", 0.9996, (0.0001, 0.0008))]
+    assert verdict(sets(alike, alike, alike)) == (
+        "On the mean of 2 OOD sets, the combined score has the highest AUROC (100.0 %), as "
+        "kNN (k = 5) has. It is the best on each set; on near, kNN (k = 5) is as good."
+    )
