@@ -22,7 +22,7 @@ from ood_heatmap import __version__
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig, rebuild_classifier
-from ood_heatmap.combined import CombinedParts, CombinedScorer
+from ood_heatmap.combined import BANK, CombinedParts, CombinedScorer
 from ood_heatmap.decoder import Decoder, DecoderConfig, make_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
@@ -201,7 +201,8 @@ def _describe_scorer(scorer: Scorer) -> tuple[Mapping[str, Tensor], dict[str, An
     """Return tensors and description of a scorer."""
     if isinstance(scorer, CombinedScorer):
         tensors, metadata = scorer.parts.to_tensors()
-        return {**tensors, "bank": scorer.bank.half()}, {"kind": scorer.kind, "parts": metadata}
+        tensors[BANK] = scorer.knn_distance.bank.half()
+        return tensors, {"kind": scorer.kind, "parts": metadata}
     if scorer.state_dict():
         raise OodHeatmapError(f"a detector with a {scorer.kind} score cannot be bundled.")
     return {}, {"kind": scorer.kind}
@@ -211,8 +212,7 @@ def _build_scorer(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Sc
     """Make the scorer that ``_describe_scorer`` described."""
     if about["kind"] != CombinedScorer.kind:
         return None
-    parts = {name: item for name, item in tensors.items() if name != "bank"}
-    return CombinedScorer(CombinedParts.from_tensors(parts, about["parts"]), tensors["bank"])
+    return CombinedScorer(CombinedParts.from_tensors(tensors, about["parts"]), tensors[BANK])
 
 
 def _probe(detector: HeatmapDetector) -> list[float]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ood_heatmap.distances import (
@@ -48,6 +48,8 @@ _MAX_LOSS = 0.01
 # their logarithm
 _DISTANCES = ("knn", "mahalanobis_pp", "mahalanobis_pp_layers")
 TERMS = ("gen", *_DISTANCES)
+# tensor of a file with the combined score, see ``make_bank``
+BANK = "bank"
 # power and number of classes of GEN, as in its paper
 _GEN_POWER, _GEN_CLASSES = 0.1, 100
 
@@ -168,7 +170,7 @@ class CombinedParts:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "CombinedParts":
-        """Read what ``to_tensors`` returned.
+        """Read what ``to_tensors`` returned; other tensors are ignored.
 
         Raises:
             KeyError, ValueError, TypeError: Something is missing or has another form.
@@ -223,25 +225,60 @@ def generalized_entropy(logits: Tensor) -> Tensor:
     return (_GEN_POWER * (log_p + log_rest)[:, :_GEN_CLASSES]).exp().sum(dim=1)
 
 
+class KnnDistance(nn.Module):
+    """Distance of unit-length features to the k-th nearest of a bank, for ``evaluate`` as well.
+
+    Args:
+        bank: ``(N, D)`` float16, see ``make_bank``.
+    """
+
+    bank: Tensor
+    offset: Tensor
+
+    def __init__(self, bank: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bank", bank.float())
+        # rounded rows are not exactly of unit length
+        self.register_buffer("offset", self.bank.square().sum(dim=1) / -2, persistent=False)
+
+    def forward(self, features: Tensor, neighbours: int) -> Tensor:
+        """Return the distance ``(B,)`` float32.
+
+        Args:
+            features: ``(B, D)``.
+            neighbours: k; at most N counts.
+        """
+        unit = functional.normalize(features.float())
+        # descending as distances ascend
+        similarity = torch.addmm(self.offset, unit, self.bank.T)
+        found = similarity.topk(min(neighbours, len(self.bank)), dim=1).indices[:, -1]
+        # the root of 2 - 2 * similarity would lose the digits of a small distance
+        distance: Tensor = torch.linalg.vector_norm(unit - self.bank[found], dim=1)
+        return distance
+
+
+def make_bank(features: Tensor) -> Tensor:
+    """Return ``(N, D)`` features as the kNN distance searches them: unit length, in float16."""
+    return functional.normalize(features.float()).half()
+
+
 class CombinedScorer(Scorer):
     """The combined score of images, in PyTorch: on any device, and it can be exported.
 
     Args:
         parts: What was fitted.
-        features: ``(N, D)`` float32 features of all ID training images.
+        bank: ``(N, D)`` float16 features of ID training images, see ``make_bank``.
     """
 
     kind = "combined"
-    bank: Tensor
     mean: Tensor
     std: Tensor
 
-    def __init__(self, parts: CombinedParts, features: Tensor) -> None:
+    def __init__(self, parts: CombinedParts, bank: Tensor) -> None:
         super().__init__()
         self.parts = parts
         self.layers, self.weight = parts.layers, parts.combination.weight
-        self.neighbours = min(parts.neighbours, len(features))
-        self.register_buffer("bank", functional.normalize(features.float()))
+        self.knn_distance = KnnDistance(bank)
         self.register_buffer("mean", torch.from_numpy(parts.combination.standardization.mean))
         self.register_buffer("std", torch.from_numpy(parts.combination.standardization.std))
         self.mahalanobis, self.of_layers = parts.mahalanobis, parts.of_layers
@@ -249,7 +286,8 @@ class CombinedScorer(Scorer):
     def forward(self, output: "Output", learned: Tensor) -> Tensor:
         """Return the score ``(B,)`` float32."""
         features = output.features
-        distances = [self._knn_distance(features), self.mahalanobis(features)]
+        knn_distance = self.knn_distance(features, self.parts.neighbours)
+        distances = [knn_distance, self.mahalanobis(features)]
         if self.of_layers is not None:
             means = [output.maps[number].double().mean(dim=(2, 3)) for number in self.layers]
             distances.append(self.of_layers(join_layers(features, means)))
@@ -258,12 +296,3 @@ class CombinedScorer(Scorer):
         terms = (terms - self.mean) / self.std
         total: Tensor = terms[:, :-1].sum(dim=1) + self.weight * terms[:, -1]
         return total.float()
-
-    def _knn_distance(self, features: Tensor) -> Tensor:
-        """Return the distance to the k-th nearest ID training image at unit length, ``(B,)``."""
-        unit = functional.normalize(features.float())
-        nearest = (unit @ self.bank.T).topk(self.neighbours, dim=1).indices
-        # 2 - 2 * similarity would lose the digits of a small distance
-        differences = unit[:, None] - self.bank[nearest]
-        distance: Tensor = torch.linalg.vector_norm(differences, dim=2).amax(dim=1)
-        return distance

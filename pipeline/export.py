@@ -205,7 +205,7 @@ def _to_onnx(detector: HeatmapDetector, metadata: dict[str, str]) -> bytes:
         raise OodHeatmapError(
             f"{error.name} is not installed: pip install 'ood-heatmap[export]'."
         ) from None
-    networks = (detector.classifier, detector.decoder)
+    networks = (detector.classifier, detector.decoder, detector.scorer)
     num_bytes = sum(
         values.nbytes for network in networks for values in network.state_dict().values()
     )

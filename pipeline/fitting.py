@@ -20,17 +20,36 @@ _Int64 = NDArray[np.int64]
 
 # maximum number of ID images, and of OOD images, that methods are fitted on
 _MAX_FIT = 50_000
+# maximum number of ID images that the kNN score searches
+_MAX_BANK = 50_000
 # cached rows whose feature maps are in memory at once
 _ROWS_PER_CHUNK = 256
 # relative difference below which spatial means are the features
 _SAME = 0.01
 
 
+def bank_rows(index: Index, seed: int) -> _Int64:
+    """Return the positions of the ID images that the kNN score searches, ascending.
+
+    A sample tells OOD images as well as all images do, if k is in proportion.
+
+    Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, ICML 2022.
+    """
+    return sample(np.arange(index.results.num_images), seed, _MAX_BANK)
+
+
+def _bank_counts(index: Index, seed: int) -> list[int]:
+    """Return the number of these images that are predicted as each class."""
+    prediction = index.columns["prediction"].take(bank_rows(index, seed))
+    counts: list[int] = np.bincount(prediction, minlength=index.results.num_classes).tolist()
+    return counts
+
+
 def num_neighbours(index: Index, config: EvaluateConfig) -> int:
-    """Return k of the kNN score: the setting, or chosen from the class sizes."""
+    """Return k of the kNN score: the setting, or chosen from the class sizes in the bank."""
     if config.neighbours is None:
-        return choose_neighbours(index.results.class_counts)
-    return min(config.neighbours, index.results.num_images)
+        return choose_neighbours(_bank_counts(index, config.seed))
+    return min(config.neighbours, index.results.num_images, _MAX_BANK)
 
 
 def fit_data(
@@ -150,7 +169,7 @@ def check_methods(index: Index, targets: Targets, config: EvaluateConfig) -> lis
         min(num_images, _MAX_FIT),
         targets.results.num_images,
         num_neighbours(index, config),
-        index.results.class_counts,
+        _bank_counts(index, config.seed),
     )
 
 

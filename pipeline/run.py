@@ -26,7 +26,7 @@ from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.cache.stamps import check_unstamped, current_stamps
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
-from ood_heatmap.combined import CombinedParts, CombinedScorer
+from ood_heatmap.combined import BANK, CombinedParts, CombinedScorer, make_bank
 from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
@@ -545,8 +545,8 @@ def load_detector(
     torch_device = choose_device(device)
     trained = open_decoder(run, index.manifest, torch_device)
     calibration = _open_calibration(run, trained.manifest)
-    parts = _open_combination(run) if calibration is not None else None
-    detector = make_detector(index, trained, torch_device, parts)
+    scorer = _open_combination(run) if calibration is not None else None
+    detector = make_detector(index, trained, torch_device, scorer)
     if calibration is not None:
         fitted, level = calibration
         return detector.calibrated(fitted, level if false_alarm is None else false_alarm)
@@ -576,7 +576,7 @@ def make_detector(
     index: Index,
     trained: TrainedDecoder,
     device: torch.device,
-    parts: CombinedParts | None = None,
+    scorer: CombinedScorer | None = None,
 ) -> HeatmapDetector:
     """Make the uncalibrated detector of an opened index and decoder.
 
@@ -584,13 +584,12 @@ def make_detector(
         index: The index.
         trained: The decoder.
         device: Device of both.
-        parts: Of the combined score; None for the score of the decoder.
+        scorer: The combined score; None for the score of the decoder.
     """
-    num_maps, scorer = len(trained.decoder.config.map_shapes), None
-    if parts is not None:
-        num_maps = max(num_maps, *(number + 1 for number in (-1, *parts.layers)))
-        features = torch.from_numpy(open_index(index.run).columns["features"].read())
-        scorer = CombinedScorer(parts, features).to(device)
+    num_maps = len(trained.decoder.config.map_shapes)
+    if scorer is not None:
+        num_maps = max(num_maps, *(number + 1 for number in (-1, *scorer.layers)))
+        scorer.to(device)
     return HeatmapDetector(
         index.classifier(device, num_maps=num_maps),
         trained.decoder,
@@ -601,8 +600,10 @@ def make_detector(
     )
 
 
-def _open_combination(run: Path) -> CombinedParts | None:
+def _open_combination(run: Path) -> CombinedScorer | None:
     """Load the combined score of an evaluated run; None if an earlier version evaluated it.
+
+    A later one stored no bank: it searched the features of all ID training images.
 
     Raises:
         DamagedCacheError: The evaluation's manifest or the file is damaged.
@@ -613,10 +614,15 @@ def _open_combination(run: Path) -> CombinedParts | None:
     content = read_file(run, manifest, COMBINATION)
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return CombinedParts.from_tensors(load(content), header["__metadata__"])
+        tensors = load(content)
+        parts = CombinedParts.from_tensors(tensors, header["__metadata__"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         path = run / "evaluation" / COMBINATION
         raise DamagedCacheError(f"{path} is damaged ({error}). Evaluate again.") from error
+    if BANK in tensors:
+        return CombinedScorer(parts, tensors[BANK])
+    features = open_index(run).columns["features"].read()
+    return CombinedScorer(parts, make_bank(torch.from_numpy(features)))
 
 
 def _open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:

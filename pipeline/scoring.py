@@ -18,7 +18,7 @@ from ood_heatmap.baselines import Outputs, Score, ScoreInputs, fit_methods
 from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
-from ood_heatmap.combined import Combination, CombinedParts
+from ood_heatmap.combined import BANK, Combination, CombinedParts, KnnDistance, make_bank
 from ood_heatmap.detector import HeatmapDetector, decode
 from ood_heatmap.distances import TERMS, Standardization, three_terms
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
@@ -28,7 +28,13 @@ from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.images import ImageSet, Transform, relabel
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.embed import Embedded, embed
-from ood_heatmap.pipeline.fitting import fit_data, num_neighbours, sample, to_outputs
+from ood_heatmap.pipeline.fitting import (
+    bank_rows,
+    fit_data,
+    num_neighbours,
+    sample,
+    to_outputs,
+)
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.mixtures import mix
@@ -180,6 +186,7 @@ class DetectionMethods:
         classifier: The classifier; returns all feature maps of the index.
         index: Index of the run.
         id_features: Features of all ID training images, searched at unit length.
+        knn_distance: Of the images that the kNN score searches.
         by_name: The fitted methods.
         neighbours: k of the kNN score.
         config: Settings of the stage.
@@ -189,6 +196,7 @@ class DetectionMethods:
     classifier: Classifier
     index: Index
     id_features: FlatBank
+    knn_distance: KnnDistance
     by_name: Mapping[str, Score]
     neighbours: int
     config: EvaluateConfig
@@ -201,7 +209,6 @@ class DetectionMethods:
             labels: ``(B,)`` classes, -1 where unknown.
         """
         heatmap_scores, max_pixel_score = self._decode(embedded)
-        distance, positions = self.id_features.search(embedded.features, self.neighbours)
         outputs = to_outputs(
             embedded.features,
             embedded.prediction,
@@ -209,9 +216,10 @@ class DetectionMethods:
             self.classifier.map_shapes,
             self._num_maps,
         )
-        inputs = ScoreInputs(outputs, embedded.logits, distance[:, -1])
+        distance = self._knn_distances(embedded.features, self.neighbours)
+        inputs = ScoreInputs(outputs, embedded.logits, distance)
         scores = {name: method(inputs) for name, method in self.by_name.items()}
-        nearest = positions[:, 0]
+        nearest = self.id_features.search(embedded.features, k=1)[1][:, 0]
         return ScoredSet(
             {**heatmap_scores, **scores},
             max_pixel_score=max_pixel_score,
@@ -232,15 +240,15 @@ class DetectionMethods:
 
         The nearest neighbour of an image in the bank is itself: one more is searched.
         """
-        rows = self.index.columns["features"]
-        chosen = sample(np.arange(len(rows)), self.config.seed, _MAX_REFERENCE)
-        features = rows.take(chosen)
-        distance, _ = self.id_features.search(features, self.neighbours + 1)
+        seed = self.config.seed
+        chosen = sample(bank_rows(self.index, seed), seed, _MAX_REFERENCE)
+        features = self.index.columns["features"].take(chosen)
         head = copy.deepcopy(self.classifier.last_layer()).cpu()
         with torch.inference_mode():
             logits = head(torch.from_numpy(features)).numpy()
         outputs = Outputs(features, logits.argmax(axis=1), (), features[:, :0])
-        inputs = ScoreInputs(outputs, logits, distance[:, -1])
+        distance = self._knn_distances(features, self.neighbours + 1)
+        inputs = ScoreInputs(outputs, logits, distance)
         return {name: self.by_name[name](inputs) for name in TERMS}
 
     def add_sum(self, scored: ScoredSet, held_out: ScoredSet | None) -> ScoredSet:
@@ -254,6 +262,19 @@ class DetectionMethods:
     def _num_maps(self) -> int:
         """Number of feature maps that the decoders use."""
         return len(self.detectors[0].decoder.config.map_shapes)
+
+    @torch.inference_mode()
+    def _knn_distances(self, features: _Float32, neighbours: int) -> _Float32:
+        """Return the kNN distances of features ``(B, D)``, as the detector computes them."""
+        device, size = self.knn_distance.bank.device, self.config.batch_size
+        found = [
+            self.knn_distance(
+                torch.from_numpy(features[start : start + size]).to(device), neighbours
+            )
+            for start in range(0, len(features), size)
+        ]
+        distances: _Float32 = torch.cat(found).cpu().numpy()
+        return distances
 
     def _decode(self, embedded: Embedded) -> tuple[dict[str, _Float32], _Float32]:
         """Return the image scores of each decoder, and the maximum pixel scores of the run's."""
@@ -313,11 +334,13 @@ def make_detection_methods(
     fitted = None
     if is_main():
         fitted = fit_methods(fit_data(index, targets, classifier, num_maps, config.seed))
+    bank = index.columns["features"].take(bank_rows(index, config.seed))
     return DetectionMethods(
         detectors,
         classifier,
         index,
         FlatBank(index.columns["features"], unit_length, classifier.device),
+        KnnDistance(make_bank(torch.from_numpy(bank))).to(classifier.device),
         broadcast(fitted),
         num_neighbours(index, config),
         config,
@@ -446,5 +469,6 @@ def _save_combination(stage: Stage, combination: Combination, methods: Detection
     of_layers, layers = fitted.get("mahalanobis_pp_layers", (None, ()))
     parts = CombinedParts(combination, methods.neighbours, mahalanobis, tuple(layers), of_layers)
     tensors, metadata = parts.to_tensors()
+    tensors[BANK] = methods.knn_distance.bank.half().cpu()
     with stage.writing(COMBINATION) as scratch:
         scratch.write_bytes(save(tensors, metadata))

@@ -8,7 +8,15 @@ from sklearn.metrics import roc_auc_score
 
 from ood_heatmap.baselines import gen
 from ood_heatmap.classifier import Output
-from ood_heatmap.combined import TERMS, WEIGHTS, Combination, CombinedParts, CombinedScorer
+from ood_heatmap.combined import (
+    TERMS,
+    WEIGHTS,
+    Combination,
+    CombinedParts,
+    CombinedScorer,
+    KnnDistance,
+    make_bank,
+)
 from ood_heatmap.distances import Mahalanobis
 
 
@@ -82,6 +90,31 @@ def test_a_distance_of_zero_is_not_minus_infinity():
     assert np.isfinite(Combination.fit(held_out, held_out, "heatmap")(held_out)).all()
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    wide = rows.astype(np.float64)
+    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+
+
+def kth_distance(queries: np.ndarray, features: np.ndarray, k: int) -> np.ndarray:
+    """Return the kNN distance by brute force, in float64 but for the rounding of the bank."""
+    bank = unit(features).astype(np.float16).astype(np.float64)
+    return np.sort(np.linalg.norm(unit(queries)[:, None] - bank, axis=2), axis=1)[:, k - 1]
+
+
+@pytest.mark.parametrize("k", [1, 3, 50, 200])
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_the_knn_distance_is_that_of_brute_force(k, spread):
+    generator = np.random.default_rng(k)
+    features, queries = (
+        (1 + spread * generator.normal(size=(count, 64))).astype(np.float32) for count in (50, 30)
+    )
+    found = KnnDistance(make_bank(torch.from_numpy(features)))(torch.from_numpy(queries), k)
+    assert found.dtype == torch.float32
+    wanted = kth_distance(queries, features, min(k, 50))
+    # of two whose squared distances differ by float32 rounding, either may be the k-th
+    np.testing.assert_allclose(found.numpy() ** 2, wanted**2, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("with_layers", [False, True])
 def test_the_detectors_score_is_that_of_the_table(with_layers):
     """The same from tensors, after a round trip through a file, as from the scores by name."""
@@ -103,14 +136,9 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
         queries = generator.normal(size=(count, 8)).astype(np.float32)
         logits = generator.normal(size=(count, 3)).astype(np.float32)
         other = generator.normal(size=(count, 5, 3, 3)).astype(np.float32)
-        bank, unit = (
-            item.astype(float) / np.linalg.norm(item.astype(float), axis=1, keepdims=True)
-            for item in (features, queries)
-        )
-        distance = np.linalg.norm(unit[:, None] - bank, axis=2)
         scores = {
             "gen": gen(logits),
-            "knn": np.sort(distance, axis=1)[:, 3].astype(np.float32),
+            "knn": kth_distance(queries, features, 4).astype(np.float32),
             "mahalanobis_pp": near(torch.from_numpy(queries)).float().numpy(),
             "heatmap": generator.normal(size=count).astype(np.float32),
         }
@@ -130,10 +158,10 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
     restored = CombinedParts.from_tensors(again, metadata)
     for name, item in restored.to_tensors()[0].items():
         assert torch.equal(item, tensors[name])
-    scorer = CombinedScorer(restored, torch.from_numpy(features))
+    scorer = CombinedScorer(restored, make_bank(torch.from_numpy(features)))
     output, scores = by_name(20)
     found = scorer(output, torch.from_numpy(scores["heatmap"])).numpy()
-    np.testing.assert_allclose(found, combination(scores), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, combination(scores), rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_tensor_is_named():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import beta
 from sklearn.covariance import ledoit_wolf
@@ -24,6 +25,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from ood_heatmap import __version__
 from ood_heatmap.baselines import METHODS as BASELINES
 from ood_heatmap.baselines import Score, choose_neighbours, fit_methods
+from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.cache.neighbours import unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
@@ -32,7 +34,8 @@ from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distances import Mahalanobis
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.metrics import METRICS
-from ood_heatmap.pipeline import scoring
+from ood_heatmap.pipeline import fitting, scoring
+from ood_heatmap.pipeline import run as run_module
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.fitting import fit_data
@@ -107,6 +110,7 @@ def test_scores_are_those_of_the_detector_on_the_images_themselves(data, finishe
     paths = sorted((data / "far").iterdir())
     result = HeatmapDetector.load(finished_run, "cpu")([Image.open(path) for path in paths])
     saved = scores(finished_run, "far")
+    # feature maps are averaged in float16, and divided by the deviations of only 3 images
     np.testing.assert_allclose(saved["combined"], result.score, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(saved["prediction"], result.prediction)
 
@@ -204,12 +208,15 @@ def test_the_sum_of_three_is_standardised_on_held_out_images(finished_run, name)
     np.testing.assert_allclose(saved["sum"], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_without_held_out_images_id_training_images_stand_in(data, run):
-    """Each without itself among its neighbours."""
+def test_without_held_out_images_id_training_images_stand_in(data, run, monkeypatch):
+    """Those that the kNN score searches, each without itself among its neighbours."""
+    monkeypatch.setattr(fitting, "_MAX_BANK", 30)
     config = replace(CONFIG, calibration_share=0, overwrite=True)
     evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config)
     with h5py.File(run / "index" / "images-00000.h5") as file:
         features, label = file["features"][...], file["label"][...]
+    mahalanobis = Mahalanobis.fit_unit(features, label)
+    features = features[np.random.default_rng(config.seed).choice(80, 30, replace=False)]
     last = HeatmapDetector.load(run, "cpu").classifier.last_layer()
     logits = last(torch.from_numpy(features)).detach().numpy()
     distance = np.linalg.norm(unit(features)[:, None] - unit(features), axis=2)
@@ -217,7 +224,7 @@ def test_without_held_out_images_id_training_images_stand_in(data, run):
     reference = {
         "max_logit": -logits.max(axis=1),
         "knn": np.sort(distance, axis=1)[:, CONFIG.neighbours - 1],
-        "mahalanobis_pp": Mahalanobis.fit_unit(features, label)(torch.from_numpy(features)).numpy(),
+        "mahalanobis_pp": mahalanobis(torch.from_numpy(features)).numpy(),
     }
     saved = scores(run, "far")
     np.testing.assert_allclose(
@@ -312,11 +319,58 @@ def test_k_is_stored_and_is_what_the_scores_were_made_with(data, run, neighbours
     pixels = torch.from_numpy(np.stack([transform(Image.open(path)) for path in paths]))
     queries = unit_length(detector.classifier(pixels).features.numpy())
     distance = np.sort(np.linalg.norm(queries[:, None] - bank, axis=2), axis=1)[:, wanted - 1]
-    np.testing.assert_allclose(scores(run, "far")["knn"], distance, atol=1e-3)
+    # the bank is in float16
+    np.testing.assert_allclose(scores(run, "far")["knn"], distance, rtol=1e-3, atol=1e-3)
     counts = index.results.class_counts
     too_small = [count for count in counts if 0 < count <= wanted]
     warned = any(text.startswith("knn: ") for text in results["warnings"])
     assert warned == (len(too_small) > 0.1 * len(counts) and wanted > 1)
+
+
+def test_the_knn_score_searches_a_sample_for_which_k_is_chosen(data, run, monkeypatch):
+    """By brute force in float64; the detector reads the sample, and no feature of the index."""
+    monkeypatch.setattr(fitting, "_MAX_BANK", 30)
+    config = replace(CONFIG, neighbours=None, overwrite=True)
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config)
+    index, saved = open_index(run), scores(run, "far")
+    drawn = np.sort(np.random.default_rng(config.seed).choice(80, 30, replace=False))
+    features, prediction = (
+        index.columns[name].read()[drawn] for name in ("features", "prediction")
+    )
+    k = choose_neighbours(np.bincount(prediction).tolist())
+    assert k == table(run)[0]["methods"]["knn"]["neighbours"]
+    assert k < choose_neighbours(index.results.class_counts)
+    bank = load_file(run / "evaluation" / "combination.safetensors")["bank"]
+    assert bank.dtype == torch.float16
+    np.testing.assert_allclose(bank.double(), unit(features), rtol=1e-3, atol=1e-7)
+    monkeypatch.setattr(run_module, "open_index", None)
+    detector = HeatmapDetector.load(run, "cpu")
+    images = [Image.open(path) for path in sorted((data / "far").iterdir())]
+    pixels = np.stack([detector.transform(image) for image in images])
+    result, output = detector.detect(pixels)
+    queries = unit(output.features.numpy().astype(np.float64))
+    distance = np.linalg.norm(queries[:, None] - bank.double().numpy(), axis=2)
+    np.testing.assert_allclose(saved["knn"], np.sort(distance, axis=1)[:, k - 1], rtol=1e-4)
+    np.testing.assert_allclose(saved["combined"], result.score, rtol=1e-3, atol=1e-3)
+    # a picture's nearest ID image is one of all
+    assert not set(saved["nearest"]) <= set(drawn)
+
+
+def test_a_run_evaluated_without_a_bank_searches_all_id_images(data, run):
+    path = run / "evaluation" / "combination.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    bank = tensors.pop("bank")
+    save_file(tensors, path, metadata)
+    manifest = read_manifest(run, "evaluation")
+    files = {**manifest.files, path.name: FileRecord.from_file(path)}
+    write_manifest(run / "evaluation", replace(manifest, files=files))
+    detector = HeatmapDetector.load(run, "cpu")
+    np.testing.assert_array_equal(detector.scorer.state_dict()["knn_distance.bank"], bank.float())
+    images = [Image.open(path) for path in sorted((data / "far").iterdir())]
+    wanted = scores(run, "far")["combined"]
+    np.testing.assert_allclose(detector(images).score, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_method_that_is_computed_is_shown(finished_run):
