@@ -44,6 +44,8 @@ _Float64: TypeAlias = NDArray[np.float64]
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 # AUROC of mixtures that the learned score may cost
 _MAX_LOSS = 0.01
+# log-odds that a heatmap shows at most, for these quantiles of held-out ID scores
+_QUANTILES, _LEVELS = (0.5, 0.95), (-3.0, 0.0)
 # names of the scores that are added, as in ``baselines.METHODS``; those of distances count with
 # their logarithm
 _DISTANCES = ("knn", "mahalanobis_pp", "mahalanobis_pp_layers")
@@ -62,6 +64,7 @@ class Combination:
         names: Names of the added scores, some of ``TERMS``, and last of the learned score.
         standardization: Of each term over held-out ID images.
         weight: Weight of the learned score.
+        anchors: Median and 95 % quantile of the score over held-out ID images.
         mixture_auroc: AUROC of mixtures against held-out ID images for each of ``WEIGHTS``; empty
             if there were none.
     """
@@ -69,6 +72,7 @@ class Combination:
     names: tuple[str, ...]
     standardization: Standardization
     weight: float
+    anchors: tuple[float, float]
     mixture_auroc: tuple[float, ...] = ()
 
     @staticmethod
@@ -85,16 +89,18 @@ class Combination:
         """
         names = (*(name for name in TERMS if name in held_out), learned)
         standardization = Standardization.fit(_stack(held_out, names))
+        terms = standardization(_stack(held_out, names))
         if mixtures is None:
-            return Combination(names, standardization, WEIGHTS[1])
-        terms, mixed = (standardization(_stack(item, names)) for item in (held_out, mixtures))
+            return Combination(names, standardization, WEIGHTS[1], _anchors(terms, WEIGHTS[1]))
+        mixed = standardization(_stack(mixtures, names))
         auroc = [_auroc(_add(terms, weight), _add(mixed, weight)) for weight in WEIGHTS]
         allowed = [
             weight
             for weight, found in zip(WEIGHTS, auroc, strict=True)
             if found >= auroc[0] - _MAX_LOSS
         ]
-        return Combination(names, standardization, max(allowed), tuple(auroc))
+        weight = max(allowed)
+        return Combination(names, standardization, weight, _anchors(terms, weight), tuple(auroc))
 
     def found(self) -> tuple[float, float]:
         """Return the AUROC of mixtures with the chosen weight and with 0; NaN without mixtures."""
@@ -106,6 +112,17 @@ class Combination:
         """Return the score ``(B,)`` of images from their scores by name; larger is more OOD."""
         terms = self.standardization(_stack(scores, self.names))
         return np.asarray(_add(terms, self.weight), np.float32)
+
+    def level(self, score: Tensor) -> Tensor:
+        """Return the log-odds ``(B,)`` that the heatmaps of images with these scores show at most.
+
+        Linear in the score: -3 (5 %) at the median of held-out ID images, and 0 (50 %) at the score
+        that 5 % of them exceed.
+        """
+        (median, high), (at_median, at_high) = self.anchors, _LEVELS
+        # equal scores of all held-out images: no scale is known
+        slope = (at_high - at_median) / (high - median) if high > median else 1.0
+        return at_high + slope * (score - high)
 
 
 def _stack(scores: Mapping[str, _Float32], names: Sequence[str]) -> _Float64:
@@ -120,6 +137,12 @@ def _stack(scores: Mapping[str, _Float32], names: Sequence[str]) -> _Float64:
 def _add(terms: _Float64, weight: float) -> _Float64:
     """Return the sum of standardised terms, ``(B,)``; the last has the weight."""
     return np.asarray(terms[:, :-1].sum(axis=1) + weight * terms[:, -1])
+
+
+def _anchors(terms: _Float64, weight: float) -> tuple[float, float]:
+    """Return the quantiles of the score that a heatmap's level is anchored at."""
+    median, high = np.quantile(_add(terms, weight), _QUANTILES)
+    return float(median), float(high)
 
 
 def _auroc(negative: _Float64, positive: _Float64) -> float:
@@ -160,6 +183,7 @@ class CombinedParts:
         about = {
             "names": self.combination.names,
             "weight": self.combination.weight,
+            "anchors": self.combination.anchors,
             "mixture_auroc": self.combination.mixture_auroc,
             "neighbours": self.neighbours,
             "layers": self.layers,
@@ -180,6 +204,7 @@ class CombinedParts:
             tuple(map(str, about["names"])),
             Standardization(*(tensors[name].double().numpy() for name in ("mean", "std"))),
             float(about["weight"]),
+            (float(about["anchors"][0]), float(about["anchors"][1])),
             tuple(map(float, about["mixture_auroc"])),
         )
         layers = tuple(map(int, about["layers"]))
@@ -296,3 +321,7 @@ class CombinedScorer(Scorer):
         terms = (terms - self.mean) / self.std
         total: Tensor = terms[:, :-1].sum(dim=1) + self.weight * terms[:, -1]
         return total.float()
+
+    def level(self, score: Tensor) -> Tensor:
+        """Return the level of heatmaps, ``(B,)``: see ``Combination.level``."""
+        return self.parts.combination.level(score)

@@ -136,6 +136,8 @@ class Decoder(nn.Module):
     """
 
     feature_range: Tensor
+    # whether the largest pixel of a heatmap is the level of its image, as a probability
+    has_level = False
 
     def __init__(
         self,
@@ -158,7 +160,7 @@ class Decoder(nn.Module):
     def detect(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Return heatmaps and image scores.
+        """Return what ``heatmap`` makes heatmaps of, and image scores.
 
         Args:
             features: ``(B, D)`` float32.
@@ -171,6 +173,15 @@ class Decoder(nn.Module):
         """
         heatmap = self(features, prediction, maps).float()
         return heatmap, score(heatmap)
+
+    def heatmap(self, places: Tensor, level: Tensor) -> Tensor:
+        """Return heatmaps ``(B, num_channels, size, size)``.
+
+        Args:
+            places: The first output of ``detect``.
+            level: ``(B,)`` log-odds that an image is OOD; for decoders with ``has_level``.
+        """
+        return places
 
     def place_scores(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()

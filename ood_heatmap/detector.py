@@ -294,8 +294,7 @@ class HeatmapDetector:
     def _decode(self, output: "Output") -> TensorResult:
         """Compute everything from the classifier's output, on its device."""
         confidence, prediction = output.logits.softmax(dim=1).max(dim=1)
-        heatmap, learned = decode(self.decoder, output, prediction)
-        scores: Tensor = self.scorer(output, learned)
+        heatmap, scores = decode(self.decoder, self.scorer, output, prediction)
         on_host = scores.cpu().numpy()
         return TensorResult(
             score=scores,
@@ -341,9 +340,13 @@ def _rebuild(
     return detector.to(kind)
 
 
-def decode(decoder: "Decoder", output: "Output", prediction: Tensor) -> tuple[Tensor, Tensor]:
+def decode(
+    decoder: "Decoder", scorer: Scorer, output: "Output", prediction: Tensor
+) -> tuple[Tensor, Tensor]:
     """Compute heatmaps ``(B, C, H, W)`` and image scores ``(B,)`` from the classifier's output."""
     # rounded to float16, like the cached feature maps in training
     count = len(decoder.config.map_shapes)
     maps = [feature_map.half().float() for feature_map in output.maps[:count]]
-    return decoder.detect(output.features, prediction, maps)
+    places, learned = decoder.detect(output.features, prediction, maps)
+    score: Tensor = scorer(output, learned)
+    return decoder.heatmap(places, scorer.level(score)), score

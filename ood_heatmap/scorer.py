@@ -24,6 +24,13 @@ class Scorer(nn.Module):
         """
         raise NotImplementedError
 
+    def level(self, score: Tensor) -> Tensor:
+        """Return the log-odds ``(B,)`` that heatmaps show at most, from what ``forward`` returned.
+
+        Increases with the score.
+        """
+        return score
+
 
 class HeatmapScorer(Scorer):
     """The image score of the decoder."""

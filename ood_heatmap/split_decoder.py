@@ -70,14 +70,16 @@ class SplitDecoder(Decoder):
     largest; it is trained on the masks of ID images with a patch. Without a feature map it has
     nothing to see.
 
-    With the log-odds ``g`` of the image and ``s`` of its places, the heatmap is
-    ``sigmoid(g + s - log(mean(exp(s))))``: the presence of OOD content. The log-mean-exp of its
-    log-odds is ``g``, the score of the image, whatever the places are. How much the content differs
-    from the nearest ID image is a third output.
+    With the log-odds ``g`` of the image (its *level*, see ``Scorer.level``) and ``s`` of its
+    places, the heatmap is ``sigmoid(g + s - max(s))``: the presence of OOD content. Its largest
+    pixel says what the score of the image says, so an image is called OOD if and only if some of
+    its pixels are. How much the content differs from the nearest ID image is a third output.
 
     Source: Hendrycks et al., Deep Anomaly Detection with Outlier Exposure, ICLR 2019 (auxiliary OOD
         images).
     """
+
+    has_level = True
 
     def __init__(
         self,
@@ -161,10 +163,13 @@ class SplitDecoder(Decoder):
     def detect(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Return heatmaps ``(B, 1, size, size)`` in [0, 1] and the log-odds ``(B,)`` of images."""
+        """Return log-odds of pixels less their maximum, and the log-odds ``(B,)`` of images."""
         logits = self(features, prediction, maps)
-        level = logits.image[:, None, None, None]
-        return torch.sigmoid(level + relative(logits.place)), logits.image
+        return logits.place - logits.place.amax(dim=(1, 2, 3), keepdim=True), logits.image
+
+    def heatmap(self, places: Tensor, level: Tensor) -> Tensor:
+        """Return heatmaps ``(B, 1, size, size)`` in [0, 1]; their maximum is that of ``level``."""
+        return torch.sigmoid(level[:, None, None, None] + places)
 
     def place_scores(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()

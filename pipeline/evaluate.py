@@ -34,8 +34,11 @@ from ood_heatmap.pipeline.run import (
     Index,
     Targets,
     check_files,
+    make_detector,
+    open_decoder,
     open_index,
     open_targets,
+    read_combination,
     read_manifest,
 )
 from ood_heatmap.pipeline.schedule import source_hash
@@ -48,6 +51,7 @@ from ood_heatmap.pipeline.scoring import (
     DetectionMethods,
     ScoredSet,
     Subset,
+    add_combined,
     current_content,
     fit_combination,
     make_detection_methods,
@@ -132,7 +136,12 @@ def evaluate(
             scored |= _score_missing(stage, subsets, scored, methods)
         scored = {name: scored[name] for name in subsets}
         if is_main():
-            _publish(stage, scored, subsets, decoders, detectors[0], index, targets, config)
+            # its heatmaps have the level of the combined score
+            path = stage.directory / COMBINATION
+            scorer = read_combination(path) if HELD_OUT in scored else None
+            decoder = open_decoder(run, index.manifest, device)
+            detector = make_detector(index, decoder, device, scorer)
+            _publish(stage, scored, subsets, decoders, detector, index, targets, config)
             draw_page(run)
         barrier()
         return read_manifest(run, "evaluation")
@@ -149,6 +158,7 @@ def _score_missing(
     First the held-out images, on which the sums are standardised.
     """
     found: dict[str, ScoredSet] = {}
+    decoder = methods.detectors[0].decoder
     held_out, combination = scored.get(HELD_OUT), None
     if HELD_OUT in subsets:
         subset = subsets[HELD_OUT]
@@ -156,12 +166,14 @@ def _score_missing(
             held_out = score_set(stage, HELD_OUT, subset, methods, None)
         combination = fit_combination(stage, subset, held_out, methods)
         if HELD_OUT not in scored:
-            held_out = save_scores(stage, HELD_OUT, subset, held_out, combination)
+            combined = add_combined(held_out, combination, decoder)
+            held_out = save_scores(stage, HELD_OUT, subset, combined)
             found[HELD_OUT] = held_out
     for name, subset in subsets.items():
         if name not in scored and name != HELD_OUT:
             item = score_set(stage, name, subset, methods, held_out)
-            found[name] = save_scores(stage, name, subset, item, combination)
+            item = add_combined(item, combination, decoder)
+            found[name] = save_scores(stage, name, subset, item)
     return found
 
 

@@ -67,8 +67,7 @@ class _ExportedDetector(nn.Module):
         """
         output = self.classifier(images)
         prediction = output.logits.argmax(dim=1)
-        heatmap, learned = decode(self.decoder, output, prediction)
-        scores = self.scorer(output, learned)
+        heatmap, scores = decode(self.decoder, self.scorer, output, prediction)
         results = (scores, heatmap, prediction, self.p_value(scores))
         return dict(zip(_OUTPUTS, results, strict=True))
 

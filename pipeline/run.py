@@ -26,7 +26,7 @@ from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.cache.stamps import check_unstamped, current_stamps
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier
-from ood_heatmap.combined import BANK, CombinedParts, CombinedScorer, make_bank
+from ood_heatmap.combined import BANK, CombinedParts, CombinedScorer
 from ood_heatmap.decoder import Decoder, load_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
@@ -603,26 +603,35 @@ def make_detector(
 def _open_combination(run: Path) -> CombinedScorer | None:
     """Load the combined score of an evaluated run; None if an earlier version evaluated it.
 
-    A later one stored no bank: it searched the features of all ID training images.
-
     Raises:
         DamagedCacheError: The evaluation's manifest or the file is damaged.
     """
     manifest = read_manifest(run, "evaluation")
     if COMBINATION not in manifest.files:
         return None
-    content = read_file(run, manifest, COMBINATION)
+    return _parse_combination(
+        read_file(run, manifest, COMBINATION), run / "evaluation" / COMBINATION
+    )
+
+
+def read_combination(path: Path) -> CombinedScorer:
+    """Read the combined score that an unfinished evaluation has written."""
+    return _parse_combination(path.read_bytes(), path)
+
+
+def _parse_combination(content: bytes, path: Path) -> CombinedScorer:
+    """Parse the file of the combined score.
+
+    Raises:
+        DamagedCacheError: The file is damaged.
+    """
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         tensors = load(content)
         parts = CombinedParts.from_tensors(tensors, header["__metadata__"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        path = run / "evaluation" / COMBINATION
-        raise DamagedCacheError(f"{path} is damaged ({error}). Evaluate again.") from error
-    if BANK in tensors:
         return CombinedScorer(parts, tensors[BANK])
-    features = open_index(run).columns["features"].read()
-    return CombinedScorer(parts, make_bank(torch.from_numpy(features)))
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedCacheError(f"{path} is damaged ({error}). Evaluate again.") from error
 
 
 def _open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:

@@ -19,6 +19,7 @@ from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.combined import BANK, Combination, CombinedParts, KnnDistance, make_bank
+from ood_heatmap.decoder_base import Decoder
 from ood_heatmap.detector import HeatmapDetector, decode
 from ood_heatmap.distances import TERMS, Standardization, three_terms
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
@@ -87,7 +88,7 @@ class ScoredSet:
 
     Args:
         scores: ``(B,)`` float32 by method; larger is more OOD.
-        max_pixel_score: ``(B,)`` float32, the maximum pixel score of each heatmap.
+        max_pixel_score: ``(B,)`` float32, the maximum pixel score of the detector's heatmaps.
         prediction: ``(B,)`` int32 predicted class.
         label: ``(B,)`` int32 class, -1 where unknown.
         row: ``(B,)`` int64 rows of the set.
@@ -299,8 +300,12 @@ def _three_terms(scores: Mapping[str, _Float32]) -> NDArray[np.float64]:
 
 @torch.inference_mode()
 def _score_images(detector: HeatmapDetector, output: Output) -> tuple[_Float32, _Float32]:
-    """Return the mean and the maximum pixel score of each heatmap, which stays on the device."""
-    heatmap, scores = decode(detector.decoder, output, output.logits.argmax(dim=1))
+    """Return the score of each image and the maximum pixel score of its heatmap.
+
+    The heatmap stays on the device.
+    """
+    decoder, scorer = detector.decoder, detector.scorer
+    heatmap, scores = decode(decoder, scorer, output, output.logits.argmax(dim=1))
     pixels = pixel_score(heatmap)
     return scores.cpu().numpy(), pixels.amax(dim=(1, 2)).cpu().numpy()
 
@@ -422,12 +427,19 @@ def score_set(
     return scored
 
 
-def save_scores(
-    stage: Stage, name: str, subset: Subset, scored: ScoredSet, combination: Combination | None
-) -> ScoredSet:
-    """Write the scores of a set on rank 0, and return them, with the combined one if it exists."""
-    if combination is not None:
-        scored = replace(scored, scores={**scored.scores, COMBINED: combination(scored.scores)})
+def add_combined(scored: ScoredSet, combination: Combination | None, decoder: Decoder) -> ScoredSet:
+    """Return the scores of a set with the combined one, which sets the level of heatmaps."""
+    if combination is None:
+        return scored
+    total, max_pixel_score = combination(scored.scores), scored.max_pixel_score
+    if decoder.has_level:
+        max_pixel_score = combination.level(torch.from_numpy(total)).sigmoid().numpy()
+    scores = {**scored.scores, COMBINED: total}
+    return replace(scored, scores=scores, max_pixel_score=max_pixel_score)
+
+
+def save_scores(stage: Stage, name: str, subset: Subset, scored: ScoredSet) -> ScoredSet:
+    """Write the scores of a set on rank 0, and return them."""
     if is_main():
         source = source_hash(subset.images, subset.rows)
         with stage.writing(scores_name(name), source=source) as scratch:
@@ -446,7 +458,7 @@ def fit_combination(
         # mixtures are at the input size
         subset = Subset(images, np.arange(len(images)), (), Transform(transform.size))
         mixed = score_set(stage, MIXTURES, subset, methods, scored)
-        save_scores(stage, MIXTURES, subset, mixed, None)
+        save_scores(stage, MIXTURES, subset, mixed)
         mixtures = mixed.scores
     combination = Combination.fit(scored.scores, mixtures, HEATMAP)
     log.info(

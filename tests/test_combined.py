@@ -80,6 +80,18 @@ def test_a_learned_score_that_misses_the_style_of_id_images_counts_for_little():
     assert good.weight == 4
 
 
+def test_levels_are_anchored_at_quantiles_of_held_out_images():
+    held_out = scores(401, shifts(0, 0), 7)
+    combination = Combination.fit(held_out, scores(200, shifts(1, 1), 2), "heatmap")
+    total = by_the_formula(held_out, held_out, combination.weight)
+    median, high = np.sort(total)[[200, 380]]  # of 401: half, and 95 %, are below
+    wanted = 3 * (total - high) / (high - median)
+    found = combination.level(torch.from_numpy(total)).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    flat = Combination.fit({name: 0 * item + 1 for name, item in held_out.items()}, None, "heatmap")
+    assert flat.level(torch.tensor([0.0, 2.0])).tolist() == [0, 2]
+
+
 def test_without_mixtures_the_weight_is_the_smallest():
     assert Combination.fit(scores(50, shifts(0, 0), 7), None, "heatmap").weight == 0.25
 
