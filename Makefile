@@ -10,7 +10,7 @@ FAISS ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 demo: $(VENV)/installed
 	$(RUN)/ood-heatmap demo runs/demo
 
-test: $(VENV)/tested lint types
+test: $(VENV)/tested lint types docs
 	$(RUN)/python -m pytest
 
 lint: $(VENV)/tested
@@ -23,11 +23,11 @@ types: $(VENV)/tested
 	cp -r tests benchmarks build/types
 	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg ood_heatmap tests benchmarks
 
-# the manual, into site/; not part of `make test`, for it installs what nothing else needs
-docs: $(VENV)/installed
-	rm -rf build && $(RUN)/pip install --quiet --no-deps --target build/package .
-	$(RUN)/pip install --quiet --editable '.[docs]'
-	$(RUN)/mkdocs build --strict
+# the manual, into site/. Its reference reads a plain copy of the package, laid out as installed
+docs: $(VENV)/tested
+	rm -rf build/package && mkdir -p build/package && cp -r ood_heatmap build/package
+	cp -r cache pipeline build/package/ood_heatmap
+	$(RUN)/mkdocs build --quiet --strict
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
