@@ -20,10 +20,10 @@ lint: $(VENV)/tested
 # mypy cannot follow the import hook of an editable install: check a plain copy of the package
 types: $(VENV)/tested
 	rm -rf build && $(RUN)/pip install --quiet --no-deps --target build/types .
-	cp -r tests benchmarks build/types
-	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg ood_heatmap tests benchmarks
+	cp -r tests benchmarks docs build/types
+	cd build/types && $(CURDIR)/$(RUN)/mypy --config-file $(CURDIR)/setup.cfg ood_heatmap tests benchmarks docs
 
-# the manual, into site/. Its reference reads a plain copy of the package, laid out as installed
+# the manual, into site/; its notebook is run. The reference reads a copy of the package as installed
 docs: $(VENV)/tested
 	rm -rf build/package && mkdir -p build/package && cp -r ood_heatmap build/package
 	cp -r cache pipeline build/package/ood_heatmap
