@@ -513,8 +513,13 @@ def _count(decoder: Decoder) -> int:
 
 @torch.inference_mode()
 def _color_max(decoder: Decoder, data: TrainingSet) -> float:
-    """Return the top of the color scale: the 99th percentile over heatmaps of OOD images."""
+    """Return the top of the color scale: the 99th percentile over heatmaps of OOD images.
+
+    It is 1 if the largest pixel of a heatmap is a probability.
+    """
     decoder.eval()
+    if decoder.has_level:
+        return 1.0
     rows = data.num_id + np.linspace(0, len(data) - data.num_id - 1, 256).astype(np.int64)
     batch = read_batch(data, np.unique(rows), decoder.feature_range.device)
     maps = [item.float() for item in batch.maps]

@@ -89,7 +89,7 @@ def test_other_code_than_recorded_does_not_run(copied):
     [
         (lambda content: content[:-9], "not a bundle"),
         (lambda content: content[:-9] + b"x" * 9, "its checksum is another"),
-        (lambda content: content.replace(b'\\"color_max\\": 0', b'\\"color_max\\": 1'), "checksum"),
+        (lambda content: content.replace(b'\\"color_max\\": 1', b'\\"color_max\\": 2'), "checksum"),
         (lambda content: b"\x80\x04" + content, "not a bundle"),
         (lambda content: b"", "not a bundle"),
     ],

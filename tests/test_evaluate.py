@@ -375,6 +375,7 @@ def test_a_combined_score_without_a_bank_is_refused_with_the_way_out(run):
 def test_image_and_pixels_agree_on_what_is_ood(data, run):
     """By construction: the largest pixel of a heatmap says what the score of its image says."""
     detector = HeatmapDetector.load(run, "cpu", 0.4)
+    assert detector.color_max == 1
     for name in ("far", "ood", "test"):
         result = detector(sorted(map(str, (data / name).rglob("*.png"))))
         flagged = (result.pixel_score > detector.pixel_threshold).any(axis=(1, 2))
