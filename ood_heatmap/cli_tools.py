@@ -51,7 +51,6 @@ def predict(
     """
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.devices import keep_freed_memory
-    from ood_heatmap.pipeline.nearest import NearestImages
     from ood_heatmap.pipeline.predict import predict as predict_images
     from ood_heatmap.pipeline.predict_inputs import open_inputs
     from ood_heatmap.pipeline.result_folder import common_folder
@@ -67,7 +66,6 @@ def predict(
         config,
         image_set,
         root=common_folder(images, paths),
-        nearest=NearestImages(run) if config.nearest else None,
     )
     decided = f", {results.num_ood} of them OOD" if detector.decides else ""
     click.echo(f"{results.num_images} images{decided}, scores in {results.table}")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.errors import UsageError
 from ood_heatmap.images import Transform
+from ood_heatmap.nearest import IdImages, Nearest
 from ood_heatmap.pixels import ImageLike, Images, iter_pixels
-from ood_heatmap.result import Detection, Nearest, Result, Scale, TensorResult
+from ood_heatmap.result import Detection, Result, Scale, TensorResult
 from ood_heatmap.scorer import HeatmapScorer, Scorer
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 _BATCH_SIZE = 64
+# nearest ID images of an image at most
+_MAX_NEAREST = 5
 
 
 class HeatmapDetector:
@@ -53,6 +56,7 @@ class HeatmapDetector:
         calibration: Scores of held-out ID images; without it there are no decisions.
         false_alarm: Share of ID images that may be called OOD.
         fingerprint: Fingerprint of the decoder in its run; empty outside a run.
+        id_images: Finds the nearest ID training images; None without a run.
 
     Raises:
         UsageError: ``false_alarm`` is not between 0 and 1.
@@ -69,13 +73,14 @@ class HeatmapDetector:
         calibration: Calibration | None = None,
         false_alarm: float = 0.05,
         fingerprint: str = "",
+        id_images: IdImages | None = None,
     ) -> None:
         if not 0 < false_alarm < 1:
             raise UsageError(f"the false-alarm level must be between 0 and 1, got {false_alarm}.")
         self.classifier, self.decoder, self.scorer = classifier, decoder, scorer or HeatmapScorer()
         self.classes, self.color_max = tuple(classes), color_max
         self.calibration, self.false_alarm = calibration, false_alarm
-        self.fingerprint = fingerprint
+        self.fingerprint, self.id_images = fingerprint, id_images
         if calibration is not None and not self.decides:
             log.warning(
                 "no decisions: a false-alarm level of %g needs at least %d held-out ID images, the "
@@ -93,6 +98,7 @@ class HeatmapDetector:
             "calibration": self.calibration,
             "false_alarm": self.false_alarm,
             "fingerprint": self.fingerprint,
+            "id_images": self.id_images,
         }
         decoder = copy.deepcopy(self.decoder).cpu()
         return _rebuild, (self.classifier, decoder, arguments, str(self.device))
@@ -131,7 +137,7 @@ class HeatmapDetector:
         """
         # imported lazily: a detector in memory needs no code that reads run directories
         from ood_heatmap.in_memory import passing_network
-        from ood_heatmap.pipeline.run import load_detector
+        from ood_heatmap.pipeline.load import load_detector
         from ood_heatmap.user_code import trusting_code
 
         with trusting_code(trust_code), passing_network(network):
@@ -152,6 +158,7 @@ class HeatmapDetector:
             calibration=calibration,
             false_alarm=false_alarm,
             fingerprint=self.fingerprint,
+            id_images=self.id_images,
         )
 
     @property
@@ -202,6 +209,7 @@ class HeatmapDetector:
         batch_size: int = ...,
         normalized: bool = ...,
         output: Literal["numpy"] = ...,
+        nearest: int = ...,
     ) -> Result: ...
     @overload
     def __call__(
@@ -219,6 +227,7 @@ class HeatmapDetector:
         batch_size: int = _BATCH_SIZE,
         normalized: bool = False,
         output: Literal["numpy", "torch"] = "numpy",
+        nearest: int = 0,
     ) -> Result | TensorResult:
         """Detect OOD images of any size.
 
@@ -235,13 +244,17 @@ class HeatmapDetector:
                 loader yields them.
             output: ``numpy`` for arrays on the host, ``torch`` for tensors on the detector's
                 device.
+            nearest: Number of nearest ID training images to find for each image, at most 5. Needs
+                the run, and arrays as output.
 
         Raises:
-            UsageError: The type, dtype or shape is not supported, or there is no image.
+            UsageError: The type, dtype or shape is not supported, there is no image, or nearest ID
+                images are asked for that cannot be found.
             UnreadableImageError: A file cannot be read, or an image cannot be converted to RGB.
         """
         if output not in ("numpy", "torch"):
             raise UsageError(f"output must be 'numpy' or 'torch', got {output!r}.")
+        id_images = self._id_images(nearest, output)
         batches = iter_pixels(
             images,
             self.classifier.config,
@@ -250,9 +263,14 @@ class HeatmapDetector:
             keep_sources=output == "numpy",
         )
         results: list[TensorResult] = []
+        found: list[Nearest] = []
         sources: list[ImageLike] = []
         for batch in batches:
-            result = self._decode(self._classify(batch.pixels))
+            classified = self._classify(batch.pixels)
+            result = self._decode(classified)
+            if id_images is not None:
+                arrays = (classified.features.cpu().numpy(), result.prediction.cpu().numpy())
+                found.append(id_images.search(*arrays, nearest))
             # heatmaps of many images need not fit on a GPU
             results.append(result.to("cpu") if output == "numpy" else result)
             sources += batch.sources
@@ -260,8 +278,26 @@ class HeatmapDetector:
         if output == "torch":
             return joined
         return joined.to_numpy(
-            scale=self.scale, images=sources, is_transformed=batch.is_transformed
+            scale=self.scale,
+            images=sources,
+            is_transformed=batch.is_transformed,
+            nearest=Nearest.concatenate(found) if found else None,
         )
+
+    def _id_images(self, nearest: int, output: str) -> IdImages | None:
+        """Return what finds nearest ID images, if any are asked for."""
+        if not 0 <= nearest <= _MAX_NEAREST:
+            raise UsageError(f"nearest must be 0 to {_MAX_NEAREST}, got {nearest}.")
+        if not nearest:
+            return None
+        if self.id_images is None:
+            raise UsageError(
+                "nearest= needs ID images, and neither a bundle nor a detector made in memory has "
+                "any: load the detector from its run directory."
+            )
+        if output != "numpy":
+            raise UsageError("nearest= needs output='numpy'.")
+        return self.id_images
 
     def detect(self, pixels: NDArray[np.uint8]) -> "tuple[Result, Output]":
         """Detect OOD images in uint8 ``(B, 3, H, W)`` at the classifier's input size.

@@ -14,6 +14,7 @@ from torch import Tensor
 from ood_heatmap.errors import UsageError
 from ood_heatmap.heatmap import pixel_score
 from ood_heatmap.images import Transform
+from ood_heatmap.nearest import Nearest, Selection
 from ood_heatmap.pixels import ImageLike, source_name, to_picture
 
 if TYPE_CHECKING:
@@ -21,25 +22,6 @@ if TYPE_CHECKING:
 
     # drawing needs matplotlib's fonts, and is imported where it is called
     from ood_heatmap.pictures import ColorScale
-
-_Selection = slice | Sequence[int] | Sequence[bool] | NDArray[np.bool_] | NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The nearest ID training images of B images, in the classifier's feature space.
-
-    Args:
-        row: ``(B, K)`` int64 rows of the ID training set, nearest first; they have the predicted
-            class of the image, unless no ID image has.
-        distance: ``(B, K)`` float64 Euclidean distances of the features.
-    """
-
-    row: NDArray[np.int64]
-    distance: NDArray[np.float64]
-
-    def __getitem__(self, selected: _Selection) -> "Nearest":
-        return Nearest(self.row[selected], self.distance[selected])
 
 
 @dataclass(frozen=True)
@@ -194,8 +176,8 @@ class Result:
     @overload
     def __getitem__(self, selected: int) -> Detection: ...
     @overload
-    def __getitem__(self, selected: _Selection) -> "Result": ...
-    def __getitem__(self, selected: int | _Selection) -> "Detection | Result":
+    def __getitem__(self, selected: Selection) -> "Result": ...
+    def __getitem__(self, selected: int | Selection) -> "Detection | Result":
         if isinstance(selected, int | np.integer):
             return self._detection(range(len(self))[selected])
         if not isinstance(selected, slice):
@@ -216,10 +198,44 @@ class Result:
     def __iter__(self) -> Iterator[Detection]:
         return (self[row] for row in range(len(self)))
 
+    @staticmethod
+    def concatenate(results: Sequence["Result"]) -> "Result":
+        """Join results of the same detector, at least one.
+
+        Decisions, heatmaps, images, and equally many nearest ID images are left out unless all
+        results have them.
+
+        Raises:
+            UsageError: There is no result, or class names, level or thresholds differ.
+        """
+        # compared as text: NaN, without a calibration, equals nothing
+        if len({repr(result.scale) for result in results}) != 1:
+            raise UsageError("only results of the same detector at the same level can be joined.")
+        first = results[0]
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(result, name) for result in results])
+            for name in ("score", "heatmap", "prediction", "p_value", "confidence")
+        }
+        if len(joined["heatmap"]) != len(joined["score"]):
+            joined["heatmap"] = first.heatmap[:0]
+        decided = [result.is_ood for result in results if result.is_ood is not None]
+        found = [result.nearest for result in results if result.nearest is not None]
+        is_found = len(found) == len(results) and len({item.row.shape[1] for item in found}) == 1
+        images = [image for result in results for image in result.images]
+        alike = len({result.is_transformed for result in results}) == 1
+        return replace(
+            first,
+            **joined,
+            is_ood=np.concatenate(decided) if len(decided) == len(results) else None,
+            nearest=Nearest.concatenate(found) if is_found else None,
+            images=images if alike and len(images) == len(joined["score"]) else (),
+        )
+
     def _detection(self, row: int) -> Detection:
         """Return the record of one image."""
         p_value, label = float(self.p_value[row]), int(self.prediction[row])
         nearest = self.nearest
+        known = slice(0) if nearest is None else nearest.row[row] >= 0
         return Detection(
             image=source_name(self.images[row]) if self.images else None,
             score=float(self.score[row]),
@@ -228,8 +244,8 @@ class Result:
             prediction=label,
             class_name=self.scale.class_name(label),
             confidence=float(self.confidence[row]),
-            nearest=() if nearest is None else tuple(nearest.row[row].tolist()),
-            distance=() if nearest is None else tuple(nearest.distance[row].tolist()),
+            nearest=() if nearest is None else tuple(nearest.row[row][known].tolist()),
+            distance=() if nearest is None else tuple(nearest.distance[row][known].tolist()),
             heatmap=self.heatmap[row] if len(self.heatmap) else self.heatmap,
         )
 
@@ -297,7 +313,7 @@ class Result:
         return draw_overlay(photo, self._pixel_score(row), self._seen_box(photo), self._colors())
 
     def plot(self, row: int) -> Image.Image:
-        """Draw a panel: image, overlay, and the decision in words.
+        """Draw a panel: image, overlay, nearest ID images if asked for; the decision in words.
 
         Returns:
             RGB; a notebook shows it where it is the last line of a cell.
@@ -317,9 +333,9 @@ class Result:
             p_value=float(self.p_value[row]),
             confidence=float(self.confidence[row]),
         )
-        return draw_panel(
-            photo, self._pixel_score(row), self._seen_box(photo), self._colors(), decision
-        )
+        neighbours = self.nearest.neighbours(row) if self.nearest else []
+        pixels, box = self._pixel_score(row), self._seen_box(photo)
+        return draw_panel(photo, pixels, box, self._colors(), decision, neighbours)
 
     def _pixel_score(self, row: int) -> NDArray[np.float32]:
         if not len(self.heatmap):

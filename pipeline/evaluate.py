@@ -26,6 +26,7 @@ from ood_heatmap.pipeline.audit import audit_training_sets
 from ood_heatmap.pipeline.config import EvaluateConfig, result_options
 from ood_heatmap.pipeline.fitting import check_methods, num_neighbours
 from ood_heatmap.pipeline.gallery import FIGURES, write_figures
+from ood_heatmap.pipeline.load import make_detector, read_combination
 from ood_heatmap.pipeline.page import CONTENT, draw_page
 from ood_heatmap.pipeline.results import EvaluationResults
 from ood_heatmap.pipeline.run import (
@@ -34,11 +35,9 @@ from ood_heatmap.pipeline.run import (
     Index,
     Targets,
     check_files,
-    make_detector,
     open_decoder,
     open_index,
     open_targets,
-    read_combination,
     read_manifest,
 )
 from ood_heatmap.pipeline.schedule import source_hash

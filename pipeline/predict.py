@@ -25,7 +25,6 @@ from ood_heatmap.pipeline.config import PredictConfig
 from ood_heatmap.pipeline.embed import iter_outputs
 from ood_heatmap.pipeline.forward import BatchedClassifier
 from ood_heatmap.pipeline.meter import Meter
-from ood_heatmap.pipeline.nearest import NearestImages
 from ood_heatmap.pipeline.picture_writer import PictureWriter, Scored
 from ood_heatmap.pipeline.result_folder import (
     PICTURES,
@@ -78,7 +77,6 @@ def predict(
     images: ImageSet | None = None,
     *,
     root: Path | None = None,
-    nearest: NearestImages | None = None,
 ) -> PredictResults:
     """Write ``scores.csv`` or ``scores.jsonl``, and a picture and raw heatmap of each image.
 
@@ -92,18 +90,19 @@ def predict(
         config: Settings of the command.
         images: The images, if they are not in files of their own.
         root: Folder whose tree the pictures mirror; the one that all images are in if None.
-        nearest: Finds the nearest ID images, for ``config.nearest``.
 
     Raises:
-        UsageError: Nearest ID images are asked for, but no panels.
+        UsageError: Nearest ID images are asked for, but no panels, or the detector has none.
         OodHeatmapError: The output folder has other results or is being written by another process,
             or the table cannot be written.
     """
     if config.nearest and config.pictures != "panel":
         raise UsageError("nearest ID images are drawn in panels only: leave out --nearest.")
+    if config.nearest and detector.id_images is None:
+        raise UsageError("this detector has no ID images: leave out --nearest, or name its run.")
     images = from_paths(paths) if images is None else images
     results = PredictResults(out / f"scores.{config.format}")
-    scored = _iter_scored(detector, images, config, nearest, results)
+    scored = _iter_scored(detector, images, config, results)
     with (
         replacing_results(out, overwrite=config.overwrite) as folder,
         replacing(folder / results.table.name) as scratch,
@@ -132,7 +131,6 @@ def _iter_scored(
     detector: HeatmapDetector,
     images: ImageSet,
     config: PredictConfig,
-    nearest: NearestImages | None,
     results: PredictResults,
 ) -> Iterator[Scored]:
     """Score the images in order; those without a score are added to ``results.skipped``."""
@@ -151,7 +149,7 @@ def _iter_scored(
     forward = BatchedClassifier(detector.classifier, config.batch_size)
     for batch, outputs in iter_outputs(batches, forward, meter, None):
         _skip(batch.skipped, results)
-        for scored in _decode_outputs(detector, batch, outputs, config, nearest):
+        for scored in _decode_outputs(detector, batch, outputs, config):
             rows = scored.rows[~scored.is_finite].tolist()
             reason = "the classifier returns NaN or infinity"
             _skip([Unreadable(row, images.names[row], reason) for row in rows], results)
@@ -194,7 +192,6 @@ def _decode_outputs(
     batch: Batch,
     outputs: Sequence[Output],
     config: PredictConfig,
-    nearest: NearestImages | None,
 ) -> Iterator[Scored]:
     """Decode the heatmaps of a batch, in the chunks processed by the classifier."""
     device = detector.classifier.device
@@ -207,9 +204,10 @@ def _decode_outputs(
         for values in (output.features, output.logits):
             is_finite &= values.isfinite().all(dim=1).cpu().numpy()
         neighbours: Sequence[Sequence[Neighbour]] = [()] * len(is_finite)
-        if nearest is not None and config.nearest and is_finite.all():
+        if config.nearest and detector.id_images is not None:
             features = output.features.cpu().numpy()
-            neighbours = nearest.find(features, result.prediction, config.nearest)
+            nearest = detector.id_images.search(features, result.prediction, config.nearest)
+            neighbours = [nearest.neighbours(row) for row in range(len(is_finite))]
         digests = [batch.digests[32 * row : 32 * row + 32] for row in range(start, stop)]
         yield Scored(batch.rows[start:stop], digests, result, is_finite, neighbours)
         start = stop

@@ -37,9 +37,10 @@ from ood_heatmap.pipeline.fitting import (
     to_outputs,
 )
 from ood_heatmap.pipeline.forward import BatchedClassifier
+from ood_heatmap.pipeline.load import make_detector
 from ood_heatmap.pipeline.meter import Meter
 from ood_heatmap.pipeline.mixtures import mix
-from ood_heatmap.pipeline.run import COMBINATION, Index, Targets, make_detector, open_decoder
+from ood_heatmap.pipeline.run import COMBINATION, Index, Targets, open_decoder
 from ood_heatmap.pipeline.schedule import content_hash, source_hash
 from ood_heatmap.pipeline.stage import Stage, log_event
 

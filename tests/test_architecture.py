@@ -49,7 +49,7 @@ def graph() -> dict[str, set[str]]:
 def test_no_module_imports_itself_through_others(graph):
     # the one exception: a run is opened by a function of the pipeline, inside HeatmapDetector.load
     graph = {name: set(imported) for name, imported in graph.items()}
-    graph["ood_heatmap.detector"].discard("ood_heatmap.pipeline.run")
+    graph["ood_heatmap.detector"].discard("ood_heatmap.pipeline.load")
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -76,7 +76,7 @@ def test_the_method_knows_neither_cache_nor_pipeline(graph):
     for name, imported in graph.items():
         if name.count(".") == 1 and name not in FRONT:
             above = {item for item in imported if item.count(".") == 2}
-            assert above <= ({"ood_heatmap.pipeline.run"} if name.endswith(".detector") else set())
+            assert above <= ({"ood_heatmap.pipeline.load"} if name.endswith(".detector") else set())
 
 
 def test_adapters_know_neither_each_other_nor_stages(graph):
@@ -107,7 +107,7 @@ def test_inference_loads_no_training_code():
 
 
 def test_opening_a_run_loads_no_training_code():
-    code = "import sys, ood_heatmap.pipeline.run; print(*sorted(sys.modules))"
+    code = "import sys, ood_heatmap.pipeline.load; print(*sorted(sys.modules))"
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,11 @@ from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier
 from ood_heatmap.detector import _rebuild
-from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, UsageError
+from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import UnreadableImageError
-from ood_heatmap.pipeline import run as run_module
+from ood_heatmap.pipeline import load
 from ood_heatmap.pipeline.config import EvaluateConfig
-from ood_heatmap.pipeline.run import read_manifest
+from ood_heatmap.pipeline.run import open_decoder, open_index, read_manifest
 from ood_heatmap.scorer import HeatmapScorer
 
 
@@ -305,6 +306,80 @@ def test_a_pickle_from_a_gpu_opens_on_the_cpu_of_another_machine(detector, caplo
     assert "no cuda:99" in caplog.text
 
 
+def test_nearest_id_images_are_those_of_brute_force(detector, finished_run, monkeypatch, tmp_path):
+    images = noise(0, 4)
+    copied = pickle.loads(pickle.dumps(detector.at(0.4)))
+    monkeypatch.chdir(tmp_path)
+    result = copied(images, nearest=3, batch_size=3)
+    index = open_index(finished_run)
+    bank, classes = (index.columns[name].read() for name in ("features", "prediction"))
+    _, output = detector.detect(images.transpose(0, 3, 1, 2))
+    for i, query in enumerate(output.features.double().numpy()):
+        of_class = np.flatnonzero(classes == result.prediction[i])
+        distance = np.linalg.norm(query - bank[of_class].astype(np.float64), axis=1)
+        wanted = np.argsort(distance)[:3]
+        assert result[i].nearest == tuple(index.row[of_class[wanted]].tolist())
+        np.testing.assert_allclose(result[i].distance, distance[wanted], rtol=1e-5)
+        found = result.nearest.neighbours(i)
+        assert [item.distance for item in found] == list(result[i].distance)
+        for item, position in zip(found, of_class[wanted], strict=True):
+            pixels = np.asarray(item.image).transpose(2, 0, 1)
+            np.testing.assert_array_equal(pixels, index.columns["images"].read()[position])
+    assert result[2:].to_dict()["nearest"] == [list(result[i].nearest) for i in (2, 3)]
+    assert result.plot(0).width > detector(images).plot(0).width
+
+
+def test_a_class_with_few_id_images_has_few_nearest_and_nan_has_none(detector, finished_run):
+    index = open_index(finished_run)
+    features = index.columns["features"].read()[:2].copy()
+    features[1] = np.nan
+    size, small = min(
+        (count, label) for label, count in enumerate(index.results.class_counts) if count
+    )
+    found = detector.id_images.search(features, np.array([small, small]), size + 2)
+    assert (found.row >= 0).tolist() == [[True] * size + [False] * 2, [False] * (size + 2)]
+    assert np.isinf(found.distance[found.row < 0]).all()
+    assert len(found.neighbours(0)) == size
+    assert found.neighbours(1) == []
+
+
+def test_threads_share_the_search_of_nearest_images(finished_run):
+    detector = HeatmapDetector.load(finished_run, "cpu")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: detector(noise(seed, 3), nearest=2), range(8)))
+    for seed, result in enumerate(found):
+        wanted = detector(noise(seed, 3), nearest=2)
+        np.testing.assert_array_equal(result.nearest.row, wanted.nearest.row)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"nearest": 6}, "nearest must be 0 to 5, got 6"),
+        ({"nearest": -1}, "nearest must be 0 to 5, got -1"),
+        ({"nearest": 1, "output": "torch"}, "needs output='numpy'"),
+    ],
+)
+def test_nearest_images_that_cannot_be_had_are_refused(detector, arguments, named):
+    with pytest.raises(UsageError, match=named):
+        detector(noise(0, 1), **arguments)
+
+
+def test_nearest_images_need_the_index_they_were_loaded_with(run):
+    detector = HeatmapDetector.load(run, "cpu")
+    in_memory = HeatmapDetector(detector.classifier, detector.decoder)
+    with pytest.raises(UsageError, match="neither a bundle nor a detector made in memory"):
+        in_memory(noise(0, 1), nearest=1)
+    index = read_manifest(run, "index")
+    write_manifest(run / "index", replace(index, inputs={**index.inputs, "x": 1}, fingerprint=""))
+    with pytest.raises(StaleCacheError, match="was indexed again: load the detector again"):
+        detector(noise(0, 1), nearest=1)
+    shutil.rmtree(run)
+    with pytest.raises(OodHeatmapError, match="index"):
+        detector(noise(0, 1), nearest=1)
+    assert len(detector(noise(0, 1))) == 1
+
+
 def test_joblib_workers_score_alike(detector):
     batches = [noise(seed, 2) for seed in range(4)]
     found = [found.score for found in Parallel(n_jobs=2)(map(delayed(detector), batches))]
@@ -467,7 +542,6 @@ def test_a_calibration_that_appears_while_loading_is_not_mixed_with_the_old_deco
     run, detector, monkeypatch, caplog
 ):
     put_calibration(run, calibrate(detector, noise(1, 30)), 0.2)
-    open_decoder = run_module.open_decoder
 
     def open_then_train_again(*arguments):
         trained = open_decoder(*arguments)
@@ -479,7 +553,7 @@ def test_a_calibration_that_appears_while_loading_is_not_mixed_with_the_old_deco
         write_manifest(run / "evaluation", replace(evaluation, inputs=inputs, fingerprint=""))
         return trained
 
-    monkeypatch.setattr(run_module, "open_decoder", open_then_train_again)
+    monkeypatch.setattr(load, "open_decoder", open_then_train_again)
     assert HeatmapDetector.load(run, "cpu").calibration is None
     assert "not calibrated" in caplog.text
 

@@ -35,7 +35,6 @@ from ood_heatmap.distances import Mahalanobis
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.metrics import METRICS
 from ood_heatmap.pipeline import fitting, scoring
-from ood_heatmap.pipeline import run as run_module
 from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.evaluate import evaluate
 from ood_heatmap.pipeline.fitting import fit_data
@@ -343,7 +342,7 @@ def test_the_knn_score_searches_a_sample_for_which_k_is_chosen(data, run, monkey
     bank = load_file(run / "evaluation" / "combination.safetensors")["bank"]
     assert bank.dtype == torch.float16
     np.testing.assert_allclose(bank.double(), unit(features), rtol=1e-3, atol=1e-7)
-    monkeypatch.setattr(run_module, "open_index", None)
+    monkeypatch.setattr("ood_heatmap.pipeline.run.map_index", None)
     detector = HeatmapDetector.load(run, "cpu")
     images = [Image.open(path) for path in sorted((data / "far").iterdir())]
     pixels = np.stack([detector.transform(image) for image in images])

@@ -27,7 +27,6 @@ from ood_heatmap.images import to_rgb
 from ood_heatmap.pictures import ColorScale, draw_overlay
 from ood_heatmap.pipeline import picture_writer, predict_inputs
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.nearest import NearestImages
 from ood_heatmap.pipeline.predict import predict
 from ood_heatmap.pipeline.predict_inputs import list_images, open_inputs
 from ood_heatmap.pipeline.run import open_index
@@ -284,7 +283,6 @@ def test_pictures_of_jpeg_files_are_jpeg_and_mirror_the_tree(detector, tmp_path)
 
 
 def test_panels_have_the_nearest_images_of_the_index(finished_run, detector, paths, tmp_path):
-    nearest = NearestImages(finished_run)
     drawn = []
 
     def draw_panel(*arguments):
@@ -294,7 +292,7 @@ def test_panels_have_the_nearest_images_of_the_index(finished_run, detector, pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(picture_writer, "draw_panel", draw_panel)
         config = PredictConfig(nearest=3, workers=1, batch_size=4)
-        predict(detector, paths, tmp_path / "out", config, nearest=nearest)
+        predict(detector, paths, tmp_path / "out", config)
     index = open_index(finished_run)
     columns = {name: index.columns[name].read() for name in ("images", "features", "prediction")}
     _, output = detector.detect(
@@ -312,7 +310,10 @@ def test_panels_have_the_nearest_images_of_the_index(finished_run, detector, pat
             np.testing.assert_array_equal(image, columns["images"][position])
     config = PredictConfig(nearest=1, pictures="overlay")
     with pytest.raises(UsageError, match="panels only"):
-        predict(detector, paths, tmp_path / "other", config, nearest=nearest)
+        predict(detector, paths, tmp_path / "other", config)
+    in_memory = HeatmapDetector(detector.classifier, detector.decoder)
+    with pytest.raises(UsageError, match="has no ID images"):
+        predict(in_memory, paths, tmp_path / "other", PredictConfig(nearest=1))
     assert not (tmp_path / "other").exists()
 
 

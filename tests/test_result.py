@@ -1,6 +1,7 @@
 """Results: indexing, conversion to plain values, and what they say of themselves."""
 
 import json
+import pickle
 from dataclasses import replace
 from math import nan
 
@@ -10,7 +11,8 @@ from PIL import ExifTags, Image
 
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import UsageError
-from ood_heatmap.result import Nearest, Result, Scale
+from ood_heatmap.nearest import Nearest
+from ood_heatmap.result import Result, Scale
 
 
 def make_result(count: int = 4, **changed) -> Result:
@@ -61,6 +63,38 @@ def test_a_part_of_a_result_is_a_result(selected, rows):
         np.testing.assert_array_equal(getattr(part, name), getattr(result, name)[rows])
     np.testing.assert_array_equal(part.nearest.row, nearest.row[rows])
     assert [part.image(row).getpixel((0, 0))[0] for row in range(len(part))] == rows
+
+
+def test_joined_results_are_the_rows_of_all():
+    nearest = Nearest(np.arange(8).reshape(4, 2), np.arange(8.0).reshape(4, 2))
+    images = [Image.new("RGB", (6, 6), (value, 0, 0)) for value in range(4)]
+    result = make_result(nearest=nearest, images=images)
+    # a level without a threshold, from another process
+    result = replace(result, scale=replace(result.scale, threshold=float("nan")))
+    parts = [result[:1], pickle.loads(pickle.dumps(result[1:1])), result[1:]]
+    joined = Result.concatenate(parts)
+    for name in ("score", "heatmap", "prediction", "p_value", "is_ood", "confidence"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(result, name))
+    np.testing.assert_array_equal(joined.nearest.row, nearest.row)
+    np.testing.assert_array_equal(joined.nearest.distance, nearest.distance)
+    assert joined.to_dict() == result.to_dict()
+    assert joined.image(3).getpixel((0, 0)) == (3, 0, 0)
+
+
+def test_joined_results_lack_what_one_of_them_lacks():
+    one = Nearest(np.zeros((4, 1), np.int64), np.zeros((4, 1)))
+    full = make_result(nearest=one, images=["a.png"] * 4)
+    lacking = replace(full, is_ood=None, nearest=None, images=(), heatmap=full.heatmap[:0])
+    joined = Result.concatenate([full, lacking])
+    assert len(joined) == 8
+    assert (joined.is_ood, joined.nearest, joined.images) == (None, None, ())
+    assert len(joined.heatmap) == 0
+    assert len(list(joined)) == 8
+    two = replace(full, nearest=Nearest(np.zeros((4, 2), np.int64), np.zeros((4, 2))))
+    assert Result.concatenate([full, two]).nearest is None
+    for other in ([], [full, replace(full, scale=Scale(("cat",)))]):
+        with pytest.raises(UsageError, match="same detector"):
+            Result.concatenate(other)
 
 
 def test_a_result_becomes_json():

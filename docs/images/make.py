@@ -11,7 +11,6 @@ from PIL import Image
 
 from ood_heatmap import HeatmapDetector
 from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.nearest import NearestImages
 from ood_heatmap.pipeline.predict import predict
 
 
@@ -23,8 +22,7 @@ def main(run: Path, photos: tuple[Path, ...], out: Path) -> None:
     """Draw the panels that ``ood-heatmap predict --nearest 1`` draws of PHOTOS."""
     config = PredictConfig(nearest=1)
     with tempfile.TemporaryDirectory() as folder:
-        detector, nearest = HeatmapDetector.load(run), NearestImages(run)
-        predict(detector, photos, Path(folder, "out"), config, nearest=nearest)
+        predict(HeatmapDetector.load(run), photos, Path(folder, "out"), config)
         panels = []
         for photo in photos:
             with Image.open(Path(folder, "out", "pictures", photo.name)) as panel:
