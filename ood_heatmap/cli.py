@@ -91,7 +91,7 @@ def demo(context: click.Context, run: Path, device: str, show_report: bool) -> N
             command.invoke(stage)
     report = (run / "evaluation" / "report.html").resolve()
     click.echo(f"\nreport:   {report.as_uri()}")
-    click.echo(f"pictures: {(run / 'predictions').resolve().as_uri()}")
+    click.echo(f"pictures: {(run / 'predictions' / 'pictures').resolve().as_uri()}")
     if show_report and click.launch(str(report)):
         click.echo("no browser could be opened", err=True)
 

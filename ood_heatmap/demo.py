@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
 WEIGHTS = "classifier.safetensors"
+# the whole photograph behind the crops of ``photo-test``
+PHOTOGRAPH = "photo/flower.jpg"
 FOLDERS = ("id-train", "id-test", "ood-train", "photo-test", "letters")
 _SIZE = 32
 _NUM_OOD_TRAIN, _NUM_OOD_TEST = 1000, 300
@@ -67,18 +69,18 @@ def demo_commands(run: Path, data: Path) -> list[list[str]]:
     commands[0] += ["--classifier", "ood_heatmap.demo:digits_network", "--weights", weights]
     commands[-1] += ["--ood", f"photo={data / 'photo-test'}"]
     commands[-1] += ["--ood", f"letters={data / 'letters'}"]
-    # letters that look like no digit, two digits, and the whole photograph behind the crops
+    # letters that look like no digit, and two digits
     names = [*(f"letters/{number:04d}.png" for number in range(4)), "id-test/3", "id-test/8"]
-    pictures: list[str | Path | int] = ["predict", run, whole_photograph()]
-    pictures += [data / name for name in names]
+    pictures: list[str | Path | int] = ["predict", run]
+    pictures += [data / name for name in (PHOTOGRAPH, *names)]
     commands.append([*pictures, "--out", run / "predictions", "--overwrite"])
     return [[str(argument) for argument in command] for command in commands]
 
 
-def whole_photograph() -> Path:
-    """Return the photograph of which ``photo-test`` are crops, as it comes with scikit-learn."""
+def whole_photograph() -> bytes:
+    """Return the JPEG file of which ``photo-test`` are crops, as it comes with scikit-learn."""
     # the second one
-    return Path(str(files("sklearn.datasets.images") / "flower.jpg"))
+    return (files("sklearn.datasets.images") / "flower.jpg").read_bytes()
 
 
 def demo_images() -> Iterator[tuple[str, Image.Image]]:

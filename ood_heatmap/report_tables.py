@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ood_heatmap.verdict import default_method, distinct_groups, fpr_key
+from ood_heatmap.verdict import default_method, distinct_groups, format_points, fpr_key
 
 _MEAN = "mean"
 _Row = Mapping[str, Any]
@@ -113,11 +113,11 @@ def summary_table(metrics: Mapping[str, Any]) -> Summary:
     columns = [column for column in ALL_METRICS if column.key in ("auroc", fpr)]
     by_place = {(row["method"], row["set"]): row for row in rows}
     default = default_method(metrics)
-    # of equal methods the default first
+    # of methods that are printed alike the default first
     methods = sorted(
         _unique(row["method"] for row in rows),
         key=lambda method: (
-            -_number(by_place.get((method, sets[0]), {}), "auroc"),
+            -round(_number(by_place.get((method, sets[0]), {}), "auroc"), 3),
             method != default,
         ),
     )
@@ -151,8 +151,8 @@ def _lead(row: _Row) -> str:
     lead = row.get("lead")
     if not lead:
         return ""
-    low, high = lead["intervals"]["auroc"]
-    return f"{100 * lead['auroc']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    low, high = (format_points(100 * end) for end in lead["intervals"]["auroc"])
+    return f"{format_points(100 * lead['auroc'], '+')} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,10 @@ def localization_table(content: Mapping[str, Any]) -> Localization:
         ]
         groups.append(Group("other ID images" if name == "id" else name, lines))
     leads = [
-        Line(method, [Cell(f"{100 * lead[c.key]:+.1f}", _margin(lead, c.key, 1)) for c in columns])
+        Line(
+            method,
+            [Cell(format_points(100 * lead[c.key], "+"), _margin(lead, c.key, 1)) for c in columns],
+        )
         for method, lead in content.get("leads", {}).items()
     ]
     meaning = (content.get("id_on_id") or {}).get("meaning", "")

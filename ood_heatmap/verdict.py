@@ -90,14 +90,15 @@ class _Difference:
     @property
     def is_tie(self) -> bool:
         """Whether the two are equal as printed."""
-        return f"{self.value:.1f}" == "0.0"
+        return format_points(self.value) == "0.0"
 
     def to_text(self, kind: str = "") -> str:
         """Return the points, and the interval after the words for its kind."""
+        points = f"{format_points(self.value)} points"
         if self.interval is None:
-            return f"{self.value:.1f} points"
-        low, high = self.interval
-        return f"{self.value:.1f} points{kind} [{low:.1f}, {high:.1f}]"
+            return points
+        low, high = map(format_points, self.interval)
+        return f"{points}{kind} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,14 @@ def _rank(found: _Comparison) -> str:
     """Say where the default score stands, and the difference to the best other method."""
     auroc = f"{100 * found.row['auroc']:.1f} %"
     points = found.difference.to_text(", 95 % interval")
+    if found.difference.is_tie:
+        return f"the {found.label} score and {found.other} have the highest AUROC ({auroc})."
     if found.rank > 1:
         text = (
             f"the {found.label} score is {_ordinal(found.rank)} of {found.num_methods} methods "
             f"(AUROC {auroc}): the best, {found.other}, is ahead by {points}"
         )
         return f"{text}{found.difference.doubt}."
-    if found.difference.is_tie:
-        return f"the {found.label} score has the highest AUROC ({auroc}), as {found.other} has."
     if found.is_certain:
         return (
             f"the {found.label} score is ahead of every other (AUROC {auroc}): of the next, "
@@ -211,8 +212,8 @@ def _rank(found: _Comparison) -> str:
 
 def _by_set(each: Sequence[_Comparison]) -> str:
     """Say on how many sets the default score is best, and where the difference matters most."""
-    best = [found for found in each if found.rank == 1]
-    behind = [found for found in each if found.rank > 1]
+    best = [found for found in each if found.rank == 1 or found.difference.is_tie]
+    behind = [found for found in each if found not in best]
     if not behind:
         closest = min(best, key=lambda found: found.difference.value)
         if closest.difference.is_tie:
@@ -248,6 +249,16 @@ def fpr_key(metrics: Mapping[str, Any]) -> str:
         (str(key) for key in metrics.get("headline", ()) if key.startswith("fpr95")),
         "fpr95_id_pos",
     )
+
+
+def format_points(value: float, sign: str = "") -> str:
+    """Format percentage points; what rounds to zero has no minus.
+
+    Args:
+        value: Percentage points.
+        sign: ``+`` to have a sign before positive numbers too.
+    """
+    return f"{round(value, 1) + 0.0:{sign}.1f}"
 
 
 def _ordinal(number: int) -> str:

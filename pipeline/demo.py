@@ -8,7 +8,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ood_heatmap.cache.files import make_directory, replacing
-from ood_heatmap.demo import FOLDERS, WEIGHTS, demo_images, train_classifier
+from ood_heatmap.demo import (
+    FOLDERS,
+    PHOTOGRAPH,
+    WEIGHTS,
+    demo_images,
+    train_classifier,
+    whole_photograph,
+)
 from ood_heatmap.errors import OodHeatmapError, UsageError
 
 log = logging.getLogger(__name__)
@@ -22,10 +29,19 @@ def prepare_demo(run: Path) -> Path:
         OodHeatmapError: A file cannot be written.
     """
     data = run / "data"
-    if (data / WEIGHTS).is_file():
-        return data
-    if not _is_free(run):
-        raise UsageError(f"{run} is not a run of the demo: use a new directory.")
+    if not (data / WEIGHTS).is_file():
+        if not _is_free(run):
+            raise UsageError(f"{run} is not a run of the demo: use a new directory.")
+        _write_data(data)
+    # here, so that pictures of predict are not in folders named after those of scikit-learn
+    make_directory((data / PHOTOGRAPH).parent)
+    with replacing(data / PHOTOGRAPH) as scratch:
+        scratch.write_bytes(whole_photograph())
+    return data
+
+
+def _write_data(data: Path) -> None:
+    """Write images and a classifier that is trained on them."""
     log.info("writing images to %s and training a small classifier of digits", data)
     images, labels = [], []
     for name, image in demo_images():
@@ -38,7 +54,6 @@ def prepare_demo(run: Path) -> Path:
     # written last: its existence marks the images as complete
     with replacing(data / WEIGHTS) as scratch:
         save_file(network.state_dict(), scratch)
-    return data
 
 
 def _is_free(run: Path) -> bool:

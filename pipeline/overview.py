@@ -83,11 +83,17 @@ def _choose_methods(values: Mapping[_Column, _Values], default: str) -> list[str
     The default score and the best methods of each column are always among them.
     """
     last = [column for column in values if column.key == "auroc"][-1]
-    ranked = _rank(values[last], last.key)
+    # stable sorts; of methods that are printed alike the default first
+    ranked = sorted(_rank(values[last], last.key), key=lambda method: method != default)
+    ranked.sort(key=lambda method: -_printed(values[last][method]))
     needed = {default, *(_rank(values[column], column.key)[0] for column in values)}
-    # a stable sort
     chosen = sorted(ranked, key=lambda method: method not in needed)[:_MAX_METHODS]
     return [method for method in ranked if method in chosen]
+
+
+def _printed(value: float) -> float:
+    """Return a metric as it is printed, in percent with one digit; unknown below all others."""
+    return -math.inf if math.isnan(value) else round(100 * value, 1)
 
 
 def _rank(values: _Values, key: str) -> list[str]:

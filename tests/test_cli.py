@@ -381,7 +381,7 @@ def test_the_demo_ends_with_its_report_and_pictures(tmp_path, monkeypatch, flags
     report, pictures = result.output.splitlines()[-2:]
     run = tmp_path / "a run"
     assert report == f"report:   {(run / 'evaluation' / 'report.html').as_uri()}"
-    assert pictures == f"pictures: {(run / 'predictions').as_uri()}"
+    assert pictures == f"pictures: {(run / 'predictions' / 'pictures').as_uri()}"
     assert launched == ([str(run / "evaluation" / "report.html")] if opened else [])
 
 

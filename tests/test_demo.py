@@ -1,7 +1,9 @@
 """The demo: its data, and what it refuses."""
 
+import os
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,13 +62,15 @@ def test_a_demo_that_was_interrupted_is_made_whole(tmp_path):
     (run / "data" / f".{WEIGHTS}.tmp").write_bytes(b"half")
     data = prepare_demo(run)
     assert set(load_file(data / WEIGHTS)) >= {"linear.weight", "linear.bias"}
-    assert {path.name for path in data.iterdir()} == {"id-train", "id-test", WEIGHTS}
+    assert {path.name for path in data.iterdir()} == {"id-train", "id-test", "photo", WEIGHTS}
     written = (data / WEIGHTS).stat().st_mtime_ns
     assert prepare_demo(run) == data
     assert (data / WEIGHTS).stat().st_mtime_ns == written
     *stages, predict = demo_commands(run, data)
     assert [command[0] for command in stages] == ["index", "targets", "train", "evaluate"]
     assert all(isinstance(argument, str) for command in (*stages, predict) for argument in command)
+    # pictures mirror the folders below the one that all images have in common
+    assert Path(os.path.commonpath(predict[2:-3])) == data
     with Image.open(predict[2]) as photograph:
         # of this one the test set has crops, not of the one of the training set
         np.testing.assert_array_equal(np.asarray(photograph), load_sample_images().images[1])

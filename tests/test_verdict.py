@@ -10,7 +10,7 @@ import pytest
 
 from ood_heatmap.pipeline.config import EvaluateConfig
 from ood_heatmap.pipeline.tables import metrics_table
-from ood_heatmap.verdict import default_method, distinct_groups, fpr_key, verdict
+from ood_heatmap.verdict import default_method, distinct_groups, format_points, fpr_key, verdict
 
 OLD = Path(__file__).parent / "data" / "format-2" / "run" / "evaluation" / "metrics.json"
 
@@ -186,9 +186,18 @@ def test_means_of_metrics_without_near_sets_are_all_shown():
     assert distinct_groups(sets(*[[("knn", 0.5)]] * 3)) == ["near", "far", "mean all"]
 
 
-def test_methods_that_are_printed_alike_share_the_first_place():
-    alike = [("combined", 1.0), ("knn", 0.9996, (0.0001, 0.0008))]
+@pytest.mark.parametrize("auroc", [0.9996, 0.9999])
+def test_methods_that_are_printed_alike_share_the_first_place(auroc):
+    alike = [("combined", auroc), ("knn", 0.9998, (-0.0001, 0.0008))]
     assert verdict(sets(alike, alike, alike)) == (
-        "On the mean of 2 OOD sets, the combined score has the highest AUROC (100.0 %), as "
-        "kNN (k = 5) has. It is the best on each set; on near, kNN (k = 5) is as good."
+        "On the mean of 2 OOD sets, the combined score and kNN (k = 5) have the highest AUROC "
+        "(100.0 %). It is the best on each set; on near, kNN (k = 5) is as good."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "text"),
+    [(-0.04, "", "0.0"), (-0.04, "+", "+0.0"), (-0.06, "", "-0.1"), (2.31, "+", "+2.3")],
+)
+def test_points_that_round_to_zero_have_no_minus(value, signed, text):
+    assert format_points(value, signed) == text
