@@ -138,6 +138,8 @@ class Decoder(nn.Module):
     feature_range: Tensor
     # whether the largest pixel of a heatmap is the level of its image, as a probability
     has_level = False
+    # whether the predicted class has an influence on where a heatmap is high
+    places_see_class = True
 
     def __init__(
         self,

@@ -80,6 +80,7 @@ class SplitDecoder(Decoder):
     """
 
     has_level = True
+    places_see_class = False
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Table of ``localize``: rows, means, leads and sanity checks, as JSON and as text."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -8,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ood_heatmap.errors import printable
 from ood_heatmap.localization import METRICS
 from ood_heatmap.metrics import interval, intervals
 from ood_heatmap.patches import EDGES, SHAPES, SIDES
 from ood_heatmap.pipeline.pixel_methods import SHUFFLED, SWAPPED
 from ood_heatmap.pipeline.scoring import HEATMAP, ID
 from ood_heatmap.pipeline.tables import MEAN, align_columns, format_margin
+from ood_heatmap.verdict import format_points
 
 _Float64 = NDArray[np.float64]
 _Kind = tuple[float | str, str, str]
@@ -26,6 +29,7 @@ _HEADS = {
     "pointing": "pointing",
 }
 _ID_ON_ID = "ID on ID"
+_WIDTH, _NAME_WIDTH, _HEAD_WIDTH = 80, 24, 10
 _ALL_KINDS: _Kind = (MEAN, MEAN, MEAN)
 
 
@@ -153,14 +157,16 @@ def compare_id_on_id(table: Sequence[LocalizationRow]) -> dict[str, Any] | None:
 def lowered_by_sanity_checks(table: Sequence[LocalizationRow]) -> dict[str, float]:
     """Return the decrease of the heatmap's overall pixel AUROC in each sanity check."""
     auroc = _overall(table, HEATMAP).metrics["pixel_auroc"]
+    measured = {row.method for row in table}
     return {
         method: auroc - _overall(table, method).metrics["pixel_auroc"]
         for method in (SHUFFLED, SWAPPED)
+        if method in measured
     }
 
 
 def format_localization(content: Mapping[str, Any]) -> str:
-    """Format ``localization.json`` for the terminal, in percent: at most one screen.
+    """Format ``localization.json`` for the terminal, in percent, at most 80 columns wide.
 
     Returns:
         Every method over all OOD sets, the heatmap on each set, pixel AUROC by kind of patch, and
@@ -172,49 +178,77 @@ def format_localization(content: Mapping[str, Any]) -> str:
     }
     methods = list(dict.fromkeys(row["method"] for row in content["table"]))
     sets = [name for name in dict.fromkeys(row["set"] for row in content["table"]) if name != MEAN]
-    lines = [["method", "patches of", *_HEADS.values(), "heatmap ahead"]]
-    for method in methods:
-        numbers = _format_numbers(rows[method, MEAN, _ALL_KINDS])
-        lead = content["leads"].get(method)
-        ahead = "" if lead is None else _format_lead(lead)
-        lines.append([method, MEAN, *numbers, ahead])
-    for name in sets:
-        label = _ID_ON_ID if name == ID else name
-        lines.append([HEATMAP, label, *_format_numbers(rows[HEATMAP, name, _ALL_KINDS]), ""])
-    parts = [align_columns(lines), align_columns(_lines_by_kind(rows, methods))]
+    parts = [
+        align_columns(_lines_by_method(rows, methods, content["leads"])),
+        align_columns(_lines_by_set(rows, sets)),
+        align_columns(_lines_by_kind(rows, methods)),
+    ]
     id_on_id = content["id_on_id"]
     if id_on_id is not None:
-        low, high = id_on_id["interval"]
-        parts.append(
+        low, high = map(format_points, (100 * end for end in id_on_id["interval"]))
+        words = (
             f"{_ID_ON_ID}: patches of other ID images are found {id_on_id['meaning']} "
-            f"(shuffled AUROC {100 * id_on_id['difference']:+.1f} [{100 * low:.1f}, "
-            f"{100 * high:.1f}] for OOD)"
+            f"(shuffled AUROC {format_points(100 * id_on_id['difference'], '+')} [{low}, {high}] "
+            "for OOD)"
         )
+        parts.append("\n".join(textwrap.wrap(words, _WIDTH)))
     return "\n\n".join(parts)
 
 
-def _lines_by_kind(rows: _JsonRows, methods: Sequence[str]) -> list[list[str]]:
-    """Return the pixel AUROC of each method by side, shape and edges, mean over OOD sets."""
-    kinds = [kind for kind in _iter_kinds() if kind.count(MEAN) == 2]
-    heads = [f"{100 * side:g} %" if isinstance(side, float) else "" for side, _, _ in kinds]
-    names = [
-        head or next(value for value in kind[1:] if value != MEAN)
-        for head, kind in zip(heads, kinds, strict=True)
-    ]
-    lines = [["AUROC by side, shape, edges", "", *names]]
+def _lines_by_method(
+    rows: _JsonRows, methods: Sequence[str], leads: Mapping[str, Mapping[str, Any]]
+) -> list[list[str]]:
+    """Return the metrics of each method over all OOD sets, and the lead of the heatmap."""
+    lines = [["method", *_HEADS.values(), "heatmap ahead"]]
     for method in methods:
-        shares = (rows[method, MEAN, kind]["pixel_auroc"] for kind in kinds)
-        lines.append([method, "", *(f"{100 * share:.1f}" for share in shares)])
+        ahead = _format_lead(leads[method]) if method in leads else ""
+        row = rows[method, MEAN, _ALL_KINDS]
+        lines.append([method, *(_format_share(row[key]) for key in METRICS), ahead])
     return lines
 
 
-def _format_numbers(row: Mapping[str, Any]) -> list[str]:
-    """Format the metrics of a row; pixel AUROC with its interval."""
-    numbers = [f"{100 * row[key]:.1f}" for key in METRICS]
-    numbers[0] += f" {format_margin(row, METRICS[0], 1)}"
-    return numbers
+def _lines_by_set(rows: _JsonRows, sets: Sequence[str]) -> list[list[str]]:
+    """Return the metrics of the heatmap on each set, pixel AUROC with its interval."""
+    lines = [["heatmap on patches of", *_HEADS.values()]]
+    for name in sets:
+        row = rows[HEATMAP, name, _ALL_KINDS]
+        first, *others = (_format_share(row[key]) for key in METRICS)
+        label = _ID_ON_ID if name == ID else printable(name)
+        cut = label if len(label) <= _NAME_WIDTH else f"{label[: _NAME_WIDTH - 1]}…"
+        lines.append([cut, f"{first} {format_margin(row, METRICS[0], 1)}", *others])
+    return lines
+
+
+def _lines_by_kind(rows: _JsonRows, methods: Sequence[str]) -> list[list[str]]:
+    """Return the pixel AUROC of each method by side, shape and edges, mean over OOD sets.
+
+    Methods are columns, with their names folded.
+    """
+    heads = [textwrap.wrap(method, _HEAD_WIDTH) for method in methods]
+    height = max(map(len, heads))
+    folded = [[""] * (height - len(head)) + head for head in heads]
+    lines = [["", *texts] for texts in zip(*folded, strict=True)]
+    lines[-1][0] = "AUROC by patch"
+    for kind in _iter_kinds():
+        if kind.count(MEAN) == 2:
+            shares = (rows[method, MEAN, kind]["pixel_auroc"] for method in methods)
+            lines.append([_format_kind(kind), *map(_format_share, shares)])
+    return lines
+
+
+def _format_kind(kind: _Kind) -> str:
+    """Return what is not the mean of a kind: its side, shape or edges."""
+    (value,) = (value for value in kind if value != MEAN)
+    if isinstance(value, float):
+        return f"{100 * value:g} % side"
+    return f"{value} edges" if value in EDGES else value
+
+
+def _format_share(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _format_lead(lead: Mapping[str, Any]) -> str:
     """Format a difference in pixel AUROC with its interval."""
-    return f"{100 * lead[METRICS[0]]:+.1f} {format_margin(lead, METRICS[0], 1)}"
+    low, high = (format_points(100 * end) for end in lead["intervals"][METRICS[0]])
+    return f"{format_points(100 * lead[METRICS[0]], '+')} [{low}, {high}]"

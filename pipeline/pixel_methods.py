@@ -68,8 +68,9 @@ class LocalizationMethods:
             scores[DISTANCE] = self._distance(output.maps[0], pixels.shape[-1])
         shuffled = self.shuffled(pixels)
         scores[SHUFFLED] = self._heatmap(shuffled, shuffled.logits.argmax(dim=1))
-        swapped = (prediction + 1) % self.forward.classifier.num_classes
-        scores[SWAPPED] = self._heatmap(output, swapped)
+        if self.decoder.places_see_class:
+            swapped = (prediction + 1) % self.forward.classifier.num_classes
+            scores[SWAPPED] = self._heatmap(output, swapped)
         return scores | {name: method(pixels) for name, method in self.trained.items()}
 
     def predict(self, pixels: _UInt8) -> NDArray[np.int64]:

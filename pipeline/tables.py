@@ -310,11 +310,11 @@ def format_label(method: str, content: Mapping[str, Any]) -> str:
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
-    """Align cells in columns: the first two, which are names, left; numbers right."""
+    """Align cells in columns: the first, which is a name, left; numbers right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
+            text.rjust(width) if column else text.ljust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 
+from ood_heatmap.decoder import make_decoder
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.localization import METRICS, localization_metrics
@@ -40,7 +42,6 @@ METHODS = [
     "nearest difference",
     "feature distance",
     "shuffled weights",
-    "swapped class",
 ]
 
 
@@ -69,7 +70,7 @@ def table(run):
     return content, {tuple(row[key] for key in keys): row for row in content["table"]}
 
 
-def row_of(rows, method, name, kind):
+def row_of(rows, method, name, kind=("mean", "mean", "mean")):
     key = (method, name, *kind)
     return rows[key]
 
@@ -264,8 +265,13 @@ def test_the_feature_distance_is_brute_force_to_the_id_places(measured, data):
 
 
 def test_sanity_checks_swap_the_class_and_shuffle_the_weights(measured, data):
-    index, methods = methods_of(measured)
+    index, split = methods_of(measured)
+    # its places do not depend on the class
+    assert not split.decoder.places_see_class
+    config = replace(split.decoder.config, stack="plain", target="magnitude")
+    methods = replace(split, decoder=make_decoder(config).eval())
     images, _ = patched(data, measured, "ood", 0.25, "square", "hard")
+    assert list(methods(images)) == [*split(images), "swapped class"]
     output = methods.forward.classifier(torch.from_numpy(images))
     swapped = (output.logits.argmax(dim=1) + 1) % 4
     maps = [output.maps[0].half().float()]
@@ -373,19 +379,20 @@ def test_a_set_with_nothing_readable_is_one_line(run, data, tmp_path):
 
 def test_the_table_is_one_screen_with_every_method_set_and_kind(measured):
     content, rows = table(measured)
-    text, by_kind, words = format_localization(content).split("\n\n")
-    lines = text.splitlines()
-    assert len(lines) == 1 + len(METHODS) + 3
-    assert len(format_localization(content).splitlines()) <= 24
-    assert lines[0].split()[:4] == ["method", "patches", "of", "AUROC"]
-    labels = ["mean"] * len(METHODS) + ["far", "ood", "ID on ID"]
-    for line, label in zip(lines[1:], labels, strict=True):
-        assert f" {label} " in line
-    row = rows["heatmap", "mean", "mean", "mean", "mean"]
-    low, high = row["intervals"]["pixel_auroc"]
-    assert f"{100 * row['pixel_auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in lines[1]
-    for key in ("shuffled_auroc", "aupro", "pointing"):
-        assert f" {100 * row[key]:.1f}" in lines[1]
+    text = format_localization(content)
+    by_method, by_set, by_kind, words = (part.splitlines() for part in text.split("\n\n"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 32
+    assert [line.split("  ")[0] for line in by_method] == ["method", *METHODS]
+    for name, line in zip(["far", "ood", "id"], by_set[1:], strict=True):
+        row = row_of(rows, "heatmap", name)
+        low, high = row["intervals"]["pixel_auroc"]
+        assert line.startswith("ID on ID " if name == "id" else f"{name} ")
+        assert f"{100 * row['pixel_auroc']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in line
+        for key in ("shuffled_auroc", "aupro", "pointing"):
+            assert f" {100 * row[key]:.1f}" in line
+    row = row_of(rows, "heatmap", "mean")
+    assert by_method[1].split()[1:] == [f"{100 * row[key]:.1f}" for key in METRICS]
     lead = content["leads"]["centre prior"]
     for key in METRICS:
         other = rows["centre prior", "mean", "mean", "mean", "mean"]
@@ -393,15 +400,31 @@ def test_the_table_is_one_screen_with_every_method_set_and_kind(measured):
         low, high = lead["intervals"][key]
         assert low <= lead[key] <= high
     low, high = lead["intervals"]["pixel_auroc"]
-    assert f"{100 * lead['pixel_auroc']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]" in lines[2]
-    heads, first = by_kind.splitlines()[:2]
-    assert heads.split()[5:] == ["25", "%", "37.5", "%", "50", "%", "62.5", "%", *SHAPES, *EDGES]
+    assert f"{100 * lead['pixel_auroc']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]" in by_method[2]
+    heads = by_kind[: -len(SIDES) - len(SHAPES) - len(EDGES)]
+    assert Counter(" ".join(heads).split()) == Counter(
+        " ".join(["AUROC by patch", *METHODS]).split()
+    )
     kinds: list[tuple[object, ...]] = [(side, "mean", "mean") for side in SIDES]
     kinds += [("mean", shape, "mean") for shape in SHAPES]
     kinds += [("mean", "mean", edges) for edges in EDGES]
-    shown = [f"{100 * row_of(rows, 'heatmap', 'mean', kind)['pixel_auroc']:.1f}" for kind in kinds]
-    assert first.split() == ["heatmap", *shown]
-    assert content["id_on_id"]["meaning"] in words
+    sides = [f"{100 * side:g} % side" for side in SIDES]
+    labels = [*sides, *SHAPES, *(f"{edges} edges" for edges in EDGES)]
+    for kind, label, line in zip(kinds, labels, by_kind[len(heads) :], strict=True):
+        values = (row_of(rows, method, "mean", kind)["pixel_auroc"] for method in METHODS)
+        assert line.startswith(f"{label} ")
+        assert line.removeprefix(label).split() == [f"{100 * value:.1f}" for value in values]
+    assert content["id_on_id"]["meaning"] in " ".join(words)
+
+
+def test_a_long_name_and_full_marks_stay_within_80_columns(measured):
+    text = (measured / "localization" / "localization.json").read_text()
+    content = json.loads(text.replace('"far"', json.dumps("far " * 30)))
+    for number, rows in ((1.0, content["table"]), (0.5, content["leads"].values())):
+        for row in rows:
+            row.update(dict.fromkeys(METRICS, number))
+            row["intervals"] = dict.fromkeys(METRICS, (number, number))
+    assert max(map(len, format_localization(content).splitlines())) <= 80
 
 
 def test_intervals_are_those_of_drawing_images_again(measured, data):
