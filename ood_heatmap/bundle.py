@@ -8,7 +8,7 @@ and the text of a model file in it runs only if the user trusts it.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ def to_bundle(detector: HeatmapDetector) -> bytes:
     """
     classifier, decoder, calibration = detector.classifier, detector.decoder, detector.calibration
     scorer_tensors, scorer = _describe_scorer(detector.scorer)
-    code = classifier.code.keep() if classifier.code else None
+    # where the model file lies is nobody's business
+    code = classifier.code.keep().without_folder() if classifier.code else None
+    config = replace(classifier.config, spec=str(code) if code else classifier.config.spec)
     tensors = {
         **_prefixed("classifier", classifier.network.state_dict()),
         **_prefixed("decoder", decoder.state_dict()),
@@ -66,7 +68,7 @@ def to_bundle(detector: HeatmapDetector) -> bytes:
         "format": _FORMAT,
         "version": __version__,
         "libraries": library_versions(),
-        "classifier": classifier.config.to_json(),
+        "classifier": config.to_json(),
         "classifier_fingerprint": classifier.fingerprint(),
         "maps": list(classifier.map_names),
         "code": {name: text.decode() for name, text in (code.kept_files() if code else {}).items()},

@@ -96,6 +96,15 @@ class UserCode:
             return self
         return replace(self, kept=self.sources)
 
+    def without_folder(self) -> "UserCode":
+        """Return the same kept code, its file named without its folder; trusted if this is."""
+        if self.kept is None or not self.module.endswith(".py"):
+            return self
+        renamed = replace(self, module=self._main, place="")
+        if self._is_remembered():
+            renamed.remember()
+        return renamed
+
     @property
     def _main(self) -> str:
         """File name of the main module in ``kept_files``."""

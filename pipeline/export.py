@@ -152,7 +152,7 @@ def _trace(detector: HeatmapDetector) -> torch.export.ExportedProgram:
     images = torch.from_numpy(_sample_images(detector, 2))
     try:
         with torch.no_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 _ExportedDetector(detector),
                 (images,),
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
@@ -160,6 +160,10 @@ def _trace(detector: HeatmapDetector) -> torch.export.ExportedProgram:
     except Exception as error:
         # a user's own network can raise anything when traced
         raise _export_error(detector, error) from error
+    for node in program.graph.nodes:
+        # paths on this machine
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def _export_error(detector: HeatmapDetector, error: Exception) -> OodHeatmapError:

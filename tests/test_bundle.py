@@ -1,6 +1,7 @@
 """A detector in one file: the same scores anywhere, and nothing in it is believed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ood_heatmap.bundle import _hash
+from ood_heatmap.bundle import _hash, to_bundle
 from ood_heatmap.cli import main
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
@@ -63,6 +64,26 @@ def test_a_bundle_is_small_and_has_no_image(bundle, finished_run):
     assert bundle.stat().st_size < size
     assert not [name for name, item in tensors.items() if item.shape[-3:] == (3, 16, 16)]
     assert about["code"].keys() == {"network.py"}
+
+
+def strings(value) -> list[str]:
+    """Return all strings in a JSON value, but for the text of the model file."""
+    if isinstance(value, dict):
+        return [text for name, item in value.items() if name != "code" for text in strings(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_a_bundle_does_not_say_where_it_was_made(bundle, data, finished_run):
+    content = bundle.read_bytes()
+    for folder in (data, finished_run.parent, Path.home(), Path.cwd()):
+        assert os.fsencode(folder) + b"/" not in content
+    _, about = read(bundle)
+    assert not [text for text in strings(about) if Path(text.partition(":")[0]).is_absolute()]
+    assert about["classifier"]["spec"] == "network.py:network"
+    again = to_bundle(HeatmapDetector.load(bundle, "cpu"))
+    assert again == content
 
 
 def test_code_in_a_bundle_runs_only_on_the_users_word(bundle, data, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -138,6 +139,19 @@ def test_the_torch_program_says_what_it_is(run, tmp_path):
     extra = {"metadata.json": ""}
     torch.export.load(out, extra_files=extra)
     assert json.loads(extra["metadata.json"])["target"] == "presence"
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_file_does_not_say_where_it_was_made(run, data, tmp_path, kind):
+    path = tmp_path / "exported"
+    export(HeatmapDetector.load(run, "cpu"), path, kind)
+    contents = [path.read_bytes()]
+    if kind == "torch":
+        with zipfile.ZipFile(path) as file:
+            contents = [file.read(name) for name in file.namelist()]
+    package = Path(export_module.__file__).parent.parent
+    for folder in (data, run, Path.home(), package, Path(torch.__file__).parent):
+        assert not [content for content in contents if os.fsencode(folder) in content]
 
 
 def test_the_metadata_has_the_thresholds_where_there_are_any(classifier):
