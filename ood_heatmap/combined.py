@@ -52,6 +52,8 @@ _DISTANCES = ("knn", "mahalanobis_pp", "mahalanobis_pp_layers")
 TERMS = ("gen", *_DISTANCES)
 # tensor of a file with the combined score, see ``make_bank``
 BANK = "bank"
+# candidates on either side of the k-th: float32 similarities cannot order images near each other
+_MARGIN = 8
 # power and number of classes of GEN, as in its paper
 _GEN_POWER, _GEN_CLASSES = 0.1, 100
 
@@ -276,10 +278,13 @@ class KnnDistance(nn.Module):
         unit = functional.normalize(features.float())
         # descending as distances ascend
         similarity = torch.addmm(self.offset, unit, self.bank.T)
-        found = similarity.topk(min(neighbours, len(self.bank)), dim=1).indices[:, -1]
+        count = min(neighbours, len(self.bank))
+        first, last = max(count - _MARGIN, 0), min(count + _MARGIN, len(self.bank))
+        candidates = similarity.topk(last, dim=1).indices[:, first:]
         # the root of 2 - 2 * similarity would lose the digits of a small distance
-        distance: Tensor = torch.linalg.vector_norm(unit - self.bank[found], dim=1)
-        return distance
+        distance = torch.linalg.vector_norm(unit[:, None] - self.bank[candidates], dim=2)
+        nearest: Tensor = distance.topk(count - first, dim=1, largest=False).values[:, -1]
+        return nearest
 
 
 def make_bank(features: Tensor) -> Tensor:
@@ -314,7 +319,9 @@ class CombinedScorer(Scorer):
         knn_distance = self.knn_distance(features, self.parts.neighbours)
         distances = [knn_distance, self.mahalanobis(features)]
         if self.of_layers is not None:
-            means = [output.maps[number].double().mean(dim=(2, 3)) for number in self.layers]
+            # rounded to float16, like the cached feature maps that it is fitted on
+            maps = [output.maps[number].half().double() for number in self.layers]
+            means = [item.mean(dim=(2, 3)) for item in maps]
             distances.append(self.of_layers(join_layers(features, means)))
         logs = [item.double().clamp(min=SMALLEST).log() for item in distances]
         terms = torch.stack([generalized_entropy(output.logits), *logs, learned.double()], dim=1)

@@ -63,8 +63,7 @@ def test_a_detector_comes_back_as_it_was(run, server):
         REPOSITORY, revision="v1", device="cpu", false_alarm=0.3, trust_code=True
     )
     assert huggingface_hub.hf_hub_download.call_args.kwargs["revision"] == "v1"
-    # what the score needs is in float16
-    np.testing.assert_allclose(found(images).score, wanted(images).score, rtol=1e-2, atol=1e-2)
+    np.testing.assert_array_equal(found(images).score, wanted(images).score)
     assert found.threshold == wanted.threshold
 
 

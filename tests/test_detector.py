@@ -47,8 +47,8 @@ def test_every_kind_of_input_means_the_same(detector):
         pictures,
     ):
         np.testing.assert_array_equal(detector(images).score, wanted.score)
-    np.testing.assert_allclose(detector(pictures[1]).score, wanted.score[1:2], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(detector(array[1]).score, wanted.score[1:2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(detector(pictures[1]).score, wanted.score[1:2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(detector(array[1]).score, wanted.score[1:2], rtol=1e-5, atol=1e-5)
 
 
 def test_the_decoders_score_is_read_off_the_heatmap(detector):

@@ -30,6 +30,7 @@ from ood_heatmap.cache.neighbours import unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import load_classifier
+from ood_heatmap.combined import make_bank
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distances import Mahalanobis
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
@@ -109,9 +110,14 @@ def test_scores_are_those_of_the_detector_on_the_images_themselves(data, finishe
     paths = sorted((data / "far").iterdir())
     result = HeatmapDetector.load(finished_run, "cpu")([Image.open(path) for path in paths])
     saved = scores(finished_run, "far")
-    # feature maps are averaged in float16, and divided by the deviations of only 3 images
-    np.testing.assert_allclose(saved["combined"], result.score, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(saved["combined"], result.score, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(saved["prediction"], result.prediction)
+
+
+def bank_of(run):
+    """Return the unit-length features of the ID training images, which are in float16."""
+    tensors = load_file(run / "evaluation" / "combination.safetensors")
+    return tensors["bank"].double().numpy()
 
 
 def test_baselines_are_their_formulas(data, classifier, finished_run):
@@ -124,13 +130,10 @@ def test_baselines_are_their_formulas(data, classifier, finished_run):
     np.testing.assert_allclose(saved["msp"], 1 - powers.max(axis=1) / powers.sum(axis=1), rtol=1e-4)
     np.testing.assert_allclose(saved["max_logit"], -logits.max(axis=1), rtol=1e-4)
     np.testing.assert_allclose(saved["energy"], -np.log(powers.sum(axis=1)), rtol=1e-4, atol=1e-5)
-    with h5py.File(finished_run / "index" / "images-00000.h5") as file:
-        bank = file["features"][...].astype(np.float64)
     query = output.features.numpy().astype(np.float64)
-    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     query /= np.linalg.norm(query, axis=1, keepdims=True)
-    distance = np.sort(np.linalg.norm(query[:, None] - bank, axis=2), axis=1)
-    np.testing.assert_allclose(saved["knn"], distance[:, 4], atol=1e-3)
+    distance = np.linalg.norm(query[:, None] - bank_of(finished_run), axis=2)
+    np.testing.assert_allclose(saved["knn"], np.sort(distance, axis=1)[:, 4], rtol=1e-4)
 
 
 def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finished_run):
@@ -146,7 +149,7 @@ def test_features_of_the_caches_are_what_the_baselines_are_fitted_on(data, finis
     queries = detector.classifier(torch.from_numpy(pixels)).features.numpy().astype(np.float64)
     difference = queries[:, None] - means
     wanted = np.einsum("qld,de,qle->ql", difference, inverse, difference).min(axis=1)
-    np.testing.assert_allclose(scores(finished_run, "far")["mahalanobis"], wanted, rtol=1e-2)
+    np.testing.assert_allclose(scores(finished_run, "far")["mahalanobis"], wanted, rtol=1e-4)
     with h5py.File(finished_run / "targets" / "targets-00000.h5") as file:
         auxiliary = file["features"][...].astype(np.float64)
     both, is_ood = np.r_[features, auxiliary], np.repeat([0, 1], [80, 50])
@@ -174,10 +177,11 @@ def test_mahalanobis_of_layers_uses_all_cached_maps(data, classifier, finished_r
         features, label = file["features"][...].astype(np.float64), file["label"][...]
     output = classifier(pixels_of(HeatmapDetector.load(finished_run, "cpu"), data / "far"))
     bank = [features, *(item.mean(axis=(2, 3)) for item in maps)]
-    of_far = [item.numpy().astype(np.float64) for item in (output.features, *output.maps)]
-    of_far = [of_far[0], *(item.mean(axis=(2, 3)) for item in of_far[1:])]
+    # in float16, as they are cached
+    of_far = [item.half().double().mean(dim=(2, 3)).numpy() for item in output.maps]
+    of_far = [output.features.numpy().astype(np.float64), *of_far]
     # the deepest map of this network is what its features are the mean of
-    np.testing.assert_allclose(bank[1], bank[0], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(bank[1], bank[0], rtol=1e-3, atol=1e-4)
     joined, queries = (
         np.concatenate([unit(one[0]), unit(one[2])], axis=1) for one in (bank, of_far)
     )
@@ -186,7 +190,7 @@ def test_mahalanobis_of_layers_uses_all_cached_maps(data, classifier, finished_r
     difference = queries[:, None] - means
     wanted = np.einsum("qld,de,qle->ql", difference, inverse, difference).min(axis=1)
     found = scores(finished_run, "far")["mahalanobis_pp_layers"]
-    np.testing.assert_allclose(found, wanted, rtol=2e-2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def three(saved):
@@ -218,7 +222,8 @@ def test_without_held_out_images_id_training_images_stand_in(data, run, monkeypa
     features = features[np.random.default_rng(config.seed).choice(80, 30, replace=False)]
     last = HeatmapDetector.load(run, "cpu").classifier.last_layer()
     logits = last(torch.from_numpy(features)).detach().numpy()
-    distance = np.linalg.norm(unit(features)[:, None] - unit(features), axis=2)
+    bank = make_bank(torch.from_numpy(features)).double().numpy()
+    distance = np.linalg.norm(unit(features)[:, None] - bank, axis=2)
     np.fill_diagonal(distance, np.inf)
     reference = {
         "max_logit": -logits.max(axis=1),
@@ -226,9 +231,8 @@ def test_without_held_out_images_id_training_images_stand_in(data, run, monkeypa
         "mahalanobis_pp": mahalanobis(torch.from_numpy(features)).numpy(),
     }
     saved = scores(run, "far")
-    np.testing.assert_allclose(
-        saved["sum"], sum_of(three(saved), three(reference)), rtol=1e-2, atol=1e-2
-    )
+    wanted = sum_of(three(saved), three(reference))
+    np.testing.assert_allclose(saved["sum"], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_sets_scored_by_a_version_without_a_method_are_scored_again(data, run, monkeypatch):
@@ -311,15 +315,13 @@ def test_k_is_stored_and_is_what_the_scores_were_made_with(data, run, neighbours
     index = open_index(run)
     wanted = {None: choose_neighbours(index.results.class_counts), 7: 7, 1000: 80}[neighbours]
     assert table(run)[0]["methods"]["knn"]["neighbours"] == wanted
-    bank = unit_length(index.columns["features"].read())
     paths = sorted((data / "far").iterdir())
     detector = HeatmapDetector.load(run, "cpu")
     transform = detector.classifier.config.transform
     pixels = torch.from_numpy(np.stack([transform(Image.open(path)) for path in paths]))
     queries = unit_length(detector.classifier(pixels).features.numpy())
-    distance = np.sort(np.linalg.norm(queries[:, None] - bank, axis=2), axis=1)[:, wanted - 1]
-    # the bank is in float16
-    np.testing.assert_allclose(scores(run, "far")["knn"], distance, rtol=1e-3, atol=1e-3)
+    distance = np.sort(np.linalg.norm(queries[:, None] - bank_of(run), axis=2), axis=1)
+    np.testing.assert_allclose(scores(run, "far")["knn"], distance[:, wanted - 1], rtol=1e-4)
     counts = index.results.class_counts
     too_small = [count for count in counts if 0 < count <= wanted]
     warned = any(text.startswith("knn: ") for text in results["warnings"])
@@ -350,7 +352,7 @@ def test_the_knn_score_searches_a_sample_for_which_k_is_chosen(data, run, monkey
     queries = unit(output.features.numpy().astype(np.float64))
     distance = np.linalg.norm(queries[:, None] - bank.double().numpy(), axis=2)
     np.testing.assert_allclose(saved["knn"], np.sort(distance, axis=1)[:, k - 1], rtol=1e-4)
-    np.testing.assert_allclose(saved["combined"], result.score, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(saved["combined"], result.score, rtol=1e-4, atol=1e-4)
     # a picture's nearest ID image is one of all
     assert not set(saved["nearest"]) <= set(drawn)
 
@@ -506,8 +508,8 @@ def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
     peaks = {name: result.pixel_score.max(axis=(1, 2)) for name, result in results.items()}
     # of 80 held-out images and the new one, 16 may be above
     threshold = np.sort(results["id"].score)[-16]
-    assert found["threshold"] == pytest.approx(threshold, rel=1e-3)
-    assert found["pixel_threshold"] == pytest.approx(np.sort(peaks["id"])[-16], rel=1e-3)
+    assert found["threshold"] == pytest.approx(threshold, rel=1e-4)
+    assert found["pixel_threshold"] == pytest.approx(np.sort(peaks["id"])[-16], rel=1e-4)
     assert found["num_calibration"] == 80
     assert found["level"] == 0.2
     # counted in the saved scores: another batch rounds otherwise, and one may lie at the threshold
@@ -523,9 +525,8 @@ def test_decisions_are_what_the_calibration_says_of_unseen_images(data, run):
         assert found["detection"][name]["rate"] == pytest.approx(above[name].mean())
     assert "threshold" in format_decisions(found)
     calibration = Calibration.from_bytes((run / CALIBRATION_FILE).read_bytes(), "")
-    np.testing.assert_allclose(
-        calibration.scores, np.sort(results["id"].score), rtol=1e-2, atol=1e-2
-    )
+    wanted = np.sort(results["id"].score)
+    np.testing.assert_allclose(calibration.scores, wanted, rtol=1e-4, atol=1e-4)
 
 
 def in_class_folders(data, root, names):

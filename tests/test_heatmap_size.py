@@ -68,7 +68,7 @@ def test_heatmaps_and_scores_have_the_targets_size(small, data):
     means = np.abs(result.heatmap).max(axis=1).mean(axis=(1, 2))
     with np.load(small / "evaluation" / "scores-far.npz") as saved:
         np.testing.assert_allclose(saved["heatmap"][:3], means, rtol=1e-4)
-        np.testing.assert_allclose(saved["combined"][:3], result.score, rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(saved["combined"][:3], result.score, rtol=1e-4, atol=1e-4)
 
 
 def test_pixel_scores_are_compared_at_the_images_size(small, sets):
