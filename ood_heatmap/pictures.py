@@ -319,10 +319,12 @@ def _neighbour_columns(neighbours: Sequence[Neighbour], height: int, em: int) ->
     for number, neighbour in enumerate(neighbours):
         is_small = neighbour.image.width < MIN_SIDE
         resample = Image.Resampling.NEAREST if is_small else Image.Resampling.BICUBIC
-        titles = [
-            f"{'' if number else 'nearest ID: '}{neighbour.label}",
-            f"distance {neighbour.distance:.3g}",
-        ]
+        title = printable(neighbour.label)
+        if number == 0:
+            whole = f"nearest ID: {title}"
+            # the class is among the words below the row as well
+            title = whole if _load_font(em).getlength(whole) <= side else "nearest ID"
+        titles = [title, f"distance {neighbour.distance:.3g}"]
         picture = _with_title(neighbour.image.resize((side, side), resample), titles, em)
         row, column = divmod(number, num_columns)
         columns[column].paste(picture, (0, row * (picture.height + em // 2)))

@@ -9,6 +9,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 
+from ood_heatmap import pictures
 from ood_heatmap.images import Transform, to_rgb
 from ood_heatmap.pictures import (
     MAX_SIDE,
@@ -240,6 +241,18 @@ def test_a_panel_shows_the_photo_the_overlay_and_the_nearest_images():
         shown = [(pixels == color).all(axis=2).sum() for color in colors]
         assert [area > 5000 for area in shown] == [number < count for number in range(5)]
         assert (pixels[[0, -1]] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("cat", "nearest ID: cat"), ("a class with a long name", "nearest ID")]
+)
+def test_the_nearest_image_is_called_so_also_where_its_class_has_no_room(monkeypatch, name, title):
+    drawn = []
+    monkeypatch.setattr(pictures, "_draw_line", lambda canvas, text, *_: drawn.append(text))
+    near = [Neighbour(grey(32, 32), 1.5, name)] * 2
+    heatmap, box = np.zeros((8, 8), np.float32), (0, 0, 400, 400)
+    draw_panel(grey(400, 400), heatmap, box, SCALE, Decision(0.1, name), near)
+    assert drawn[4:8] == [title, "distance 1.5", name, "distance 1.5"]
 
 
 @pytest.mark.parametrize("name", NAMES)
