@@ -2,9 +2,13 @@
 
 import json
 import re
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import create_autospec
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -70,7 +74,18 @@ def test_snippets_on_python_run_as_printed(workplace, monkeypatch):
         checked = create_autospec(getattr(ood_heatmap, name))
         monkeypatch.setattr(ood_heatmap, name, checked, raising=False)
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: torch.nn.Identity())
-    text = (DOCS / "python.md").read_text("utf-8")
+    servers: list[ThreadingHTTPServer] = []
+    serve = ThreadingHTTPServer.serve_forever
+
+    def start(server: ThreadingHTTPServer) -> None:
+        servers.append(server)
+        Thread(target=serve, args=[server], daemon=True).start()
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", start)
+    # any free port
+    text = (
+        (DOCS / "python.md").read_text("utf-8").replace('("127.0.0.1", 8000)', '("127.0.0.1", 0)')
+    )
     scope: dict[str, Any] = {}
     for command, snippet in _STEP.findall(text):
         if command:
@@ -84,3 +99,17 @@ def test_snippets_on_python_run_as_printed(workplace, monkeypatch):
     assert scope["strict"].false_alarm == 0.01
     for name in ("build_index", "build_targets", "train", "evaluate"):
         assert getattr(ood_heatmap, name).call_count == 1
+    (server,) = servers
+    with server:
+        check_service(server, workplace / "photos" / "test" / "a" / "000.png", scope["detector"])
+        server.shutdown()
+
+
+def check_service(server, photo, detector):
+    """Post a photo and something else."""
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    with urlopen(url, photo.read_bytes()) as answer:
+        assert json.load(answer) == {**detector(str(photo))[0].to_dict(), "image": None}
+    with pytest.raises(HTTPError, match="400: cannot identify image file") as refused:
+        urlopen(url, b"no photo")
+    refused.value.close()
