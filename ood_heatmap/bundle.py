@@ -114,7 +114,7 @@ def read_bundle(path: Path) -> HeatmapDetector:
     if about.pop("sha256", None) != _hash(tensors, about):
         raise _damaged(path, "its checksum is another")
     try:
-        return _build(tensors, about)
+        return _build(tensors, about, path)
     except OodHeatmapError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
@@ -127,7 +127,7 @@ def _damaged(path: Path, reason: str) -> DamagedCacheError:
     )
 
 
-def _build(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> HeatmapDetector:
+def _build(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> HeatmapDetector:
     """Check the content of a bundle, and make its detector."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
@@ -136,7 +136,7 @@ def _build(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> HeatmapDe
     if not 1 <= config.transform.size <= _MAX_SIZE or config.transform.resize > 4 * _MAX_SIZE:
         raise ValueError(f"images of {config.transform.size} pixels")
     decoder = _build_decoder(_under("decoder", tensors), about["decoder"], config)
-    classifier = _build_classifier(tensors, about, config)
+    classifier = _build_classifier(tensors, about, config, path)
     detector = HeatmapDetector(
         classifier,
         decoder,
@@ -179,7 +179,7 @@ def _build_decoder(
 
 
 def _build_classifier(
-    tensors: Mapping[str, Tensor], about: Mapping[str, Any], config: ClassifierConfig
+    tensors: Mapping[str, Tensor], about: Mapping[str, Any], config: ClassifierConfig, path: Path
 ) -> Classifier:
     """Make the classifier; code in the bundle runs only if it is trusted."""
     fingerprint, state = about["classifier_fingerprint"], _under("classifier", tensors)
@@ -189,7 +189,7 @@ def _build_classifier(
     code: UserCode | None = parse_user_code(config.spec)
     if code is not None:
         files = {str(name): str(text).encode() for name, text in about["code"].items()}
-        code = code.from_kept_files(files, None)
+        code = code.from_kept_files(files, path)
     maps = [FeatureMap.parse(str(text)) for text in about["maps"]]
     projections = {}
     for name in about["maps"]:

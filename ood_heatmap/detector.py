@@ -196,7 +196,17 @@ class HeatmapDetector:
         return self.classifier.device
 
     def to(self, device: torch.device | str) -> "HeatmapDetector":
-        """Move the detector, and all made of it with ``at``, to a device; return it."""
+        """Move the detector, and all made of it with ``at``, to a device; return it.
+
+        Raises:
+            UsageError: There is no such device; nothing has moved.
+        """
+        try:
+            torch.empty(0, device=device)
+        # the latter where PyTorch was built without CUDA
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise UsageError(f"there is no device {str(device)!r} here ({reason}).") from error
         for module in (self.classifier, self.decoder, self.scorer):
             module.to(device)
         return self
@@ -270,7 +280,7 @@ class HeatmapDetector:
             result = self._decode(classified)
             if id_images is not None:
                 arrays = (classified.features.cpu().numpy(), result.prediction.cpu().numpy())
-                found.append(id_images.search(*arrays, nearest))
+                found.append(id_images.search(*arrays, int(nearest)))
             # heatmaps of many images need not fit on a GPU
             results.append(result.to("cpu") if output == "numpy" else result)
             sources += batch.sources
@@ -286,8 +296,8 @@ class HeatmapDetector:
 
     def _id_images(self, nearest: int, output: str) -> IdImages | None:
         """Return what finds nearest ID images, if any are asked for."""
-        if not 0 <= nearest <= _MAX_NEAREST:
-            raise UsageError(f"nearest must be 0 to {_MAX_NEAREST}, got {nearest}.")
+        if nearest not in range(_MAX_NEAREST + 1):
+            raise UsageError(f"nearest must be 0 to {_MAX_NEAREST}, got {nearest!r}.")
         if not nearest:
             return None
         if self.id_images is None:

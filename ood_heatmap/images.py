@@ -50,7 +50,8 @@ def unreadable(name: str, cause: Exception) -> UnreadableImageError:
     else:
         reason = (isinstance(cause, OSError) and cause.strerror) or str(cause) or repr(cause)
     error = UnreadableImageError(
-        f"{name} is not a readable image ({reason}). Repair or remove it, or add --skip-unreadable."
+        f"{name} is not a readable image ({reason}). Repair or remove it; commands skip it with "
+        "--skip-unreadable."
     )
     error.reason = reason
     return error

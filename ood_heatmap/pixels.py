@@ -38,7 +38,7 @@ class Batch:
     Args:
         pixels: ``(B, 3, H, W)`` at the classifier's input size: uint8, or normalized float32.
         sources: The images as given, or their pixels where those would not outlive the call.
-        is_transformed: The sources are at the input size.
+        is_transformed: Sources that are pixels are at the input size.
     """
 
     pixels: Tensor
@@ -70,8 +70,11 @@ def iter_pixels(
         UsageError: The type, dtype, shape or range is not supported, or there is no image.
         UnreadableImageError: A file cannot be read, or an image cannot be converted to RGB.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}.")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size!r}.")
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OU":
+        # paths or PIL images, such as a column of a data frame
+        images = images.ravel().tolist()
     whole = _whole_batch(images, config, normalized=normalized)
     if whole is not None:
         for start in range(0, len(whole), batch_size):
@@ -85,7 +88,11 @@ def iter_pixels(
         pixels = _to_batch(chunk, config, start, normalized=normalized)
         sources: Sequence[ImageLike] = ()
         if keep_sources:
-            sources = _to_host(pixels, config) if is_transformed else chunk
+            sources = chunk
+            if is_transformed:
+                # paths outlive it
+                pairs = zip(chunk, _to_host(pixels, config), strict=True)
+                sources = [item if source_name(item) else array for item, array in pairs]
         yield Batch(pixels, sources, is_transformed)
         start += len(chunk)
     if not start:
@@ -231,7 +238,7 @@ def _to_normalized(image: ImageLike, config: "ClassifierConfig") -> Tensor:
     if image.ndim != 3:
         raise UsageError(
             "with normalized=True a list must have images (3, H, W), got one of shape "
-            f"{tuple(image.shape)}."
+            f"{tuple(image.shape)}: call the detector with each batch."
         )
     return _check_normalized(_to_tensor(image), config)
 
@@ -242,7 +249,11 @@ def _to_picture(image: ImageLike, config: "ClassifierConfig | None" = None) -> I
         # imported lazily: only needed for paths
         from ood_heatmap.source_folder import read_file
 
-        return read_file(Path(image))[0]
+        path = Path(os.fsdecode(image))
+        if path.is_dir():
+            listed = f"sorted(Path({str(path)!r}).rglob('*.jpg'))"
+            raise UsageError(f"{path} is a folder: pass its images, such as {listed}.")
+        return read_file(path)[0]
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise UsageError(f"an image has no pixels: its size is {image.width} x {image.height}.")
@@ -253,6 +264,11 @@ def _to_picture(image: ImageLike, config: "ClassifierConfig | None" = None) -> I
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
+    if array.ndim == 4:
+        raise UsageError(
+            f"one of the images is a batch of shape {tuple(image.shape)}: call the detector with "
+            "each batch, and join the results by Result.concatenate."
+        )
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
         raise UsageError(f"{_EXPECTED}; got shape {tuple(image.shape)} for one of them.")
     if array.size == 0:

@@ -1,6 +1,7 @@
 """What the detector returns: arrays for a batch, a record for one image, and their pictures."""
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, overload
@@ -149,9 +150,9 @@ class Result:
             calibration, or if it has fewer held-out ID images than the level needs.
         nearest: The nearest ID training images, if asked for.
         scale: Names, thresholds and colours of the detector.
-        images: The images as given, for pictures: PIL images and paths at their own size. Those of
-            an iterator or a normalized batch are kept at the classifier's input size.
-        is_transformed: The images are at the classifier's input size.
+        images: The images as given, for pictures: PIL images and paths at their own size. Pixels
+            of an iterator or a normalized batch are kept at the classifier's input size.
+        is_transformed: Images that are pixels are at the classifier's input size.
     """
 
     score: NDArray[np.float32]
@@ -178,10 +179,15 @@ class Result:
     @overload
     def __getitem__(self, selected: Selection) -> "Result": ...
     def __getitem__(self, selected: int | Selection) -> "Detection | Result":
-        if isinstance(selected, int | np.integer):
-            return self._detection(range(len(self))[selected])
-        if not isinstance(selected, slice):
+        if not isinstance(selected, int | slice):
             selected = np.asarray(selected)
+            if not selected.ndim:
+                selected = operator.index(selected)
+            elif not selected.size:
+                # an empty list has no integers
+                selected = slice(0)
+        if isinstance(selected, int):
+            return self._detection(range(len(self))[selected])
         rows = np.arange(len(self))[selected]
         return replace(
             self,
@@ -222,13 +228,14 @@ class Result:
         found = [result.nearest for result in results if result.nearest is not None]
         is_found = len(found) == len(results) and len({item.row.shape[1] for item in found}) == 1
         images = [image for result in results for image in result.images]
-        alike = len({result.is_transformed for result in results}) == 1
+        of_pixels = {r.is_transformed for r in results if None in map(source_name, r.images)}
         return replace(
             first,
             **joined,
             is_ood=np.concatenate(decided) if len(decided) == len(results) else None,
             nearest=Nearest.concatenate(found) if is_found else None,
-            images=images if alike and len(images) == len(joined["score"]) else (),
+            images=images if len(of_pixels) < 2 and len(images) == len(joined["score"]) else (),
+            is_transformed=True in of_pixels,
         )
 
     def _detection(self, row: int) -> Detection:
@@ -310,7 +317,9 @@ class Result:
         from ood_heatmap.pictures import draw_overlay
 
         photo = self.image(row)
-        return draw_overlay(photo, self._pixel_score(row), self._seen_box(photo), self._colors())
+        return draw_overlay(
+            photo, self._pixel_score(row), self._seen_box(row, photo), self._colors()
+        )
 
     def plot(self, row: int) -> Image.Image:
         """Draw a panel: image, overlay, nearest ID images if asked for; the decision in words.
@@ -334,7 +343,7 @@ class Result:
             confidence=float(self.confidence[row]),
         )
         neighbours = self.nearest.neighbours(row) if self.nearest else []
-        pixels, box = self._pixel_score(row), self._seen_box(photo)
+        pixels, box = self._pixel_score(row), self._seen_box(row, photo)
         return draw_panel(photo, pixels, box, self._colors(), decision, neighbours)
 
     def _pixel_score(self, row: int) -> NDArray[np.float32]:
@@ -343,10 +352,10 @@ class Result:
         scores: NDArray[np.float32] = pixel_score(torch.from_numpy(self.heatmap[[row]])).numpy()[0]
         return scores
 
-    def _seen_box(self, photo: Image.Image) -> tuple[float, float, float, float]:
+    def _seen_box(self, row: int, photo: Image.Image) -> tuple[float, float, float, float]:
         """Return the part of an image that the classifier sees."""
         transform = self.scale.transform
-        if transform is None or self.is_transformed:
+        if transform is None or (self.is_transformed and source_name(self.images[row]) is None):
             return 0.0, 0.0, float(photo.width), float(photo.height)
         return transform.seen_box(photo.width, photo.height)
 

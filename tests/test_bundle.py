@@ -97,6 +97,16 @@ def test_code_in_a_bundle_runs_only_on_the_users_word(bundle, data, monkeypatch,
         hidden.rename(data / "network.py")
 
 
+def test_bundling_a_run_trusts_no_code_that_was_not_trusted_before(
+    finished_run, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another machine"))
+    path = tmp_path / "b.safetensors"
+    path.write_bytes(to_bundle(HeatmapDetector.load(finished_run, "cpu", trust_code=True)))
+    with pytest.raises(OodHeatmapError, match=r"function network of .*b.safetensors.network\.py"):
+        HeatmapDetector.load(path, "cpu")
+
+
 def test_other_code_than_recorded_does_not_run(copied):
     tensors, about = read(copied)
     about["code"]["network.py"] = "raise SystemExit('it ran')"

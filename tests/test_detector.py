@@ -8,16 +8,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import cloudpickle
 import numpy as np
+import pandas
 import pytest
 import torch
 from joblib import Parallel, delayed
 from PIL import Image
 from scipy.stats import binomtest
 
-from ood_heatmap import HeatmapDetector
+from ood_heatmap import HeatmapDetector, Result
 from ood_heatmap.cache import manifest as manifest_module
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.calibration import Calibration
@@ -125,6 +127,8 @@ def test_images_on_a_gpu_are_what_they_are_on_the_cpu(finished_run):
         ([[1, 2], [3, 4]], "got list for one of them"),
         ({"images": 1}, "got dict"),
         (b"abc", "got bytes"),
+        (str(Path(__file__).parent), r"is a folder: pass its images, such as sorted\(Path\("),
+        (iter([torch.zeros(2, 3, 16, 16, dtype=torch.uint8)]), "with each batch, and join"),
     ],
 )
 def test_anything_else_is_refused_in_one_line(detector, images, named):
@@ -191,11 +195,48 @@ def test_what_is_not_a_normalized_batch_is_refused_in_one_line(normalizing, imag
 
 @pytest.mark.parametrize(
     ("argument", "named"),
-    [({"batch_size": 0}, "batch_size must be at least 1"), ({"output": "jax"}, "got 'jax'")],
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": "8"}, "batch_size must be at least 1, got '8'"),
+        ({"output": "jax"}, "got 'jax'"),
+    ],
 )
 def test_arguments_of_a_call_are_checked(detector, argument, named):
     with pytest.raises(UsageError, match=named):
         detector(noise(0, 1), **argument)
+
+
+def test_a_column_of_a_data_frame_is_a_list_of_images(detector, data):
+    paths = sorted(str(path) for path in (data / "far").iterdir())[:3]
+    wanted = detector(paths)
+    for given in (np.array(paths), np.array(paths, object), pandas.Series(paths).to_numpy()):
+        found = detector(given)
+        np.testing.assert_array_equal(found.score, wanted.score)
+        assert found.to_dict()["image"] == paths
+
+
+def test_an_iterator_of_paths_keeps_their_names_and_photos(detector, data, tmp_path):
+    path = tmp_path / "wide.png"
+    photo = Image.fromarray(noise(0, 1)[0]).resize((90, 30))
+    photo.save(path)
+    wanted = detector([path, photo])
+    found = detector(item for item in [path, photo])
+    np.testing.assert_array_equal(found.score, wanted.score)
+    assert found.to_dict()["image"] == [str(path), None]
+    assert found.image(0).size == (90, 30)
+    assert found.overlay(0).tobytes() == wanted.overlay(0).tobytes()
+    joined = Result.concatenate([found, detector([path])])
+    assert joined.overlay(2).tobytes() == wanted.overlay(0).tobytes()
+    assert joined.image(1).size == (16, 16)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "auto"])
+def test_a_device_that_is_not_there_is_one_line_and_moves_nothing(detector, device):
+    before = detector(noise(0, 1)).score
+    with pytest.raises(UsageError, match=f"there is no device '{device}' here") as caught:
+        detector.to(device)
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(detector(noise(0, 1)).score, before)
 
 
 def test_the_size_of_a_batch_does_not_matter(detector, monkeypatch):
@@ -357,6 +398,7 @@ def test_threads_share_the_search_of_nearest_images(finished_run):
     [
         ({"nearest": 6}, "nearest must be 0 to 5, got 6"),
         ({"nearest": -1}, "nearest must be 0 to 5, got -1"),
+        ({"nearest": "3"}, "nearest must be 0 to 5, got '3'"),
         ({"nearest": 1, "output": "torch"}, "needs output='numpy'"),
     ],
 )

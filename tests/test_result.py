@@ -7,6 +7,7 @@ from math import nan
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
 from ood_heatmap.detector import HeatmapDetector
@@ -37,10 +38,14 @@ def test_a_result_is_a_sequence_of_detections():
         assert found.is_ood is (number % 2 == 1)
         assert found.class_name == ("cat", "dog", "eel", "cat")[number]
         np.testing.assert_array_equal(found.heatmap, result.heatmap[number])
-    assert result[-1].score == result[np.int64(3)].score == float(result.score[3])
+    for last in (-1, np.int64(3), np.array(3), torch.tensor(3)):
+        assert result[last].score == float(result.score[3])
     for outside in (4, -5):
         with pytest.raises(IndexError):
             result[outside]
+    for other in ("score", 1.0, None):
+        with pytest.raises(TypeError):
+            result[other]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,9 @@ def test_a_result_is_a_sequence_of_detections():
         ([True, False, False, True], [0, 3]),
         ([3, 0], [3, 0]),
         (slice(0, 0), []),
+        ([], []),
+        (np.zeros(4, bool), []),
+        (torch.tensor([2, 1]), [2, 1]),
     ],
 )
 def test_a_part_of_a_result_is_a_result(selected, rows):
