@@ -192,7 +192,9 @@ def _rank(found: _Comparison) -> str:
     auroc = f"{100 * found.row['auroc']:.1f} %"
     points = found.difference.to_text(", 95 % interval")
     if found.difference.is_tie:
-        return f"the {found.label} score and {found.other} have the highest AUROC ({auroc})."
+        return (
+            f"the {found.label} score has the highest AUROC ({auroc}), and {found.other} the same."
+        )
     if found.rank > 1:
         text = (
             f"the {found.label} score is {_ordinal(found.rank)} of {found.num_methods} methods "

@@ -190,8 +190,8 @@ def test_means_of_metrics_without_near_sets_are_all_shown():
 def test_methods_that_are_printed_alike_share_the_first_place(auroc):
     alike = [("combined", auroc), ("knn", 0.9998, (-0.0001, 0.0008))]
     assert verdict(sets(alike, alike, alike)) == (
-        "On the mean of 2 OOD sets, the combined score and kNN (k = 5) have the highest AUROC "
-        "(100.0 %). It is the best on each set; on near, kNN (k = 5) is as good."
+        "On the mean of 2 OOD sets, the combined score has the highest AUROC (100.0 %), and kNN "
+        "(k = 5) the same. It is the best on each set; on near, kNN (k = 5) is as good."
     )
 
 
