@@ -134,8 +134,9 @@ def choose_neighbours(class_sizes: Sequence[int]) -> int:
 
 
 def _float32(values: NDArray[Any]) -> _Float32:
-    """Return values as float32."""
-    return np.asarray(values, dtype=np.float32)
+    """Return values as float32; what overflows is the largest number."""
+    largest = np.finfo(np.float32).max
+    return np.asarray(np.clip(values, -largest, largest), dtype=np.float32)
 
 
 def maximum_softmax(logits: _Float32) -> _Float32:
@@ -299,7 +300,7 @@ def _head_bias(head: nn.Linear) -> Tensor:
 def _score_arrays(predict: Callable[[Tensor], Tensor], features: _Float32) -> _Float32:
     """Call a score of tensors with an array."""
     with torch.inference_mode():
-        return predict(torch.from_numpy(features)).float().numpy()
+        return _float32(predict(torch.from_numpy(features)).numpy())
 
 
 def _of_logits(score: Callable[[_Float32], _Float32]) -> Callable[[FitData], Score]:

@@ -42,10 +42,12 @@ _Float32: TypeAlias = NDArray[np.float32]
 _Float64: TypeAlias = NDArray[np.float64]
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-# AUROC of mixtures that the learned score may cost
-_MAX_LOSS = 0.01
+# AUROC of mixtures that the learned score may cost, and held-out images that can tell
+_MAX_LOSS, _MIN_HELD_OUT = 0.01, 20
 # log-odds that a heatmap shows at most, for these quantiles of held-out ID scores
 _QUANTILES, _LEVELS = (0.5, 0.95), (-3.0, 0.0)
+# difference of two scores, sums of standardised terms, that is float32 rounding
+_LEAST_SPREAD = 1e-5
 # names of the scores that are added, as in ``baselines.METHODS``; those of distances count with
 # their logarithm
 _DISTANCES = ("knn", "mahalanobis_pp", "mahalanobis_pp_layers")
@@ -85,8 +87,8 @@ class Combination:
 
         Args:
             held_out: Scores ``(n,)`` by name, of held-out ID images.
-            mixtures: Scores of mixtures of two of them; None if there are none, which gives the
-                smallest weight that is not 0.
+            mixtures: Scores of mixtures of two of them; None if there are none. Then, and with
+                fewer than 20 held-out images, the weight is the smallest that is not 0.
             learned: Name of the learned score.
         """
         names = (*(name for name in TERMS if name in held_out), learned)
@@ -101,7 +103,7 @@ class Combination:
             for weight, found in zip(WEIGHTS, auroc, strict=True)
             if found >= auroc[0] - _MAX_LOSS
         ]
-        weight = max(allowed)
+        weight = max(allowed) if len(terms) >= _MIN_HELD_OUT else WEIGHTS[1]
         return Combination(names, standardization, weight, _anchors(terms, weight), tuple(auroc))
 
     def found(self) -> tuple[float, float]:
@@ -122,8 +124,9 @@ class Combination:
         that 5 % of them exceed.
         """
         (median, high), (at_median, at_high) = self.anchors, _LEVELS
-        # equal scores of all held-out images: no scale is known
-        slope = (at_high - at_median) / (high - median) if high > median else 1.0
+        # equal scores of all held-out images but for rounding: no scale is known
+        known = high - median > _LEAST_SPREAD
+        slope = (at_high - at_median) / (high - median) if known else 1.0
         return at_high + slope * (score - high)
 
 

@@ -31,6 +31,8 @@ _Labels: TypeAlias = NDArray[np.integer[Any]]
 _STEP = 1024
 # smaller distances count as this: float32 search of unit-length features cannot tell them from 0
 SMALLEST = 1e-3
+# deviation of a term, relative to its size, below which it is float32 rounding
+_LEAST_VARIATION = 1e-6
 # names of the three scores in ``baselines.METHODS``, as the arguments of ``three_terms``
 TERMS = ("max_logit", "knn", "mahalanobis_pp")
 
@@ -141,8 +143,9 @@ class _WithinClasses:
         """
         width = len(self.covariance)
         variance = np.trace(self.covariance) / width
-        if variance == 0:
-            # one image per class: the Euclidean distance
+        # rows are of length 1
+        if variance * width <= np.finfo(np.float32).eps ** 2:
+            # one image per class, or copies of it: the Euclidean distance
             return np.eye(width)
         squared_norm = (self.covariance**2).sum()
         distance = squared_norm - variance**2 * width
@@ -193,8 +196,9 @@ class Standardization:
     def fit(terms: _Float64) -> "Standardization":
         """Fit to the terms ``(n, T)`` of held-out ID images, n at least 1."""
         std = terms.std(axis=0)
-        # equal for all images: divided by 1
-        return Standardization(terms.mean(axis=0), np.where(std > 0, std, 1.0))
+        # equal for all images but for rounding, by which nothing may be divided: divided by 1
+        varies = std > _LEAST_VARIATION * np.abs(terms).max(axis=0)
+        return Standardization(terms.mean(axis=0), np.where(varies, std, 1.0))
 
     def __call__(self, terms: _Float64) -> _Float64:
         """Return ``(B, T)`` terms less their mean, divided by their standard deviation."""

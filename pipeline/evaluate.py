@@ -285,12 +285,12 @@ def _check_names(ood_sets: Mapping[str, ImageSet], config: EvaluateConfig) -> No
     bad = [
         name
         for name in ood_sets
-        if name in (ID, HELD_OUT) or not name.replace("-", "").replace("_", "").isalnum()
+        if name in (ID, HELD_OUT, MIXTURES) or not name.replace("-", "").replace("_", "").isalnum()
     ]
     if bad:
         raise UsageError(
             f"an OOD set cannot be named {bad[0]!r}: "
-            f"use letters, digits, - and _, and neither {ID!r} nor {HELD_OUT!r}."
+            f"use letters, digits, - and _, and neither {ID!r}, {HELD_OUT!r} nor {MIXTURES!r}."
         )
 
 

@@ -462,11 +462,12 @@ def fit_combination(
         save_scores(stage, MIXTURES, subset, mixed)
         mixtures = mixed.scores
     combination = Combination.fit(scored.scores, mixtures, HEATMAP)
-    log.info(
-        "combined score: weight %g of the learned score, with which AUROC of mixtures is %.3f and "
-        "not %.3f",
-        *(combination.weight, *combination.found()),
-    )
+    reason = "for all held-out images are predicted as one class"
+    if mixtures is not None:
+        reason = "with which AUROC of mixtures is {:.3f} and not {:.3f}".format(
+            *combination.found()
+        )
+    log.info("combined score: weight %g of the learned score, %s", combination.weight, reason)
     if is_main():
         _save_combination(stage, combination, methods)
     return combination

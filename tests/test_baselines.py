@@ -152,6 +152,14 @@ def data(drawn):
     return fit_data, baselines.ScoreInputs(of_queries, logits, logits[:, 0])
 
 
+def test_scores_of_huge_features_are_finite(data):
+    """A squared distance of them is beyond float32."""
+    fit_data, inputs = data
+    huge = replace(inputs.outputs, features=inputs.outputs.features * np.float32(1e20))
+    for name, score in baselines.fit_methods(fit_data).items():
+        assert np.isfinite(score(replace(inputs, outputs=huge))).all(), name
+
+
 def doubled(outputs):
     return baselines.Outputs(
         np.tile(outputs.features, (2, 1)),

@@ -96,6 +96,37 @@ def test_without_mixtures_the_weight_is_the_smallest():
     assert Combination.fit(scores(50, shifts(0, 0), 7), None, "heatmap").weight == 0.25
 
 
+def test_too_few_held_out_images_do_not_choose_the_weight():
+    mixtures = scores(200, shifts(0.7, 1), 6)
+    weights = [
+        Combination.fit(scores(count, shifts(0, 0), 5), mixtures, "heatmap").weight
+        for count in (19, 200)
+    ]
+    assert weights == [0.25, 4]
+
+
+def test_held_out_images_of_the_training_set_leave_the_other_terms_their_weight():
+    """All have the same kNN distance, which float32 does not tell from 0."""
+    held_out, queries = scores(50, shifts(0, 0), 14), scores(50, shifts(1, 1), 15)
+    held_out["knn"] = np.linspace(0, 1e-4, 50, dtype=np.float32)
+    combination = Combination.fit(held_out, None, "heatmap")
+    assert np.abs(combination(queries)).max() < 100
+    queries["gen"] += 1
+    changed = combination(queries)
+    queries["gen"] -= 1
+    step = 1 / held_out["gen"].astype(float).std()
+    np.testing.assert_allclose(changed - combination(queries), step, rtol=1e-4)
+
+
+def test_equal_scores_but_for_rounding_have_no_scale():
+    same = scores(1, shifts(0, 0), 16)
+    held_out = {name: np.repeat(values, 30) for name, values in same.items()}
+    held_out["gen"] = held_out["gen"] * (1 + np.linspace(0, 3e-7, 30)).astype(np.float32)
+    combination = Combination.fit(held_out, None, "heatmap")
+    low, high = combination.level(torch.tensor([0.0, 2.0])).tolist()
+    assert high - low == pytest.approx(2, abs=1e-4)
+
+
 def test_a_distance_of_zero_is_not_minus_infinity():
     held_out = scores(50, shifts(0, 0), 8)
     held_out["knn"][0] = 0

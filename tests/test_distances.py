@@ -89,10 +89,13 @@ def test_mahalanobis_pp_is_that_of_unit_length_features_with_ledoit_wolf(num_fea
     close(distance_of(score, 7 * queries), found, 1e-6)
 
 
-def test_mahalanobis_pp_of_one_image_per_class_is_the_euclidean_distance():
+# the mean of three copies is rounded
+@pytest.mark.parametrize("copies", [1, 3])
+def test_mahalanobis_pp_of_one_image_per_class_is_the_euclidean_distance(copies):
     features, _, queries = draw(count=5)
     distance = ((unit(queries)[:, None] - unit(features)) ** 2).sum(axis=2).min(axis=1)
-    close(distance_of(Mahalanobis.fit_unit(features, np.arange(5)), queries), distance)
+    fitted = Mahalanobis.fit_unit(np.tile(features, (copies, 1)), np.tile(np.arange(5), copies))
+    close(distance_of(fitted, queries), distance)
 
 
 def three_scores(num_held_out=100):
@@ -124,6 +127,14 @@ def test_each_term_has_mean_0_and_std_1_on_held_out_images():
     standardised = Standardization.fit(terms)(terms)
     np.testing.assert_allclose(standardised.mean(axis=0), 0, atol=1e-9)
     np.testing.assert_allclose(standardised.std(axis=0), 1, atol=1e-9)
+
+
+def test_a_term_that_is_equal_for_all_but_for_rounding_is_divided_by_1():
+    """The kNN distance of held-out images that are all in the training set, for one."""
+    terms = np.log(np.full((7, 1), 1e-3)) + np.linspace(0, 1e-8, 7)[:, None]
+    assert terms.std() > 0
+    others = np.log(np.array([[0.01], [0.5]]))
+    np.testing.assert_allclose(Standardization.fit(terms)(others), others - terms.mean())
 
 
 def test_the_sum_of_copies_of_one_image_is_finite():

@@ -964,6 +964,7 @@ def test_another_test_set_is_refused_by_name(data, run):
         (("far",), ("fur",), r"--near fur is not one of the OOD sets \(far\)"),
         (("id",), (), "cannot be named 'id'"),
         (("calibration",), (), "cannot be named 'calibration'"),
+        (("mixtures",), (), "cannot be named 'mixtures'"),
         (("../far",), (), r"cannot be named '\.\./far'"),
     ],
 )
