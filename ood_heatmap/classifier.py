@@ -59,6 +59,11 @@ class Output:
     logits: Tensor
     maps: tuple[Tensor, ...] = ()
 
+    def to(self, device: torch.device) -> "Output":
+        """Return the outputs on a device."""
+        maps = tuple(item.to(device) for item in self.maps)
+        return Output(self.features.to(device), self.logits.to(device), maps)
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:

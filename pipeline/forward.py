@@ -31,6 +31,8 @@ _UInt8 = NDArray[np.uint8]
 # batch size of one core, and the pixels of its images together: 8 images of 224 px take a fifth of
 # the memory of 32, and a tenth to a quarter less CPU time (EfficientNet-Lite0, ResNet-50)
 _IMAGES_PER_CORE, _PIXELS_PER_CORE = 32, 32 * 112**2
+# batches of a core that are decoded together: more would wait in memory, several times over
+_BATCHES_PER_CORE = 4
 # forward passes per timing window on a GPU
 _PASSES_PER_WINDOW = 4
 
@@ -79,18 +81,20 @@ class BatchedClassifier:
 
     Args:
         classifier: The classifier, on its device.
-        batch_size: Images per forward pass, over all cores of a CPU.
+        batch_size: Images per forward pass, over all cores of a CPU, where large images are fewer.
         spatial: Return the spatial statistics of the feature maps as well.
     """
 
     def __init__(self, classifier: Classifier, batch_size: int, *, spatial: bool = False) -> None:
         self.classifier, self.spatial = classifier, spatial
-        self.batch_size = batch_size
         self.on_gpu = classifier.device.type == "cuda"
         self.size = batch_size if self.on_gpu else min(batch_size, _images_per_core(classifier))
         self.num_threads = torch.get_num_threads()
         copies = _make_copies(classifier, min(self.num_threads, batch_size // self.size))
         self.num_workers = len(copies)
+        self.batch_size = batch_size
+        if not self.on_gpu:
+            self.batch_size = min(batch_size, _BATCHES_PER_CORE * self.size * self.num_workers)
         self.idle: SimpleQueue[Classifier] = SimpleQueue()
         for item in copies:
             self.idle.put(item)

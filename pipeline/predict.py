@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ood_heatmap.cache.files import replacing
 from ood_heatmap.classifier import Output
@@ -199,7 +198,7 @@ def _decode_outputs(
     for output in outputs:
         stop = start + len(output.features)
         heatmaps = config.pictures != "none"
-        result = detector.decode(_to_device(output, device), heatmaps=heatmaps)
+        result = detector.decode(output.to(device), heatmaps=heatmaps)
         is_finite = np.isfinite(result.score)
         for values in (output.features, output.logits):
             is_finite &= values.isfinite().all(dim=1).cpu().numpy()
@@ -211,12 +210,6 @@ def _decode_outputs(
         digests = [batch.digests[32 * row : 32 * row + 32] for row in range(start, stop)]
         yield Scored(batch.rows[start:stop], digests, result, is_finite, neighbours)
         start = stop
-
-
-def _to_device(output: Output, device: torch.device) -> Output:
-    """Move the classifier's output to a device."""
-    maps = tuple(feature_map.to(device) for feature_map in output.maps)
-    return Output(output.features.to(device), output.logits.to(device), maps)
 
 
 def _make_line(detector: HeatmapDetector, result: Result, i: int, path: Path) -> TableLine:

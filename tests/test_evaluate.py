@@ -29,7 +29,7 @@ from ood_heatmap.cache.manifest import FileRecord, write_manifest
 from ood_heatmap.cache.neighbours import unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
-from ood_heatmap.classifier import load_classifier
+from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.combined import make_bank
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.distances import Mahalanobis
@@ -294,6 +294,20 @@ def test_the_report_opens_only_the_classes_predicted_for_its_images(data, run, m
     (bank,) = banks
     assert sorted(bank.unique) == sorted(set(shown))
     assert len(bank.classes) > len(bank.unique)
+
+
+def test_the_images_of_the_report_are_classified_in_batches_too(data, run, monkeypatch):
+    sizes, forward = [], Classifier.forward
+    monkeypatch.setattr(
+        Classifier,
+        "forward",
+        lambda self, images: sizes.append(len(images)) or forward(self, images),
+    )
+    config = replace(CONFIG, calibration_share=0, overwrite=True)
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config)
+    content = json.loads((run / "evaluation" / "report.json").read_text())
+    assert len(content["cards"]) == 30 + 25 + 40
+    assert max(sizes) == CONFIG.batch_size
 
 
 def test_controls_do_not_take_patched_id_images_for_ood(data, run):

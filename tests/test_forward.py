@@ -133,6 +133,16 @@ def test_no_more_images_are_inside_at_once_than_asked_for(classifier, threads):
     ) == (7, 1)
 
 
+def test_no_more_large_images_are_decoded_together_than_the_cores_soon_need(classifier, threads):
+    threads(2)
+    assert BatchedClassifier(classifier, 256).batch_size == 256
+    large = replace(classifier.config, transform=Transform(224))
+    photographs = BatchedClassifier(Classifier(classifier.network, large), 256)
+    assert photographs.size == 8
+    assert photographs.batch_size == 2 * 4 * 8
+    assert BatchedClassifier(Classifier(classifier.network, large), 24).batch_size == 24
+
+
 def test_a_core_computes_with_its_own_number_of_threads_and_nobody_else_does():
     before = torch.get_num_threads()
     pool, others = _pinned_thread_pool(2, 1), []
