@@ -11,6 +11,7 @@ from itertools import pairwise, starmap
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, max_pool2d
 
@@ -22,21 +23,24 @@ from ood_heatmap.pipeline.patched import PastePlan, pasted_images
 from ood_heatmap.pipeline.pixel_methods import resize
 from ood_heatmap.pipeline.progress import Progress
 from ood_heatmap.pipeline.run import Index, Targets, redraw_paste_plan
+from ood_heatmap.pipeline.stage import INTERMEDIATE, Stage
 
 log = logging.getLogger(__name__)
 _Float32 = NDArray[np.float32]
 _UInt8 = NDArray[np.uint8]
 
 CEILING = "U-Net on pixels"
+_WEIGHTS = f"ceiling{INTERMEDIATE}"
 # side of the images that it works on, at most, and patched images that it is trained on, at most
 _MAX_SIDE, _MAX_IMAGES = 112, 32_768
-# pixels that it is trained with over all epochs: some ten minutes on two cores
+# pixels that it is trained with over all epochs, and at most has: some ten minutes on two cores
 _NUM_PIXELS = 150_000_000
 _BATCH_SIZE, _MAX_LR = 64, 3e-3
 _WIDTHS = (16, 32, 64, 96, 96)
 
 
 def train_ceiling(
+    stage: Stage,
     index: Index,
     targets: Targets,
     images: ImageSet,
@@ -45,7 +49,11 @@ def train_ceiling(
 ) -> Callable[[_UInt8], _Float32]:
     """Train a U-Net on the patched images of a run; ``config.seed`` determines the result.
 
+    Its weights are kept until the stage is complete: one that is interrupted later does not train
+    again.
+
     Args:
+        stage: The stage of ``localize``.
         index: Index of the run, with the ID images.
         targets: Targets of the run, which say what was pasted where.
         images: OOD training images, those of the targets.
@@ -70,11 +78,18 @@ def train_ceiling(
             "leave it out, or run `targets` with --patched."
         )
     size = min(index.size, _MAX_SIDE)
-    pixels, presence = _read_patched(index, plan, images, size, config)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        network = _UNet().to(device)
-        _train(network, pixels, presence, device)
+    if not stage.is_intact(_WEIGHTS):
+        pixels, presence = _read_patched(index, plan, images, size, config)
+        # after reading, which may draw random numbers too
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            trained = _UNet().to(device)
+            _train(trained, pixels, presence, device)
+        with stage.writing(_WEIGHTS) as scratch:
+            scratch.write_bytes(save(trained.state_dict()))
+    with torch.device("meta"):
+        network = _UNet()
+    network.load_state_dict(load_file(stage.directory / _WEIGHTS, str(device)), assign=True)
 
     @torch.inference_mode()
     def score(pixels: _UInt8) -> _Float32:
@@ -98,10 +113,11 @@ def _read_patched(
     """
     transform = index.classifier_config.transform
     patched = pasted_images(images, index.columns["images"], plan, transform)
-    count = min(len(plan), _MAX_IMAGES)
+    count = max(1, min(len(plan), _MAX_IMAGES, _NUM_PIXELS // size**2))
     numbers = np.sort(np.random.default_rng(config.seed).choice(len(plan), count, replace=False))
-    progress = Progress(count, "ceiling: read")
-    pixels, presence = [], []
+    progress, done = Progress(count, "ceiling: read"), 0
+    pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    presence = torch.empty(count, size, size, dtype=torch.uint8)
     for batch in iter_batches(
         patched,
         [numbers[start : start + _BATCH_SIZE] for start in range(0, count, _BATCH_SIZE)],
@@ -110,12 +126,15 @@ def _read_patched(
         workers=config.num_workers,
         skip_unreadable=config.skip_unreadable,
     ):
-        reduced = interpolate(torch.from_numpy(batch.pixels).float(), size, mode="area")
-        pixels.append(reduced.round().byte())
-        presence.append(torch.from_numpy(plan.presence(batch.rows, index.size, size)))
+        chunk = slice(done, done + len(batch.rows))
+        pixels[chunk] = interpolate(
+            torch.from_numpy(batch.pixels).float(), size, mode="area"
+        ).round()
+        presence[chunk] = torch.from_numpy(plan.presence(batch.rows, index.size, size))
+        done = chunk.stop
         progress.update(len(batch.rows))
     progress.close()
-    return torch.cat(pixels), torch.cat(presence)
+    return pixels[:done], presence[:done]
 
 
 def _train(network: nn.Module, pixels: Tensor, presence: Tensor, device: torch.device) -> None:
@@ -145,7 +164,6 @@ def _train(network: nn.Module, pixels: Tensor, presence: Tensor, device: torch.d
             progress.update(batch_size)
         log.debug("ceiling: loss %.4f", total.item() / (count // batch_size))
     progress.close()
-    network.eval()
 
 
 def _to_input(pixels: Tensor, size: int) -> Tensor:

@@ -118,7 +118,7 @@ def localize(
         methods = make_localization_methods(index, trained.decoder, device, config)
         if ceiling is not None:
             targets = open_targets(run, index)
-            methods.trained[CEILING] = train_ceiling(index, targets, ceiling, device, config)
+            methods.trained[CEILING] = train_ceiling(stage, index, targets, ceiling, device, config)
         cells, examples = _measure(samples, methods, config)
         table = mean_rows(cells, list(ood_sets))
         with stage.writing(_TABLE) as scratch:

@@ -13,6 +13,7 @@ from ood_heatmap.pipeline import ceiling as module
 from ood_heatmap.pipeline.ceiling import train_ceiling
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig
 from ood_heatmap.pipeline.run import open_index, open_targets, redraw_paste_plan
+from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.source_array import from_array
 from ood_heatmap.sources import open_images
@@ -28,6 +29,14 @@ def patched_run(finished_run, data, tmp_path_factory):
     config = TargetsConfig(batch_size=16, patched=1.0, limit=30, overwrite=True)
     build_targets(run, open_images(str(data / "ood")), CPU, config)
     return run
+
+
+def stage_in(folder):
+    """Return the stage of ``localize`` in a run of its own, just begun."""
+    folder.mkdir()
+    stage = Stage(folder, "localization", {})
+    stage.resume_or_start(overwrite=False)
+    return stage
 
 
 def opened(run):
@@ -49,6 +58,14 @@ def test_it_is_trained_with_the_patched_images_of_the_targets(patched_run, data)
     halved = columns["presence"][patched].reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
     np.testing.assert_allclose(presence, halved, atol=1.01)
     assert pixels.shape == (30, 3, 8, 8)
+
+
+def test_no_more_images_are_read_than_it_is_trained_with_once(patched_run, data, monkeypatch):
+    index, targets = opened(patched_run)
+    images, plan = open_images(str(data / "ood")), redraw_paste_plan(targets, index)
+    monkeypatch.setattr(module, "_NUM_PIXELS", 12 * 16**2 + 5)
+    pixels, presence = module._read_patched(index, plan, images, 16, CONFIG)
+    assert len(pixels) == len(presence) == 12
 
 
 def test_it_finds_what_differs_in_the_pixels_and_is_the_same_every_time(monkeypatch):
@@ -73,15 +90,20 @@ def test_it_finds_what_differs_in_the_pixels_and_is_the_same_every_time(monkeypa
     np.testing.assert_array_equal(trained_scores(80), scores)
 
 
-def test_scores_have_the_size_of_the_images_and_the_seed_decides(patched_run, data, monkeypatch):
+def test_scores_have_the_size_of_the_images_and_the_seed_decides(
+    patched_run, data, monkeypatch, tmp_path
+):
     monkeypatch.setattr(module, "_NUM_PIXELS", 1)
     monkeypatch.setattr(module, "_MAX_SIDE", 8)
     index, targets = opened(patched_run)
     images, state = open_images(str(data / "ood")), torch.random.get_rng_state()
     pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16)).astype(np.uint8)
     scores = [
-        train_ceiling(index, targets, images, CPU, LocalizeConfig(seed=seed, workers=1))(pixels)
-        for seed in (0, 0, 1)
+        train_ceiling(
+            stage_in(tmp_path / str(number)),
+            *(index, targets, images, CPU, LocalizeConfig(seed=seed, workers=1)),
+        )(pixels)
+        for number, seed in enumerate((0, 0, 1))
     ]
     assert scores[0].shape == (5, 16, 16)
     np.testing.assert_array_equal(scores[0], scores[1])
@@ -89,14 +111,33 @@ def test_scores_have_the_size_of_the_images_and_the_seed_decides(patched_run, da
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_another_training_set_and_no_patched_images_are_one_line(patched_run, finished_run, data):
+def test_an_interrupted_measurement_does_not_train_it_again(
+    patched_run, data, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(module, "_NUM_PIXELS", 20_000)
+    index, targets = opened(patched_run)
+    images = open_images(str(data / "ood"))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16)).astype(np.uint8)
+    stage = stage_in(tmp_path / "run")
+    scores = train_ceiling(stage, index, targets, images, CPU, CONFIG)(pixels)
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("it is trained again"))
+    resumed = Stage(stage.run, "localization", {})
+    assert resumed.resume_or_start(overwrite=False) is None
+    again = train_ceiling(resumed, index, targets, images, CPU, CONFIG)(pixels)
+    np.testing.assert_array_equal(again, scores)
+
+
+def test_another_training_set_and_no_patched_images_are_one_line(
+    patched_run, finished_run, data, tmp_path
+):
+    stage = stage_in(tmp_path / "run")
     index, targets = opened(patched_run)
     other = from_array(np.zeros((3, 16, 16, 3), np.uint8))
     with pytest.raises(UsageError, match=r"is not the OOD training set of .*, which is .*ood"):
-        train_ceiling(index, targets, other, CPU, CONFIG)
+        train_ceiling(stage, index, targets, other, CPU, CONFIG)
     index, targets = opened(finished_run)
     with pytest.raises(UsageError, match="have no patched images"):
-        train_ceiling(index, targets, open_images(str(data / "ood")), CPU, CONFIG)
+        train_ceiling(stage, index, targets, open_images(str(data / "ood")), CPU, CONFIG)
 
 
 @pytest.mark.parametrize("size", [8, 15, 33])
