@@ -22,7 +22,7 @@ from ood_heatmap.cache.manifest import Manifest
 from ood_heatmap.errors import DamagedCacheError, OodHeatmapError, StaleCacheError
 from ood_heatmap.heatmap import score, target_heatmap
 from ood_heatmap.pipeline import train as module
-from ood_heatmap.pipeline.config import TrainConfig
+from ood_heatmap.pipeline.config import TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.feed import TrainingBatch, _iter_groups
 from ood_heatmap.pipeline.progress import Progress
 from ood_heatmap.pipeline.run import (
@@ -34,7 +34,9 @@ from ood_heatmap.pipeline.run import (
 )
 from ood_heatmap.pipeline.stage import Stage
 from ood_heatmap.pipeline.step import lr_at, make_step
+from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
+from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -190,6 +192,22 @@ def test_feature_maps_are_taken_when_asked_for(run):
 def test_feature_maps_that_were_not_cached_are_one_line(run):
     with pytest.raises(OodHeatmapError, match="cached 2 feature maps, --feature-maps asks for 3"):
         train_decoder(run, CPU, TrainConfig(**{**SMALL, "feature_maps": 3}))
+
+
+def test_the_image_head_does_not_depend_on_the_pairing(run, data):
+    """Nor does any score: beside the image head they see no target."""
+    found = {}
+    for pairing in ("nearest", "random"):
+        targets = TargetsConfig(batch_size=16, patched=1.0, pairing=pairing, overwrite=True)
+        build_targets(run, open_images(str(data / "ood")), CPU, targets)
+        train_decoder(run, CPU, TrainConfig(epochs=2, batch_size=32, overwrite=True))
+        found[pairing] = load_file(run / "decoder" / "decoder.safetensors")
+    heads: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, values in found["nearest"].items():
+        heads[torch.equal(values, found["random"][name])].add(name.partition(".")[0])
+    assert {"image_head", "image"} <= heads[True] - heads[False]
+    # the place head shares its convolutions with the difference to the partner
+    assert heads[False] == {"maps", "deepest", "places", "place", "difference"}
 
 
 def test_bfloat16_trains_near_float32(run):
