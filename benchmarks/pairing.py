@@ -3,8 +3,8 @@
 python benchmarks/pairing.py RUN --ood-train DIR --id DIR --ood NAME=DIR --ood NAME=DIR
 
 RUN has a finished index with a feature map, to compare decoders with and without it. RUN is not
-modified. Detection: AUROC; localization: pixel AUROC of pasted patches of all sizes; both averaged
-over the OOD sets.
+modified. Detection: AUROC of the learned score; localization: pixel AUROC of pasted patches of all
+sizes; both averaged over the OOD sets.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ood_heatmap.classifier import Output
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device, keep_freed_memory
 from ood_heatmap.localization import localization_metrics
@@ -33,14 +34,16 @@ from ood_heatmap.patches import SQUARES, draw_patch, paste_all
 from ood_heatmap.pipeline.config import LocalizeConfig, TargetsConfig, TrainConfig
 from ood_heatmap.pipeline.inputs import split_named_source
 from ood_heatmap.pipeline.localize import _read_sample
+from ood_heatmap.pipeline.pixel_methods import resize
 from ood_heatmap.pipeline.run import open_index
 from ood_heatmap.pipeline.targets import build_targets
 from ood_heatmap.pipeline.train import train_decoder
 from ood_heatmap.sources import open_images
 
 UInt8 = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
 Pairing: TypeAlias = Literal["nearest", "random", "any", "scrambled"]
-Target: TypeAlias = Literal["magnitude", "signed"]
+Target: TypeAlias = Literal["presence", "magnitude", "signed"]
 PAIRINGS: tuple[Pairing, ...] = ("nearest", "random", "any", "scrambled")
 LABELS = {
     "nearest": "nearest of the class",
@@ -48,7 +51,7 @@ LABELS = {
     "any": "nearest of all classes",
     "scrambled": "scrambled as in the released code",
 }
-TARGETS: tuple[Target, ...] = ("magnitude", "signed")
+TARGETS: tuple[Target, ...] = ("presence", "magnitude", "signed")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def main() -> None:
             shutil.copytree(options.run / "index", run / "index", copy_function=os.link)
             config = TargetsConfig(limit=options.limit, pairing=pairing, patched=options.patched)
             build_targets(run, ood_train, device, config)
-            for target, num_maps in product(TARGETS, (0, options.feature_maps)):
+            for target, num_maps in product(options.target or TARGETS, (0, options.feature_maps)):
                 figures = [
                     measure(run, samples, device, train_config)
                     for train_config in configs(options, target, num_maps)
@@ -120,6 +123,7 @@ def configs(options: argparse.Namespace, target: Target, num_maps: int) -> list[
             epochs=options.epochs,
             seed=seed,
             target=target,
+            stack="split" if target == "presence" else "plain",
             width=options.width,
             feature_maps=num_maps,
             overwrite=True,
@@ -135,24 +139,32 @@ def measure(
     train_decoder(run, device, config)
     detector = HeatmapDetector.load(run, str(device))
     id_pixels, *ood_sets = samples.values()
-    id_scores = pixel_scores(detector, id_pixels).mean(axis=(1, 2))
+    id_scores, _ = scores(detector, id_pixels)
     detection, localization = [], []
     for pixels in ood_sets:
-        scores = pixel_scores(detector, pixels).mean(axis=(1, 2))
-        detection.append(detection_metrics(id_scores, scores).auroc)
+        detection.append(detection_metrics(id_scores, scores(detector, pixels)[0]).auroc)
         count = min(len(id_pixels), len(pixels))
         patches = [draw_patch(pixels.shape[-1], 0, row, SQUARES) for row in range(count)]
         images, masks = paste_all(id_pixels[:count], pixels[:count], patches)
-        metrics = localization_metrics(pixel_scores(detector, images), masks)
+        metrics = localization_metrics(scores(detector, images)[1], masks)
         localization.append(metrics.pixel_auroc)
     return float(np.mean(detection)), float(np.mean(localization))
 
 
-def pixel_scores(detector: HeatmapDetector, pixels: UInt8) -> NDArray[np.float32]:
-    """Compute pixel scores ``(N, H, W)``, batch by batch."""
-    size = LocalizeConfig.batch_size
-    starts = range(0, len(pixels), size)
-    return np.concatenate([detector(pixels[start : start + size]).pixel_score for start in starts])
+@torch.inference_mode()
+def scores(detector: HeatmapDetector, pixels: UInt8) -> tuple[Float32, Float32]:
+    """Return the learned score of images ``(N,)`` and the scores of their pixels ``(N, H, W)``.
+
+    The latter are the log-odds of ``place_scores``, as in ``localize``.
+    """
+    images, places, decoder = [], [], detector.decoder
+    for batch in torch.split(torch.from_numpy(pixels), LocalizeConfig.batch_size):
+        output: Output = detector.classifier(batch.to(detector.device))
+        maps = [item.half().float() for item in output.maps[: len(decoder.config.map_shapes)]]
+        inputs = output.features, output.logits.argmax(dim=1), maps
+        images.append(decoder.detect(*inputs)[1].cpu())
+        places.append(resize(decoder.place_scores(*inputs).cpu(), pixels.shape[-1]))
+    return torch.cat(images).numpy(), torch.cat(places).numpy()
 
 
 def write(out: Path, lines: list[Line], device: torch.device) -> None:
@@ -182,10 +194,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--pairing", action="append", choices=PAIRINGS, help="only this one; may be repeated"
     )
+    parser.add_argument(
+        "--target", action="append", choices=TARGETS, help="only this one; may be repeated"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of decoders of each kind")
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
     parser.add_argument("--width", type=int, default=TrainConfig.width)
-    parser.add_argument("--feature-maps", type=int, default=1, help="compared with 0 feature maps")
+    parser.add_argument("--feature-maps", type=int, default=2, help="compared with 0 feature maps")
     parser.add_argument("--limit", type=int, help="number of OOD training images")
     parser.add_argument("--patched", type=float, default=TargetsConfig.patched)
     parser.add_argument("--count", type=int, default=1000, help="test images of each set")
