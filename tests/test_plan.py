@@ -3,16 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from ood_heatmap.cache.shards import map_shard
+from ood_heatmap.classifier import load_classifier
 from ood_heatmap.cli import main
 from ood_heatmap.cli_stages import plan
 from ood_heatmap.pipeline import plan as module
 from ood_heatmap.pipeline import schedule
 from ood_heatmap.pipeline.config import IndexConfig, TargetsConfig, TrainConfig
+from ood_heatmap.pipeline.index import build_index
 from ood_heatmap.pipeline.plan import (
     Plan,
     _find_shortages,
@@ -21,6 +26,8 @@ from ood_heatmap.pipeline.plan import (
     plan_targets,
     plan_train,
 )
+from ood_heatmap.pipeline.targets import build_targets
+from ood_heatmap.source_array import from_array
 from ood_heatmap.sources import open_images
 
 CPU = torch.device("cpu")
@@ -68,6 +75,35 @@ def test_the_targets_take_what_was_planned(run, data):
     assert found.disk == array_bytes(run, "targets")
     patched = plan_targets(run, images, CPU, TargetsConfig(batch_size=16, patched=0.5))
     assert (patched.rows, patched.disk) == (75, found.disk * 1.5)
+
+
+def test_rows_of_photographs_through_a_resnet50_take_what_was_planned(tmp_path):
+    """A real network at 224 px: its maps of 2048 and 1024 channels are projected."""
+    torch.manual_seed(0)
+    save_file(
+        torchvision.models.resnet50(num_classes=4).state_dict(), tmp_path / "weights.safetensors"
+    )
+    classifier = load_classifier(
+        "torchvision/resnet50", weights=tmp_path / "weights.safetensors", num_classes=4, num_maps=2
+    )
+    generator = np.random.default_rng(0)
+    id_images, ood = (
+        from_array(generator.integers(0, 256, (count, 224, 224, 3)).astype(np.uint8))
+        for count in (6, 4)
+    )
+    index_config, targets_config = IndexConfig(batch_size=4), TargetsConfig(batch_size=4, patched=0)
+    planned = plan_index(id_images, classifier, index_config)
+    run, num_weights = tmp_path / "run", sum(item.nbytes for item in classifier.network.buffers())
+    num_weights += sum(item.nbytes for item in classifier.network.parameters())
+    build_index(run, id_images, classifier, index_config)
+    # image, features, maps of 128 x 7 x 7 and 32 x 14 x 14 in float16, class, label and row
+    assert array_bytes(run, "index") == 6 * (150_528 + 8_192 + 12_544 + 12_544 + 16)
+    assert planned.disk == array_bytes(run, "index") + 6 * 8_192 + num_weights
+    planned = plan_targets(run, ood, CPU, targets_config)
+    build_targets(run, ood, CPU, targets_config)
+    # heatmap and presence at 56 px, features, maps, six numbers
+    assert array_bytes(run, "targets") == 4 * (18_816 + 3_136 + 8_192 + 2 * 12_544 + 26)
+    assert planned.disk == array_bytes(run, "targets")
 
 
 def test_training_takes_what_was_planned(run):
