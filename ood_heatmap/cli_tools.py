@@ -68,7 +68,8 @@ def predict(
         root=common_folder(images, paths),
     )
     decided = f", {results.num_ood} of them OOD" if detector.decides else ""
-    click.echo(f"{results.num_images} images{decided}, scores in {results.table}")
+    noun = "image" if results.num_images == 1 else "images"
+    click.echo(f"{results.num_images:,} {noun}{decided}, scores in {results.table}")
     if results.pictures is not None:
         click.echo(f"pictures: {results.pictures}")
     if results.problems:

@@ -411,6 +411,7 @@ def test_the_command_reads_a_list_and_ends_in_1_when_some_were_skipped(run, path
     assert result.exit_code == 1
     wanted = "images without a score: 1, nowhere.png first (No such file or directory)."
     assert wanted in result.output
+    assert "1 image, scores in" in result.output
     assert len(read_csv(tmp_path / "out")) == 1
 
 
