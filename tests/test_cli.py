@@ -55,7 +55,7 @@ def test_the_four_verbs_predict_and_verify_as_typed(data, spec, tmp_path):
     assert "accuracy" in outputs[0]
     assert "next: ood-heatmap targets" in outputs[0]
     assert "40 OOD images paired (nearest), faiss" in outputs[1]
-    assert "mean near" in outputs[3]
+    assert "mean all" in outputs[3]
     assert "25 images, scores in" in outputs[4]
     assert "40 of 40 paired again" in outputs[5]
     assert "shuffled weights" in outputs[6]
