@@ -133,8 +133,7 @@ class PlainDecoder(Decoder):
         Returns:
             ``(B, num_channels, size, size)`` in [-1, 1] (signed) or [0, 1] (magnitude).
         """
-        inputs = torch.cat([features, maps[0].std(dim=(2, 3))], dim=1) if maps else features
-        x = self.first(self.hidden(self._scale_inputs(inputs, prediction, noise)))
+        x = self.first(self.hidden(self._scale_inputs(features, prediction, noise, maps)))
         size = self.config.first_size
         x = functional.relu(x.unflatten(1, (-1, size, size)))
         corrections: list[Tensor] = []

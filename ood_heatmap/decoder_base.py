@@ -197,14 +197,22 @@ class Decoder(nn.Module):
         """
         return pixel_score(self.detect(features, prediction, maps)[0])
 
-    def _scale_inputs(self, inputs: Tensor, prediction: Tensor, noise: Tensor | None) -> Tensor:
+    def _scale_inputs(
+        self,
+        features: Tensor,
+        prediction: Tensor,
+        noise: Tensor | None,
+        maps: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Return ``(B, num_inputs + L)``: scaled inputs, plus noise if any, and the one-hot class.
 
         Args:
-            inputs: ``(B, num_inputs)``.
+            features: ``(B, D)``.
             prediction: ``(B,)``.
             noise: ``(B, num_inputs)`` or None.
+            maps: Feature maps; standard deviations of the first over its locations are inputs too.
         """
+        inputs = torch.cat([features, maps[0].std(dim=(2, 3))], dim=1) if maps else features
         low, high = self.feature_range
         x = (inputs - low) / (high - low)
         x = x if noise is None else x + noise

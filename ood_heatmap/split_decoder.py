@@ -137,8 +137,8 @@ class SplitDecoder(Decoder):
             noise: ``(B, num_inputs)`` added to the scaled inputs of the image head, in training
                 only.
         """
-        inputs = torch.cat([features, maps[0].std(dim=(2, 3))], dim=1) if maps else features
-        image = self.image(self.image_head(self._scale_inputs(inputs, prediction, noise)))[:, 0]
+        inputs = self._scale_inputs(features, prediction, noise, maps)
+        image = self.image(self.image_head(inputs))[:, 0]
         x = self.places(self._join(maps, features))
         place, difference = (
             resize(at_least_float32(head(x)), self.config.size)
