@@ -17,6 +17,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from ood_heatmap.detector import HeatmapDetector
     from ood_heatmap.images import Transform
+    from ood_heatmap.nearest import Nearest
     from ood_heatmap.pipeline.config import EvaluateConfig, IndexConfig, TargetsConfig, TrainConfig
     from ood_heatmap.pipeline.stages import build_index, build_targets, evaluate, train
     from ood_heatmap.result import Detection, Result, TensorResult
@@ -26,6 +27,7 @@ __all__ = [
     "EvaluateConfig",
     "HeatmapDetector",
     "IndexConfig",
+    "Nearest",
     "Result",
     "TargetsConfig",
     "TensorResult",
@@ -40,6 +42,7 @@ __all__ = [
 _MODULES = {
     "detector": ("HeatmapDetector",),
     "images": ("Transform",),
+    "nearest": ("Nearest",),
     "pipeline.config": ("EvaluateConfig", "IndexConfig", "TargetsConfig", "TrainConfig"),
     "pipeline.stages": ("build_index", "build_targets", "evaluate", "train"),
     "result": ("Detection", "Result", "TensorResult"),
