@@ -22,6 +22,7 @@ from ood_heatmap.pipeline.run import (
     COMBINATION,
     Index,
     TrainedDecoder,
+    format_command,
     open_decoder,
     open_for_classifier,
     read_file,
@@ -121,7 +122,7 @@ def _parse_combination(content: bytes, path: Path) -> CombinedScorer:
     """Parse the file of the combined score.
 
     Raises:
-        DamagedCacheError: The file is damaged.
+        DamagedCacheError: The file is damaged, or an earlier version wrote it.
     """
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -129,7 +130,11 @@ def _parse_combination(content: bytes, path: Path) -> CombinedScorer:
         parts = CombinedParts.from_tensors(tensors, header["__metadata__"])
         return CombinedScorer(parts, tensors[BANK])
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DamagedCacheError(f"{path} is damaged ({error}). Evaluate again.") from error
+        command = format_command(path.parent.parent, "evaluation")
+        raise DamagedCacheError(
+            f"{path} is damaged, or an earlier version wrote it ({error}). Run `{command}` again "
+            "with --overwrite."
+        ) from error
 
 
 def _open_calibration(run: Path, decoder: Manifest) -> tuple[Calibration, float] | None:
