@@ -44,8 +44,9 @@ _Float64: TypeAlias = NDArray[np.float64]
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 # AUROC of mixtures that the learned score may cost, and held-out images that can tell
 _MAX_LOSS, _MIN_HELD_OUT = 0.01, 20
-# log-odds that a heatmap shows at most, for these quantiles of held-out ID scores
-_QUANTILES, _LEVELS = (0.5, 0.95), (-3.0, 0.0)
+# log-odds of the heatmap at two quantiles of what held-out ID images have: of their scores, and of
+# the largest log-odds of their pixels, of which fewer may be mistaken as there is the score already
+_LEVELS, _QUANTILES, _LOCAL_QUANTILES = (-3.0, 0.0), (0.5, 0.95), (0.5, 0.99)
 # difference of two scores, sums of standardised terms, that is float32 rounding
 _LEAST_SPREAD = 1e-5
 # names of the scores that are added, as in ``baselines.METHODS``; those of distances count with
@@ -69,6 +70,8 @@ class Combination:
         standardization: Of each term over held-out ID images.
         weight: Weight of the learned score.
         anchors: Median and 95 % quantile of the score over held-out ID images.
+        local_anchors: Median and 99 % quantile of the largest log-odds of their pixels; empty if
+            the decoder has none.
         mixture_auroc: AUROC of mixtures against held-out ID images for each of ``WEIGHTS``; empty
             if there were none.
     """
@@ -76,12 +79,16 @@ class Combination:
     names: tuple[str, ...]
     standardization: Standardization
     weight: float
-    anchors: tuple[float, float]
+    anchors: tuple[float, ...]
+    local_anchors: tuple[float, ...] = ()
     mixture_auroc: tuple[float, ...] = ()
 
     @staticmethod
     def fit(
-        held_out: Mapping[str, _Float32], mixtures: Mapping[str, _Float32] | None, learned: str
+        held_out: Mapping[str, _Float32],
+        mixtures: Mapping[str, _Float32] | None,
+        learned: str,
+        max_place: _Float32 | None = None,
     ) -> "Combination":
         """Fit to held-out ID images, and choose the weight by mixtures of them.
 
@@ -90,21 +97,23 @@ class Combination:
             mixtures: Scores of mixtures of two of them; None if there are none. Then, and with
                 fewer than 20 held-out images, the weight is the smallest that is not 0.
             learned: Name of the learned score.
+            max_place: ``(n,)`` largest log-odds of the pixels of each held-out image, if the
+                decoder has them.
         """
         names = (*(name for name in TERMS if name in held_out), learned)
         standardization = Standardization.fit(_stack(held_out, names))
         terms = standardization(_stack(held_out, names))
-        if mixtures is None:
-            return Combination(names, standardization, WEIGHTS[1], _anchors(terms, WEIGHTS[1]))
-        mixed = standardization(_stack(mixtures, names))
-        auroc = [_auroc(_add(terms, weight), _add(mixed, weight)) for weight in WEIGHTS]
-        allowed = [
-            weight
-            for weight, found in zip(WEIGHTS, auroc, strict=True)
-            if found >= auroc[0] - _MAX_LOSS
-        ]
-        weight = max(allowed) if len(terms) >= _MIN_HELD_OUT else WEIGHTS[1]
-        return Combination(names, standardization, weight, _anchors(terms, weight), tuple(auroc))
+        weight = WEIGHTS[1]
+        auroc: tuple[float, ...] = ()
+        if mixtures is not None:
+            mixed = standardization(_stack(mixtures, names))
+            auroc = tuple(_auroc(_add(terms, item), _add(mixed, item)) for item in WEIGHTS)
+            weight = _largest_weight(auroc) if len(terms) >= _MIN_HELD_OUT else weight
+        anchors = _quantiles(_add(terms, weight), _QUANTILES)
+        local = () if max_place is None else _quantiles(max_place, _LOCAL_QUANTILES)
+        # all held-out images alike: no scale is known
+        local = local if local and local[1] - local[0] > _LEAST_SPREAD else ()
+        return Combination(names, standardization, weight, anchors, local, auroc)
 
     def found(self) -> tuple[float, float]:
         """Return the AUROC of mixtures with the chosen weight and with 0; NaN without mixtures."""
@@ -123,11 +132,34 @@ class Combination:
         Linear in the score: -3 (5 %) at the median of held-out ID images, and 0 (50 %) at the score
         that 5 % of them exceed.
         """
-        (median, high), (at_median, at_high) = self.anchors, _LEVELS
-        # equal scores of all held-out images but for rounding: no scale is known
-        known = high - median > _LEAST_SPREAD
-        slope = (at_high - at_median) / (high - median) if known else 1.0
-        return at_high + slope * (score - high)
+        return _to_log_odds(score, self.anchors)
+
+    def local(self, places: Tensor) -> Tensor | None:
+        """Return the log-odds of pixels whatever their image is, see ``Scorer.local``.
+
+        Linear: -3 at the median of the largest pixels of held-out ID images, and 0 at what 1 % of
+        them exceed.
+        """
+        return _to_log_odds(places, self.local_anchors) if self.local_anchors else None
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    """Return two numbers of a file.
+
+    Raises:
+        ValueError: There are not two.
+    """
+    first, second = map(float, values)
+    return first, second
+
+
+def _to_log_odds(values: Tensor, anchors: Sequence[float]) -> Tensor:
+    """Map the anchors, a median and a high quantile, to their log-odds, and the rest linearly."""
+    (median, high), (at_median, at_high) = anchors, _LEVELS
+    # equal scores of all held-out images but for rounding: no scale is known
+    known = high - median > _LEAST_SPREAD
+    slope = (at_high - at_median) / (high - median) if known else 1.0
+    return at_high + slope * (values - high)
 
 
 def _stack(scores: Mapping[str, _Float32], names: Sequence[str]) -> _Float64:
@@ -144,10 +176,15 @@ def _add(terms: _Float64, weight: float) -> _Float64:
     return np.asarray(terms[:, :-1].sum(axis=1) + weight * terms[:, -1])
 
 
-def _anchors(terms: _Float64, weight: float) -> tuple[float, float]:
-    """Return the quantiles of the score that a heatmap's level is anchored at."""
-    median, high = np.quantile(_add(terms, weight), _QUANTILES)
-    return float(median), float(high)
+def _largest_weight(mixture_auroc: Sequence[float]) -> float:
+    """Return the largest weight that costs mixtures little AUROC."""
+    pairs = zip(WEIGHTS, mixture_auroc, strict=True)
+    return max(weight for weight, auroc in pairs if auroc >= mixture_auroc[0] - _MAX_LOSS)
+
+
+def _quantiles(values: _Float32 | _Float64, shares: Sequence[float]) -> tuple[float, ...]:
+    """Return quantiles of values."""
+    return tuple(map(float, np.quantile(values, shares)))
 
 
 def _auroc(negative: _Float64, positive: _Float64) -> float:
@@ -189,6 +226,7 @@ class CombinedParts:
             "names": self.combination.names,
             "weight": self.combination.weight,
             "anchors": self.combination.anchors,
+            "local_anchors": self.combination.local_anchors,
             "mixture_auroc": self.combination.mixture_auroc,
             "neighbours": self.neighbours,
             "layers": self.layers,
@@ -209,7 +247,8 @@ class CombinedParts:
             tuple(map(str, about["names"])),
             Standardization(*(tensors[name].double().numpy() for name in ("mean", "std"))),
             float(about["weight"]),
-            (float(about["anchors"][0]), float(about["anchors"][1])),
+            _pair(about["anchors"]),
+            _pair(about["local_anchors"]) if about["local_anchors"] else (),
             tuple(map(float, about["mixture_auroc"])),
         )
         layers = tuple(map(int, about["layers"]))
@@ -335,3 +374,7 @@ class CombinedScorer(Scorer):
     def level(self, score: Tensor) -> Tensor:
         """Return the level of heatmaps, ``(B,)``: see ``Combination.level``."""
         return self.parts.combination.level(score)
+
+    def local(self, places: Tensor) -> Tensor | None:
+        """Return the log-odds of pixels whatever their image is: see ``Combination.local``."""
+        return self.parts.combination.local(places)

@@ -136,7 +136,7 @@ class Decoder(nn.Module):
     """
 
     feature_range: Tensor
-    # whether the largest pixel of a heatmap is the level of its image, as a probability
+    # whether a heatmap is made of the level of its image and log-odds of pixels
     has_level = False
     # whether the predicted class has an influence on where a heatmap is high
     places_see_class = True
@@ -176,12 +176,13 @@ class Decoder(nn.Module):
         heatmap = self(features, prediction, maps).float()
         return heatmap, score(heatmap)
 
-    def heatmap(self, places: Tensor, level: Tensor) -> Tensor:
+    def heatmap(self, places: Tensor, level: Tensor, local: Tensor | None = None) -> Tensor:
         """Return heatmaps ``(B, num_channels, size, size)``.
 
         Args:
             places: The first output of ``detect``.
             level: ``(B,)`` log-odds that an image is OOD; for decoders with ``has_level``.
+            local: Log-odds of pixels whatever their image is, of the shape of ``places``, likewise.
         """
         return places
 

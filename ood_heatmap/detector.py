@@ -390,9 +390,14 @@ def decode(
     decoder: "Decoder", scorer: Scorer, output: "Output", prediction: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute heatmaps ``(B, C, H, W)`` and image scores ``(B,)`` from the classifier's output."""
+    places, learned = run_decoder(decoder, output, prediction)
+    score: Tensor = scorer(output, learned)
+    return decoder.heatmap(places, scorer.level(score), scorer.local(places)), score
+
+
+def run_decoder(decoder: "Decoder", output: "Output", prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``Decoder.detect`` of the classifier's output."""
     # rounded to float16, like the cached feature maps in training
     count = len(decoder.config.map_shapes)
     maps = [feature_map.half().float() for feature_map in output.maps[:count]]
-    places, learned = decoder.detect(output.features, prediction, maps)
-    score: Tensor = scorer(output, learned)
-    return decoder.heatmap(places, scorer.level(score)), score
+    return decoder.detect(output.features, prediction, maps)

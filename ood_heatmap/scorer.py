@@ -25,11 +25,22 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     def level(self, score: Tensor) -> Tensor:
-        """Return the log-odds ``(B,)`` that heatmaps show at most, from what ``forward`` returned.
+        """Return the log-odds ``(B,)`` that an image is OOD, from what ``forward`` returned.
 
         Increases with the score.
         """
         return score
+
+    def local(self, places: Tensor) -> Tensor | None:
+        """Return the log-odds that pixels are OOD in an image that is ID otherwise.
+
+        Args:
+            places: Log-odds of pixels, of any shape, as the decoder returns them.
+
+        Returns:
+            The same shape, on the scale of ``level``; None if that scale is not known.
+        """
+        return None
 
 
 class HeatmapScorer(Scorer):

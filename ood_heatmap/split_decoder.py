@@ -71,9 +71,11 @@ class SplitDecoder(Decoder):
     nothing to see.
 
     With the log-odds ``g`` of the image (its *level*, see ``Scorer.level``) and ``s`` of its
-    places, the heatmap is ``sigmoid(g + s - max(s))``: the presence of OOD content. Its largest
-    pixel says what the score of the image says, so an image is called OOD if and only if some of
-    its pixels are. How much the content differs from the nearest ID image is a third output.
+    places, the heatmap is ``sigmoid(max(g + s - max(s), l))``: the presence of OOD content. Of an
+    image that is OOD as a whole it shows where most, and its largest pixel says what the score
+    says. In an image that is ID otherwise, ``l`` (see ``Scorer.local``) shows a region that does
+    not belong, of which the score of the image knows little. How much the content differs from the
+    nearest ID image is a third output.
 
     Source: Hendrycks et al., Deep Anomaly Detection with Outlier Exposure, ICLR 2019 (auxiliary OOD
         images).
@@ -164,13 +166,15 @@ class SplitDecoder(Decoder):
     def detect(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Return log-odds of pixels less their maximum, and the log-odds ``(B,)`` of images."""
+        """Return the log-odds ``(B, 1, size, size)`` of pixels and ``(B,)`` of images."""
         logits = self(features, prediction, maps)
-        return logits.place - logits.place.amax(dim=(1, 2, 3), keepdim=True), logits.image
+        return logits.place, logits.image
 
-    def heatmap(self, places: Tensor, level: Tensor) -> Tensor:
-        """Return heatmaps ``(B, 1, size, size)`` in [0, 1]; their maximum is that of ``level``."""
-        return torch.sigmoid(level[:, None, None, None] + places)
+    def heatmap(self, places: Tensor, level: Tensor, local: Tensor | None = None) -> Tensor:
+        """Return heatmaps ``(B, 1, size, size)`` in [0, 1]."""
+        below = places - places.amax(dim=(1, 2, 3), keepdim=True)
+        log_odds = level[:, None, None, None] + below
+        return torch.sigmoid(log_odds if local is None else torch.maximum(log_odds, local))
 
     def place_scores(
         self, features: Tensor, prediction: Tensor, maps: Sequence[Tensor] = ()

@@ -20,7 +20,7 @@ from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.combined import BANK, Combination, CombinedParts, KnnDistance, make_bank
 from ood_heatmap.decoder_base import Decoder
-from ood_heatmap.detector import HeatmapDetector, decode
+from ood_heatmap.detector import HeatmapDetector, run_decoder
 from ood_heatmap.distances import TERMS, Standardization, three_terms
 from ood_heatmap.distributed import all_gather, broadcast, is_main, rank, world_size
 from ood_heatmap.duplicates import hash_pixels, relative_difference
@@ -90,6 +90,8 @@ class ScoredSet:
     Args:
         scores: ``(B,)`` float32 by method; larger is more OOD.
         max_pixel_score: ``(B,)`` float32, the maximum pixel score of the detector's heatmaps.
+        max_place: ``(B,)`` float32, the largest log-odds of a pixel that the decoder returns; 0
+            without such.
         prediction: ``(B,)`` int32 predicted class.
         label: ``(B,)`` int32 class, -1 where unknown.
         row: ``(B,)`` int64 rows of the set.
@@ -101,6 +103,7 @@ class ScoredSet:
 
     scores: Mapping[str, _Float32]
     max_pixel_score: _Float32
+    max_place: _Float32
     prediction: NDArray[np.int32]
     label: NDArray[np.int32]
     row: _Int64
@@ -149,6 +152,8 @@ class ScoredSet:
         """Load a file written by ``save``; the caller verifies its checksum."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
+        # earlier versions had none
+        arrays.setdefault("place", np.zeros_like(arrays["peak"]))
         columns = {field: arrays.pop(name) for field, name in _COLUMNS.items()}
         content = str(arrays.pop("content"))
         return ScoredSet(arrays, **columns, content=content)
@@ -157,6 +162,7 @@ class ScoredSet:
 # maps the array fields of a scored set to their names in the file
 _COLUMNS = {
     "max_pixel_score": "peak",
+    "max_place": "place",
     "prediction": "prediction",
     "label": "label",
     "row": "row",
@@ -210,7 +216,7 @@ class DetectionMethods:
             embedded: Images and outputs of the classifier.
             labels: ``(B,)`` classes, -1 where unknown.
         """
-        heatmap_scores, max_pixel_score = self._decode(embedded)
+        heatmap_scores, max_pixel_score, max_place = self._decode(embedded)
         outputs = to_outputs(
             embedded.features,
             embedded.prediction,
@@ -225,6 +231,7 @@ class DetectionMethods:
         return ScoredSet(
             {**heatmap_scores, **scores},
             max_pixel_score=max_pixel_score,
+            max_place=max_place,
             prediction=embedded.prediction,
             label=labels,
             row=embedded.rows,
@@ -278,20 +285,25 @@ class DetectionMethods:
         distances: _Float32 = torch.cat(found).cpu().numpy()
         return distances
 
-    def _decode(self, embedded: Embedded) -> tuple[dict[str, _Float32], _Float32]:
-        """Return the image scores of each decoder, and the maximum pixel scores of the run's."""
+    def _decode(self, embedded: Embedded) -> tuple[dict[str, _Float32], _Float32, _Float32]:
+        """Return the image scores of each decoder, and maxima over the pixels of the run's.
+
+        They are the maximum pixel score without a combined score, and the largest log-odds.
+        """
         device, size = self.detectors[0].classifier.device, self.config.batch_size
         batches = [
             _to_output(embedded, slice(start, start + size), device, self._num_maps)
             for start in range(0, len(embedded.rows), size)
         ]
-        scores, max_pixel_score = {}, np.empty(0, np.float32)
+        scores, maxima = {}, np.empty((0, 2), np.float32)
         for number, detector in enumerate(self.detectors):
-            means, maxima = zip(*(_score_images(detector, batch) for batch in batches), strict=True)
-            scores[name_of_run(number)] = np.concatenate(means)
+            found, of_pixels = zip(
+                *(_score_images(detector.decoder, batch) for batch in batches), strict=True
+            )
+            scores[name_of_run(number)] = np.concatenate(found)
             if number == 0:
-                max_pixel_score = np.concatenate(maxima)
-        return scores, max_pixel_score
+                maxima = np.concatenate(of_pixels)
+        return scores, *maxima.T
 
 
 def _three_terms(scores: Mapping[str, _Float32]) -> NDArray[np.float64]:
@@ -300,15 +312,15 @@ def _three_terms(scores: Mapping[str, _Float32]) -> NDArray[np.float64]:
 
 
 @torch.inference_mode()
-def _score_images(detector: HeatmapDetector, output: Output) -> tuple[_Float32, _Float32]:
-    """Return the score of each image and the maximum pixel score of its heatmap.
+def _score_images(decoder: Decoder, output: Output) -> tuple[_Float32, _Float32]:
+    """Return the learned scores ``(B,)``, and maxima ``(B, 2)`` over the pixels of each image.
 
-    The heatmap stays on the device.
+    They are of the pixel score, and of the log-odds; heatmaps stay on the device.
     """
-    decoder, scorer = detector.decoder, detector.scorer
-    heatmap, scores = decode(decoder, scorer, output, output.logits.argmax(dim=1))
-    pixels = pixel_score(heatmap)
-    return scores.cpu().numpy(), pixels.amax(dim=(1, 2)).cpu().numpy()
+    places, scores = run_decoder(decoder, output, output.logits.argmax(dim=1))
+    max_pixel_score = pixel_score(decoder.heatmap(places, scores)).amax(dim=(1, 2))
+    max_place = places.amax(dim=(1, 2, 3)) if decoder.has_level else torch.zeros_like(scores)
+    return scores.cpu().numpy(), torch.stack([max_pixel_score, max_place], dim=1).cpu().numpy()
 
 
 def _to_output(embedded: Embedded, rows: slice, device: torch.device, num_maps: int) -> Output:
@@ -434,7 +446,10 @@ def add_combined(scored: ScoredSet, combination: Combination | None, decoder: De
         return scored
     total, max_pixel_score = combination(scored.scores), scored.max_pixel_score
     if decoder.has_level:
-        max_pixel_score = combination.level(torch.from_numpy(total)).sigmoid().numpy()
+        level, places = (torch.from_numpy(item) for item in (total, scored.max_place))
+        level, local = combination.level(level), combination.local(places)
+        largest = level if local is None else torch.maximum(level, local)
+        max_pixel_score = largest.sigmoid().numpy()
     scores = {**scored.scores, COMBINED: total}
     return replace(scored, scores=scores, max_pixel_score=max_pixel_score)
 
@@ -461,7 +476,9 @@ def fit_combination(
         mixed = score_set(stage, MIXTURES, subset, methods, scored)
         save_scores(stage, MIXTURES, subset, mixed)
         mixtures = mixed.scores
-    combination = Combination.fit(scored.scores, mixtures, HEATMAP)
+    decoder = methods.detectors[0].decoder
+    max_place = scored.max_place if decoder.has_level and decoder.config.map_shapes else None
+    combination = Combination.fit(scored.scores, mixtures, HEATMAP, max_place)
     reason = "for all held-out images are predicted as one class"
     if mixtures is not None:
         reason = "with which AUROC of mixtures is {:.3f} and not {:.3f}".format(

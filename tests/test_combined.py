@@ -81,15 +81,25 @@ def test_a_learned_score_that_misses_the_style_of_id_images_counts_for_little():
 
 
 def test_levels_are_anchored_at_quantiles_of_held_out_images():
-    held_out = scores(401, shifts(0, 0), 7)
-    combination = Combination.fit(held_out, scores(200, shifts(1, 1), 2), "heatmap")
+    held_out, places = scores(401, shifts(0, 0), 7), scores(401, {"heatmap": -2}, 8)["heatmap"]
+    combination = Combination.fit(held_out, scores(200, shifts(1, 1), 2), "heatmap", places)
     total = by_the_formula(held_out, held_out, combination.weight)
-    median, high = np.sort(total)[[200, 380]]  # of 401: half, and 95 %, are below
-    wanted = 3 * (total - high) / (high - median)
-    found = combination.level(torch.from_numpy(total)).numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-    flat = Combination.fit({name: 0 * item + 1 for name, item in held_out.items()}, None, "heatmap")
+    # of 401: half, 95 % and 99 % are below
+    for found, values, high in (
+        (combination.level, total, 380),
+        (combination.local, places.astype(float), 396),
+    ):
+        median, top = np.sort(values)[[200, high]]
+        wanted = 3 * (values - top) / (top - median)
+        found_here = found(torch.from_numpy(values)).numpy()
+        np.testing.assert_allclose(found_here, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_scale_levels_are_the_values_themselves():
+    same = {name: 0 * item + 1 for name, item in scores(40, shifts(0, 0), 7).items()}
+    flat = Combination.fit(same, None, "heatmap")
     assert flat.level(torch.tensor([0.0, 2.0])).tolist() == [0, 2]
+    assert flat.local(torch.tensor([0.0, 2.0])) is None
 
 
 def test_without_mixtures_the_weight_is_the_smallest():
@@ -196,7 +206,8 @@ def test_the_detectors_score_is_that_of_the_table(with_layers):
 
     _, held_out = by_name(40)
     _, mixtures = by_name(30)
-    combination = Combination.fit(held_out, mixtures, "heatmap")
+    places = generator.normal(size=40).astype(np.float32)
+    combination = Combination.fit(held_out, mixtures, "heatmap", places)
     parts = CombinedParts(combination, 4, near, layers, joined if with_layers else None)
     tensors, metadata = parts.to_tensors()
     again = load(save(tensors, metadata))

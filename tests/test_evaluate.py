@@ -31,7 +31,7 @@ from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, load_classifier
 from ood_heatmap.combined import make_bank
-from ood_heatmap.detector import HeatmapDetector
+from ood_heatmap.detector import HeatmapDetector, run_decoder
 from ood_heatmap.distances import Mahalanobis
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.metrics import METRICS
@@ -386,21 +386,50 @@ def test_a_combined_score_without_a_bank_is_refused_with_the_way_out(run):
         HeatmapDetector.load(run, "cpu")
 
 
-def test_image_and_pixels_agree_on_what_is_ood(data, run):
-    """By construction: the largest pixel of a heatmap says what the score of its image says."""
+def test_without_feature_maps_image_and_pixels_agree_on_what_is_ood(data, run):
     detector = HeatmapDetector.load(run, "cpu", 0.4)
-    assert detector.color_max == 1
     for name in ("far", "ood", "test"):
         result = detector(sorted(map(str, (data / name).rglob("*.png"))))
         flagged = (result.pixel_score > detector.pixel_threshold).any(axis=(1, 2))
         np.testing.assert_array_equal(flagged, result.is_ood)
 
 
+def test_the_largest_pixel_is_what_the_score_or_the_place_says(data, run):
+    """The heatmap's maximum, from the scores, the decoder's log-odds and the held-out images."""
+    config = TrainConfig(epochs=2, batch_size=32, width=32, feature_maps=2, overwrite=True)
+    train_decoder(run, CPU, config)
+    settings = replace(CONFIG, overwrite=True)
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, settings)
+    detector = HeatmapDetector.load(run, "cpu", 0.4)
+    assert detector.color_max == 1
+    held_out, found = scores(run, "calibration"), []
+    for name in ("far", "ood", "test"):
+        paths = sorted((data / name).rglob("*.png"))
+        result = detector(list(map(str, paths)))
+        places = [
+            run_decoder(detector.decoder, output, output.logits.argmax(1))[0].max().item()
+            for path in paths
+            for output in [detector.detect(detector.transform(Image.open(path))[None])[1]]
+        ]
+        wanted = []
+        for values, reference, share in (
+            (result.score, held_out["combined"], 0.95),
+            (np.array(places), held_out["place"], 0.99),
+        ):
+            median, high = np.quantile(reference.astype(float), (0.5, share))
+            wanted.append(3 * (values - high) / (high - median))
+        largest = 1 / (1 + np.exp(-np.maximum(*wanted)))
+        np.testing.assert_allclose(result.pixel_score.max(axis=(1, 2)), largest, rtol=2e-2)
+        found += [(wanted[0] > wanted[1]).any(), (wanted[0] < wanted[1]).any()]
+    assert any(found[::2])
+    assert any(found[1::2])
+
+
 def test_a_method_that_is_computed_is_shown(finished_run):
     shown = {method for method, _ in table(finished_run)[1]}
     computed = set(scores(finished_run, "id").files)
     assert computed - shown == {
-        *("peak", "prediction", "label", "row", "content"),
+        *("peak", "place", "prediction", "label", "row", "content"),
         *("pixel_hash", "nearest", "difference"),
     }
     assert shown <= computed

@@ -37,6 +37,17 @@ def test_the_largest_pixel_of_a_heatmap_is_the_level_of_its_image():
     assert heatmap.shape == (4, 1, 8, 8)
     assert torch.equal(heatmap.amax(dim=(1, 2, 3)), level.sigmoid())
     assert torch.equal(score, made(*inputs).image)
+    assert torch.equal(places, made(*inputs).place)
+
+
+def test_a_pixel_is_as_ood_as_its_image_says_or_as_it_is_itself():
+    made, inputs = decoder(), example()
+    places, _ = made.detect(*inputs)
+    local = 2 * places - 1
+    level = torch.tensor([-9.0, -3.0, 0.0, 30.0])
+    wanted = torch.maximum(made.heatmap(places, level), local.sigmoid())
+    assert (wanted > made.heatmap(places, level)).any()
+    torch.testing.assert_close(made.heatmap(places, level, local), wanted)
 
 
 def test_pixels_differ_in_their_log_odds_as_the_places_do():
