@@ -132,8 +132,8 @@ def _parse_combination(content: bytes, path: Path) -> CombinedScorer:
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
         command = format_command(path.parent.parent, "evaluation")
         raise DamagedCacheError(
-            f"{path} is damaged, or an earlier version wrote it ({error}). Run `{command}` again "
-            "with --overwrite."
+            f"{path} is damaged, or an earlier version wrote it ({error}). Remove {path.parent} "
+            f"and run `{command}` again."
         ) from error
 
 

@@ -381,7 +381,7 @@ def test_a_combined_score_without_a_bank_is_refused_with_the_way_out(run):
     manifest = read_manifest(run, "evaluation")
     files = {**manifest.files, path.name: FileRecord.from_file(path)}
     write_manifest(run / "evaluation", replace(manifest, files=files))
-    way_out = r"an earlier version wrote it .*`ood-heatmap evaluate .* with --overwrite"
+    way_out = r"an earlier version wrote it .*Remove .*evaluation and run `ood-heatmap evaluate"
     with pytest.raises(OodHeatmapError, match=way_out):
         HeatmapDetector.load(run, "cpu")
 
