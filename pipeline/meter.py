@@ -216,6 +216,6 @@ def _format_summary(stats: dict[str, Any], *, measured: bool = False) -> str:
         return f"{text}{', the classifier alone could not be measured' if measured else ''}"
     return (
         f"{text}, {stats['share_of_ceiling']:.0%} of the classifier alone "
-        f"({stats['ceiling_images_per_second']:.0f} images/s); bottleneck: "
+        f"({format_rate(stats['ceiling_images_per_second'])}); bottleneck: "
         f"{stats['bottleneck']} ({stats['bottleneck_seconds']:.1f} s)"
     )

@@ -16,7 +16,7 @@ class Progress:
     """Shows how many images are done, how fast, and when the last will be; on rank 0.
 
     Args:
-        total: Images to process.
+        total: Images to process; 0 if unknown.
         label: What is being done, such as the name of the stage.
     """
 
@@ -50,6 +50,8 @@ class Progress:
 def _format_progress(label: str, done: int, total: int, seconds: float) -> str:
     """Format the progress after some seconds as one line."""
     rate = done / seconds
+    if not total:
+        return f"{label}: {done} images, {format_rate(rate)}"
     text = f"{label}: {done} of {total} images, {format_rate(rate)}"
     return f"{text}, {format_end((total - done) / rate)}" if done else text
 

@@ -71,6 +71,14 @@ def test_a_summary_names_the_ceiling_and_the_bottleneck(caplog):
     assert "of the classifier alone (10 images/s); bottleneck: decode (3.0 s)" in caplog.text
 
 
+def test_a_ceiling_below_one_image_a_second_is_not_rounded_to_none(caplog):
+    started = time.perf_counter() - 80.0
+    meter = Meter(20, "index", done=20, wait_seconds={"embed": 80.0}, started=started)
+    with caplog.at_level(logging.INFO):
+        meter.close(ceiling=lambda _: 0.3)
+    assert "of the classifier alone (0.3 images/s)" in caplog.text
+
+
 def test_a_ceiling_below_the_rate_is_not_taken_for_one(caplog):
     meter = Meter(40, "index", done=40, wait_seconds={"embed": 1.0})
     with caplog.at_level(logging.INFO):

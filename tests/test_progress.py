@@ -56,6 +56,15 @@ def test_without_a_terminal_a_line_every_30_seconds_says_when_it_ends(clock, cap
     ]
 
 
+def test_an_unknown_number_of_images_has_no_end(clock, caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress(0, "probe")
+    clock.seconds += 40
+    progress.update(60)
+    progress.close()
+    assert caplog.messages == ["probe: 60 images, 1.5 images/s"]
+
+
 def test_a_short_stage_logs_no_progress(clock, caplog):
     caplog.set_level(logging.INFO)
     run_stage(clock, images=1200, seconds=29)
