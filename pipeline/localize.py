@@ -251,15 +251,35 @@ def _measure(
             size = id_pixels.shape[-1]
             patches = [draw_patch(size, config.seed, row, cell.kinds) for row in cell.rows.tolist()]
             images, masks = paste_all(*pair, patches)
-            pixel_scores = methods(images)
+            first, pixel_scores = _score(methods, images, config.batch_size)
             rows += _measure_cell(name, cell, masks, pixel_scores, weights[:, cell.rows])
             if cell.is_example:
-                scores = {method: item[0] for method, item in pixel_scores.items()}
                 title = f"{'other ID' if name == ID else name}, {cell.edges}"
-                examples.append(_Example(title, images[0], masks[0], scores))
+                examples.append(_Example(title, images[0], masks[0], first))
             progress.update(len(cell.rows))
     progress.close()
     return rows, examples
+
+
+def _score(
+    methods: LocalizationMethods, images: _UInt8, batch_size: int
+) -> tuple[PixelScores, PixelScores]:
+    """Return the pixel scores of the first image, and those of all images on the grid."""
+    grid = _grid(images.shape[-1])
+    first: PixelScores = {}
+    parts: list[PixelScores] = []
+    for start in range(0, len(images), batch_size):
+        found = methods(images[start : start + batch_size])
+        first = first or {method: item[0].copy() for method, item in found.items()}
+        # copies: a view would keep the scores of all pixels
+        parts.append({method: np.ascontiguousarray(item[grid]) for method, item in found.items()})
+    return first, {method: np.concatenate([part[method] for part in parts]) for method in first}
+
+
+def _grid(size: int) -> tuple[slice, slice, slice]:
+    """Return the pixels of images that metrics are computed on."""
+    step = -(-size // _MAX_SIDE)
+    return np.s_[:, step // 2 :: step, step // 2 :: step]
 
 
 def _measure_cell(
@@ -270,11 +290,10 @@ def _measure_cell(
     weights: _Float64,
 ) -> Iterator[LocalizationRow]:
     """Yield the metrics of each method for one set and kind of patch."""
-    step = -(-masks.shape[-1] // _MAX_SIDE)
-    grid = np.s_[:, step // 2 :: step, step // 2 :: step]
+    masks = masks[_grid(masks.shape[-1])]
     for method, scores in pixel_scores.items():
-        metrics = asdict(localization_metrics(scores[grid], masks[grid]))
-        resampled = resampled_metrics(scores[grid], masks[grid], weights)
+        metrics = asdict(localization_metrics(scores, masks))
+        resampled = resampled_metrics(scores, masks, weights)
         yield LocalizationRow(method, name, *cell.kind, metrics, resampled)
 
 

@@ -232,8 +232,22 @@ def test_large_images_are_measured_on_every_second_pixel():
     masks = np.zeros((3, 300, 300), bool)
     masks[:, 150:250, :100] = masks[0, :50, 200:] = True
     scores = np.random.default_rng(0).random(masks.shape, np.float32) + masks / np.float32(2)
-    cell = Cell(0.5, "square", "hard", np.arange(3))
-    (row,) = module._measure_cell("far", cell, masks, {"heatmap": scores}, np.ones((1, 3)))
+    cell, asked = Cell(0.5, "square", "hard", np.arange(3)), []
+    # each image is its number
+    images = (
+        np.zeros((3, 3, 300, 300), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
+    )
+
+    def methods(block: np.ndarray) -> dict[str, np.ndarray]:
+        asked.append(len(block))
+        return {"heatmap": scores[block[:, 0, 0, 0]]}
+
+    first, found = module._score(methods, images, 2)  # type: ignore[arg-type]
+    assert asked == [2, 1]
+    np.testing.assert_array_equal(first["heatmap"], scores[0])
+    # the scores of all pixels are not kept
+    assert found["heatmap"].base is None
+    (row,) = module._measure_cell("far", cell, masks, found, np.ones((1, 3)))
     wanted = localization_metrics(scores[:, 1::3, 1::3], masks[:, 1::3, 1::3])
     assert row.metrics == asdict(wanted)
 
