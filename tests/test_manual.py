@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -10,6 +11,7 @@ from unittest.mock import create_autospec
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -113,3 +115,25 @@ def check_service(server, photo, detector):
     with pytest.raises(HTTPError, match="400: cannot identify image file") as refused:
         urlopen(url, b"no photo")
     refused.value.close()
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def test_the_pictures_of_the_manual_are_the_panels_of_predict(workplace):
+    photos = ["photos/test/a/000.png", "photos/test/b/001.png"]
+    Image.new("RGB", (90, 60), "tan").save(photos[1])
+    script = runpy.run_path(str(DOCS / "images" / "make.py"))
+    done = CliRunner().invoke(script["main"], ["runs/c10", *photos, "--out", "panels.jpg"])
+    assert done.exit_code == 0, done.output
+    arguments = ["predict", "runs/c10", *photos, "--out", "results", "--nearest", "1"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    top, bottom = (_opened(path) for path in sorted(Path("results").rglob("*.png")))
+    drawn = _opened(Path("panels.jpg"))
+    assert drawn.size == (max(top.width, bottom.width), top.height + bottom.height)
+    below = drawn.crop((0, top.height, bottom.width, drawn.height))
+    difference = np.abs(np.asarray(below, np.float32) - np.asarray(bottom, np.float32))
+    # a JPEG of it
+    assert difference.mean() < 4

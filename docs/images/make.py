@@ -3,15 +3,12 @@
 python docs/images/make.py RUN docs/images/photos/*.jpg --out docs/images/panels.jpg
 """
 
-import tempfile
 from pathlib import Path
 
 import click
 from PIL import Image
 
 from ood_heatmap import HeatmapDetector
-from ood_heatmap.pipeline.config import PredictConfig
-from ood_heatmap.pipeline.predict import predict
 
 
 @click.command()
@@ -20,13 +17,8 @@ from ood_heatmap.pipeline.predict import predict
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The JPEG file.")
 def main(run: Path, photos: tuple[Path, ...], out: Path) -> None:
     """Draw the panels that ``ood-heatmap predict --nearest 1`` draws of PHOTOS."""
-    config = PredictConfig(nearest=1)
-    with tempfile.TemporaryDirectory() as folder:
-        predict(HeatmapDetector.load(run), photos, Path(folder, "out"), config)
-        panels = []
-        for photo in photos:
-            with Image.open(Path(folder, "out", "pictures", photo.name)) as panel:
-                panels.append(panel.convert("RGB"))
+    result = HeatmapDetector.load(run)(photos, nearest=1)
+    panels = [result.plot(row) for row in range(len(result))]
     size = max(panel.width for panel in panels), sum(panel.height for panel in panels)
     canvas, top = Image.new("RGB", size, "white"), 0
     for panel in panels:
