@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.machinery import ModuleSpec
 from importlib.util import decode_source, spec_from_loader
 from pathlib import Path
@@ -416,6 +416,13 @@ def _find_in(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 def _is_library(origin: str) -> bool:
     """Return whether a file belongs to Python, an installed package, or this package."""
     path = Path(origin)
-    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or any(
-        path.is_relative_to(folder) for folder in _LIBRARIES
-    )
+    if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return True
+    installed = (entry for entry in sys.path if entry and _has_packages(entry))
+    return any(path.is_relative_to(folder) for folder in (*_LIBRARIES, *installed))
+
+
+@cache
+def _has_packages(folder: str) -> bool:
+    """Return whether packages were installed into a folder, as by ``pip install --target``."""
+    return any(Path(folder).glob("*.dist-info"))

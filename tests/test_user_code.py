@@ -86,6 +86,16 @@ def test_the_source_of_a_library_module_is_hashed_alone():
     assert UserCode("json", "dumps").sources == {"": source}
 
 
+def test_packages_in_a_folder_of_pythonpath_are_libraries(tmp_path, monkeypatch):
+    """``pip install --target`` leaves the metadata of what it installs beside it."""
+    target, own = tmp_path / "target", tmp_path / "own"
+    (target / "nets-1.0.dist-info").mkdir(parents=True)
+    write(target / "nets", __init__="from nets.layers import WIDTH", layers="WIDTH = 1")
+    write(own, helper="", net=f"import helper\nimport nets\n{SIMPLE}")
+    monkeypatch.syspath_prepend(str(target))
+    assert sorted(UserCode(str(own / "net.py"), "network").sources) == ["", "helper"]
+
+
 def test_a_file_imports_its_neighbours_whatever_else_has_their_names(tmp_path, monkeypatch):
     mine = ModuleType("layers")
     monkeypatch.setitem(sys.modules, "layers", mine)
