@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import ood_heatmap
+from ood_heatmap.classifier import load_classifier
 from ood_heatmap.cli import main
 from ood_heatmap.cli_stages import plan
 
@@ -55,6 +56,14 @@ def test_commands_are_described_with_options_that_they_have():
             known = list(plan.commands.values())
         flags = {flag for command in known for option in command.params for flag in option.opts}
         assert set(re.findall(r"--[a-z][a-z-]*", section)) <= flags, name
+
+
+def test_the_model_file_of_the_manual_is_one_that_index_takes(tmp_path):
+    text = (DOCS / "photographs.md").read_text("utf-8")
+    (model,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "model.py").write_text(model)
+    classifier = load_classifier(f"{tmp_path}/model.py:make_model", num_classes=3, size=64)
+    assert classifier.num_classes == 3
 
 
 @pytest.fixture
