@@ -418,8 +418,8 @@ def _is_library(origin: str) -> bool:
     path = Path(origin)
     if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
         return True
-    installed = (entry for entry in sys.path if entry and _has_packages(entry))
-    return any(path.is_relative_to(folder) for folder in (*_LIBRARIES, *installed))
+    installed = {Path(entry) for entry in sys.path if entry and _has_packages(entry)}
+    return any(path.is_relative_to(folder) for folder in _LIBRARIES | installed)
 
 
 @cache
