@@ -115,12 +115,6 @@ class Combination:
         local = local if local and local[1] - local[0] > _LEAST_SPREAD else ()
         return Combination(names, standardization, weight, anchors, local, auroc)
 
-    def found(self) -> tuple[float, float]:
-        """Return the AUROC of mixtures with the chosen weight and with 0; NaN without mixtures."""
-        if not self.mixture_auroc:
-            return np.nan, np.nan
-        return self.mixture_auroc[WEIGHTS.index(self.weight)], self.mixture_auroc[0]
-
     def __call__(self, scores: Mapping[str, _Float32]) -> _Float32:
         """Return the score ``(B,)`` of images from their scores by name; larger is more OOD."""
         terms = self.standardization(_stack(scores, self.names))

@@ -18,7 +18,7 @@ from ood_heatmap.baselines import Outputs, Score, ScoreInputs, fit_methods
 from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
 from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
-from ood_heatmap.combined import BANK, Combination, CombinedParts, KnnDistance, make_bank
+from ood_heatmap.combined import BANK, WEIGHTS, Combination, CombinedParts, KnnDistance, make_bank
 from ood_heatmap.decoder_base import Decoder
 from ood_heatmap.detector import HeatmapDetector, run_decoder
 from ood_heatmap.distances import TERMS, Standardization, three_terms
@@ -481,9 +481,9 @@ def fit_combination(
     combination = Combination.fit(scored.scores, mixtures, HEATMAP, max_place)
     reason = "for all held-out images are predicted as one class"
     if mixtures is not None:
-        reason = "with which AUROC of mixtures is {:.3f} and not {:.3f}".format(
-            *combination.found()
-        )
+        pairs = zip(WEIGHTS, combination.mixture_auroc, strict=True)
+        by_weight = ", ".join(f"{auroc:.3f} ({weight:g})" for weight, auroc in pairs)
+        reason = f"by AUROC of mixtures: {by_weight}"
     log.info("combined score: weight %g of the learned score, %s", combination.weight, reason)
     if is_main():
         _save_combination(stage, combination, methods)
