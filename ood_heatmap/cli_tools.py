@@ -6,7 +6,14 @@ import click
 
 from ood_heatmap.config_file import save_config
 from ood_heatmap.errors import OodHeatmapError
-from ood_heatmap.options import Command, device_option, existing_run, options, trust_option
+from ood_heatmap.options import (
+    Command,
+    device_option,
+    existing_run,
+    options,
+    run_or_bundle,
+    trust_option,
+)
 from ood_heatmap.output import conclude
 from ood_heatmap.pipeline.config import (
     AuditConfig,
@@ -22,7 +29,7 @@ from ood_heatmap.pipeline.config import (
 
 
 @click.command(cls=Command)
-@existing_run
+@run_or_bundle
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(given=PredictOptions, config=PredictConfig)
 @device_option
@@ -36,7 +43,8 @@ def predict(
 ) -> None:
     """Score IMAGES and show where they are OOD: files, folders, or - for a list of files on stdin.
 
-    IMAGES may also be image sets of other kinds, such as .tar shards and .parquet files.
+    RUN is a run directory or a bundle. IMAGES may also be image sets of other kinds, such as .tar
+    shards and .parquet files.
     Writes scores.csv with a row per image, and below pictures/ and heatmaps/, in a tree like that
     of IMAGES, a picture and the raw heatmap (.npy) of each.
     p_value and is_ood are empty until the run has been evaluated; is_ood also if it was evaluated
@@ -148,7 +156,9 @@ def localize(run: Path, data: LocalizeData, config: LocalizeConfig, device: str)
 @options(given=BundleOptions)
 @trust_option
 def bundle(run: Path, given: BundleOptions) -> None:
-    """Put the detector of RUN into one small file for `HeatmapDetector.load`, without its images.
+    """Put the detector of RUN into one small file, without images.
+
+    `predict`, `export` and `HeatmapDetector.load` take it in place of RUN.
 
     The file is safetensors with JSON. The text of a model file is in it, and runs only if the user
     who loads it trusts it.
@@ -168,15 +178,15 @@ def bundle(run: Path, given: BundleOptions) -> None:
 
 
 @click.command(cls=Command)
-@existing_run
+@run_or_bundle
 @options(given=ExportOptions)
 @trust_option
 def export(run: Path, given: ExportOptions) -> None:
     """Export the detector of RUN as one file that runs without ood_heatmap.
 
-    The input is uint8 (B, 3, H, W) at the classifier's input size; the outputs are score, heatmap,
-    prediction and p_value. The file is run and compared with the detector before it is put in
-    place.
+    RUN is a run directory or a bundle. The input is uint8 (B, 3, H, W) at the classifier's input
+    size; the outputs are score, heatmap, prediction and p_value. The file is run and compared with
+    the detector before it is put in place.
 
     \b
     Example:

@@ -121,7 +121,7 @@ class Combination:
         return np.asarray(_add(terms, self.weight), np.float32)
 
     def level(self, score: Tensor) -> Tensor:
-        """Return the log-odds ``(B,)`` that the heatmaps of images with these scores show at most.
+        """Return the log-odds ``(B,)`` that images with these scores are OOD, for their heatmaps.
 
         Linear in the score: -3 (5 %) at the median of held-out ID images, and 0 (50 %) at the score
         that 5 % of them exceed.

@@ -321,6 +321,7 @@ _COMMON = [
 
 new_run = click.argument("run", type=click.Path(file_okay=False, path_type=Path))
 existing_run = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+run_or_bundle = click.argument("run", type=click.Path(exists=True, path_type=Path))
 device_option = click.option(
     "--device",
     cls=GroupedOption,

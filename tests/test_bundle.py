@@ -58,6 +58,27 @@ def test_a_bundle_scores_as_its_run(bundle, finished_run):
     assert HeatmapDetector.load(bundle, "cpu", false_alarm=0.3).false_alarm == 0.3
 
 
+def test_commands_take_a_bundle_in_place_of_a_run(bundle, finished_run, data, tmp_path):
+    tables = []
+    for run in (finished_run, bundle):
+        out = tmp_path / run.name
+        arguments = ["predict", str(run), str(data / "far"), "--out", str(out)]
+        result = CliRunner().invoke(main, [*arguments, "--false-alarm", "0.4"])
+        assert result.exit_code == 0, result.output
+        tables.append((out / "scores.csv").read_bytes())
+    assert tables[0] == tables[1]
+    arguments = ["predict", str(bundle), str(data / "far"), "--out", str(tmp_path / "near")]
+    result = CliRunner().invoke(main, [*arguments, "--nearest", "1"])
+    assert result.exit_code == 2
+    assert "leave out --nearest" in result.output.splitlines()[-1]
+    out = tmp_path / "detector.pt2"
+    result = CliRunner().invoke(
+        main, ["export", str(bundle), "--format", "torch", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert out.is_file()
+
+
 def test_a_bundle_is_small_and_has_no_image(bundle, finished_run):
     tensors, about = read(bundle)
     size = sum(path.stat().st_size for path in finished_run.rglob("*") if path.is_file())
