@@ -36,6 +36,8 @@ _MAX_SIDE, _MAX_IMAGES = 112, 32_768
 # pixels that it is trained with over all epochs, and at most has: some ten minutes on two cores
 _NUM_PIXELS = 150_000_000
 _BATCH_SIZE, _MAX_LR = 64, 3e-3
+# pixels that go through the network at once, which bounds its activations to some 500 MB
+_MAX_PIXELS_AT_ONCE = 200_000
 _WIDTHS = (16, 32, 64, 96, 96)
 
 
@@ -143,6 +145,7 @@ def _train(network: nn.Module, pixels: Tensor, presence: Tensor, device: torch.d
     epochs = max(1, round(_NUM_PIXELS / presence.numel()))
     batch_size = min(_BATCH_SIZE, count)
     steps = epochs * (count // batch_size)
+    at_once = max(1, _MAX_PIXELS_AT_ONCE // presence[0].numel())
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _MAX_LR, total_steps=steps + 1)
     progress = Progress(steps * batch_size, "ceiling: train")
@@ -154,13 +157,15 @@ def _train(network: nn.Module, pixels: Tensor, presence: Tensor, device: torch.d
             # half of the batches are mirrored
             if torch.rand(()) < 0.5:
                 batch, target = batch.flip(-1), target.flip(-1)
-            logits = network(_to_input(batch, batch.shape[-1]))
-            loss = binary_cross_entropy_with_logits(logits, target)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # gradients of parts of the batch add up to those of all of it
+            for part, wanted in zip(batch.split(at_once), target.split(at_once), strict=True):
+                logits = network(_to_input(part, part.shape[-1]))
+                loss = binary_cross_entropy_with_logits(logits, wanted) * len(part) / batch_size
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
             optimizer.step()
             schedule.step()
-            total += loss.detach()
             progress.update(batch_size)
         log.debug("ceiling: loss %.4f", total.item() / (count // batch_size))
     progress.close()

@@ -90,6 +90,26 @@ def test_it_finds_what_differs_in_the_pixels_and_is_the_same_every_time(monkeypa
     np.testing.assert_array_equal(trained_scores(80), scores)
 
 
+def test_parts_of_a_batch_train_it_as_the_whole_does(monkeypatch):
+    torch.manual_seed(1)
+    pixels = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
+    presence = (pixels[:, 0] > 127).to(torch.uint8) * 255
+    monkeypatch.setattr(module, "_NUM_PIXELS", 10 * 256 * 3)
+    trained = []
+    for at_once in (10 * 256, 3 * 256):
+        monkeypatch.setattr(module, "_MAX_PIXELS_AT_ONCE", at_once)
+        torch.manual_seed(0)
+        network = module._UNet()
+        before = {name: item.clone() for name, item in network.state_dict().items()}
+        # small steps: Adam's first ones are as large for gradients of rounding errors
+        monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+        module._train(network, pixels, presence, CPU)
+        trained.append(network.state_dict())
+    for name, item in trained[0].items():
+        torch.testing.assert_close(trained[1][name], item, rtol=1e-3, atol=1e-6)
+        assert not torch.equal(item, before[name])
+
+
 def test_scores_have_the_size_of_the_images_and_the_seed_decides(
     patched_run, data, monkeypatch, tmp_path
 ):
