@@ -159,7 +159,9 @@ def _train(network: nn.Module, pixels: Tensor, presence: Tensor, device: torch.d
                 batch, target = batch.flip(-1), target.flip(-1)
             optimizer.zero_grad(set_to_none=True)
             # gradients of parts of the batch add up to those of all of it
-            for part, wanted in zip(batch.split(at_once), target.split(at_once), strict=True):
+            for part, wanted in zip(
+                *(torch.split(item, at_once) for item in (batch, target)), strict=True
+            ):
                 logits = network(_to_input(part, part.shape[-1]))
                 loss = binary_cross_entropy_with_logits(logits, wanted) * len(part) / batch_size
                 loss.backward()  # type: ignore[no-untyped-call]
