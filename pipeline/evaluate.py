@@ -17,7 +17,7 @@ from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, abbreviate, differing_fields, hash_json
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
-from ood_heatmap.devices import describe_environment, kernel_selection
+from ood_heatmap.devices import describe_environment, kernel_selection, one_blas_thread
 from ood_heatmap.distributed import barrier, broadcast, is_main
 from ood_heatmap.duplicates import AuditedSet, find_overlaps
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
@@ -78,6 +78,7 @@ log = logging.getLogger(__name__)
 _ID_TO_OOD = 5
 
 
+@one_blas_thread()
 def evaluate(
     run: Path,
     id_images: ImageSet,

@@ -20,7 +20,7 @@ from ood_heatmap import figures
 from ood_heatmap.cache.files import to_json
 from ood_heatmap.cache.manifest import Manifest, hash_json
 from ood_heatmap.decoding import iter_batches
-from ood_heatmap.devices import describe_environment
+from ood_heatmap.devices import describe_environment, one_blas_thread
 from ood_heatmap.errors import OodHeatmapError, StaleCacheError, UsageError
 from ood_heatmap.images import ImageSet, Transform
 from ood_heatmap.localization import localization_metrics, resampled_metrics
@@ -65,6 +65,7 @@ _TABLE, _FIGURE = "localization.json", "figures/localization.png"
 _MAX_SIDE = 128
 
 
+@one_blas_thread()
 def localize(
     run: Path,
     id_images: ImageSet,

@@ -25,7 +25,7 @@ from ood_heatmap.cache.neighbours import (
 )
 from ood_heatmap.cache.shards import Column, Rows, bytes_per_row
 from ood_heatmap.cores import local_world_size
-from ood_heatmap.devices import describe_environment, kernel_selection
+from ood_heatmap.devices import describe_environment, kernel_selection, one_blas_thread
 from ood_heatmap.distributed import (
     barrier,
     broadcast,
@@ -85,6 +85,7 @@ _PATCHED_PER_OOD, _PATCHED_PER_ID, _MAX_EXTRA_PATCHED = 2.0, 3, 20_000
 _PAIRED, _PATCHED = "targets", "targets-patched"
 
 
+@one_blas_thread()
 def build_targets(
     run: Path, images: ImageSet, device: torch.device, config: TargetsConfig
 ) -> Manifest:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ood_heatmap.cache.manifest import MANIFEST
 from ood_heatmap.cache.neighbours import squared_distances
 from ood_heatmap.cache.shards import Rows
+from ood_heatmap.devices import one_blas_thread
 from ood_heatmap.errors import DamagedCacheError
 from ood_heatmap.heatmap import averaged_parts, difference
 from ood_heatmap.images import ImageSet, apply_transform
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 4096
 
 
+@one_blas_thread()
 def verify(
     run: Path, *, num_samples: int = VerifyConfig.samples, seed: int = VerifyConfig.seed
 ) -> list[str]:

@@ -1,11 +1,16 @@
 """Devices: memory that is used up, deterministic kernels, and what a manifest says of them."""
 
 import json
+import multiprocessing
 import os
+import sys
 from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ood_heatmap import devices as module
 from ood_heatmap.classifier import load_classifier
@@ -15,8 +20,10 @@ from ood_heatmap.devices import (
     describe_environment,
     is_out_of_memory,
     kernel_selection,
+    one_blas_thread,
 )
 from ood_heatmap.errors import OodHeatmapError, UsageError
+from ood_heatmap.pipeline import evaluate, localize, targets, verify
 from ood_heatmap.pipeline.run import read_manifest
 
 
@@ -194,3 +201,65 @@ def test_bfloat16_is_chosen_where_it_is_not_emulated(monkeypatch, has_it):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert computes_in_bfloat16(torch.device("cuda", 0)) is has_it
     assert not computes_in_bfloat16(torch.device("cpu"))
+
+
+def numpy_threads() -> list[int]:
+    """Return the threads of the BLAS in NumPy's wheel; empty with another NumPy."""
+    found = threadpool_info()
+    return [item["num_threads"] for item in found if "numpy.libs" in item["filepath"]]
+
+
+@pytest.fixture
+def two_blas_threads():
+    """Give NumPy two threads, whatever the environment says."""
+    with threadpool_limits({"libscipy_openblas": 2}):
+        if numpy_threads() != [2]:
+            pytest.skip("NumPy is not from its wheel")
+        yield
+
+
+def test_numpy_multiplies_in_one_thread_and_torch_and_faiss_in_theirs(two_blas_threads):
+    others = torch.get_num_threads(), faiss.omp_get_max_threads()
+    with one_blas_thread():
+        assert numpy_threads() == [1]
+        np.ones((300, 300)) @ np.ones((300, 300))
+        assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == others
+    assert numpy_threads() == [2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_so_do_processes_that_are_forked_meanwhile(two_blas_threads):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with one_blas_thread():
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda: sender.send(numpy_threads())
+        )
+        process.start()
+        assert receiver.recv() == [1]
+        process.join()
+
+
+class _ReachedError(Exception):
+    """The stage has begun."""
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "called", "arguments"),
+    [
+        (targets, "build_targets", "check_faiss", 4),
+        (evaluate, "evaluate", "_check_names", 5),
+        (localize, "localize", "open_index", 5),
+        (verify, "verify", "read_manifest", 1),
+    ],
+)
+def test_stages_with_small_products_multiply_in_one_thread(
+    module, stage, called, arguments, run, monkeypatch, two_blas_threads
+):
+    def begin(*_):
+        assert numpy_threads() == [1]
+        raise _ReachedError
+
+    monkeypatch.setattr(module, called, begin)
+    with pytest.raises(_ReachedError):
+        getattr(module, stage)(run, *[()] * (arguments - 1))
+    assert numpy_threads() == [2]
