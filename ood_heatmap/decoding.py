@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -73,6 +74,7 @@ class Batch:
         rows: ``(B,)`` rows of the set, ascending, without unreadable images.
         pixels: ``(B, 3, H, W)`` uint8.
         digests: Concatenated sha256 of each image's bytes.
+        masks: ``(B, h, h)`` uint8 if the set has masks, otherwise empty.
         modes: Number of images converted to RGB, by original mode.
         notes: Number of images with another peculiarity, by description.
         skipped: Unreadable images.
@@ -83,6 +85,7 @@ class Batch:
     rows: NDArray[np.int64]
     pixels: NDArray[np.uint8]
     digests: bytes
+    masks: NDArray[np.uint8] = field(default_factory=partial(np.empty, 0, np.uint8))
     modes: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     skipped: tuple[Unreadable, ...] = ()
@@ -122,6 +125,7 @@ def _decode_each(
     pixels = np.empty((len(rows), 3, transform.size, transform.size), np.uint8)
     kept: list[int] = []
     digests: list[bytes] = []
+    masks: list[NDArray[np.uint8]] = []
     skipped: list[Unreadable] = []
     modes, notes = Counter[str](), Counter[str]()
     for row in rows.tolist():
@@ -136,6 +140,7 @@ def _decode_each(
             continue
         kept.append(row)
         digests.append(digest)
+        masks += [images.mask(row)] if images.mask else []
         if isinstance(image, Image.Image):
             modes.update([image.mode] if image.mode != "RGB" else [])
             notes.update(_iter_notes(image))
@@ -143,6 +148,7 @@ def _decode_each(
         np.array(kept, np.int64),
         pixels[: len(kept)],
         b"".join(digests),
+        np.array(masks, np.uint8),
         modes,
         notes,
         tuple(skipped),

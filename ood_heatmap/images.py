@@ -342,6 +342,8 @@ class ImageSet:
         has_class_names: False if ``classes`` are only label numbers, as in array files.
         stamps: ``(N, 2)`` int64 size in bytes and modification time in nanoseconds of the file of
             each image, as of its listing; None if they say nothing about the content.
+        mask: Returns the mask of an image by its row, ``(h, h)`` uint8, where images have masks;
+            called where the image is decoded.
     """
 
     source: str
@@ -353,6 +355,7 @@ class ImageSet:
     array: NDArray[np.uint8] | None = None
     has_class_names: bool = True
     stamps: NDArray[np.int64] | None = None
+    mask: Callable[[int], NDArray[np.uint8]] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

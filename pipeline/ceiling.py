@@ -114,7 +114,7 @@ def _read_patched(
         ``(B, 3, size, size)`` and ``(B, size, size)`` uint8.
     """
     transform = index.classifier_config.transform
-    patched = pasted_images(images, index.columns["images"], plan, transform)
+    patched = pasted_images(images, index.columns["images"], plan, transform, size)
     count = max(1, min(len(plan), _MAX_IMAGES, _NUM_PIXELS // size**2))
     numbers = np.sort(np.random.default_rng(config.seed).choice(len(plan), count, replace=False))
     progress, done = Progress(count, "ceiling: read"), 0
@@ -132,7 +132,7 @@ def _read_patched(
         pixels[chunk] = interpolate(
             torch.from_numpy(batch.pixels).float(), size, mode="area"
         ).round()
-        presence[chunk] = torch.from_numpy(plan.presence(batch.rows, index.size, size))
+        presence[chunk] = torch.from_numpy(batch.masks)
         done = chunk.stop
         progress.update(len(batch.rows))
     progress.close()

@@ -30,6 +30,7 @@ class Embedded:
         logits: ``(B, L)`` float32.
         maps: Feature maps ``(B, C, h, w)`` float16, the deepest first.
         content: Hash of the digests of all images.
+        masks: ``(B, h, h)`` uint8 if the set has masks, otherwise empty.
         spatial: ``(B, 2, C)`` float32 of each feature map, see ``ranges.spatial_statistics``; empty
             unless asked for.
     """
@@ -40,12 +41,19 @@ class Embedded:
     logits: NDArray[np.float32]
     maps: tuple[NDArray[np.float16], ...]
     content: str
+    masks: NDArray[np.uint8]
     spatial: tuple[NDArray[np.float32], ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
-        arrays: list[NDArray[Any]] = [self.rows, self.images, self.features, self.logits]
+        arrays: list[NDArray[Any]] = [
+            self.rows,
+            self.images,
+            self.features,
+            self.logits,
+            self.masks,
+        ]
         return sum(array.nbytes for array in [*arrays, *self.maps])
 
     @property
@@ -177,11 +185,13 @@ def _concatenate(
         if forward.spatial
     ]
     digests: list[bytes] = []
+    masks: list[NDArray[np.uint8]] = []
     count = 0
     for batch, outputs in batches:
         chunk = slice(count, count + len(batch.rows))
         rows[chunk], images[chunk] = batch.rows, batch.pixels
         digests.append(batch.digests)
+        masks.append(batch.masks)
         for output in outputs:
             chunk = slice(count, count + len(output.features))
             features[chunk], logits[chunk] = output.features, output.logits
@@ -197,5 +207,6 @@ def _concatenate(
         logits[:count],
         tuple(values[:count] for values in maps),
         content_hash(b"".join(digests)),
+        np.concatenate([item for item in masks if len(item)] or masks),
         tuple(values[:count] for values in spatial),
     )

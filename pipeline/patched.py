@@ -1,6 +1,7 @@
 """ID images with a pasted patch of an OOD image, as an image set that stage 2 reads."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,26 +37,20 @@ class PastePlan:
         """Return the patch of one image: source, destination and opacity."""
         return draw_patch(size, self.seed, number, SQUARES if self.squares else MIXED)
 
-    def presence(
-        self, numbers: NDArray[np.int64], size: int, heatmap_size: int
-    ) -> NDArray[np.uint8]:
-        """Return the opacity of the OOD image in some of the patched images.
+    def presence(self, number: int, size: int, heatmap_size: int) -> NDArray[np.uint8]:
+        """Return the opacity of the OOD image in one of the patched images.
 
         Args:
-            numbers: ``(B,)`` positions in the plan.
+            number: Position in the plan.
             size: Side of the images in pixels.
             heatmap_size: Side of a heatmap, ``h``; each of its pixels is the average of an area.
 
         Returns:
-            ``(B, h, h)`` uint8, 0 outside the patch and 255 where only the OOD image is seen.
+            ``(h, h)`` uint8, 0 outside the patch and 255 where only the OOD image is seen.
         """
-        averaged = np.empty((len(numbers), heatmap_size, heatmap_size), np.uint8)
-        # one by one: at full size those of a shard would take more memory than its images
-        for row, number in enumerate(numbers.tolist()):
-            presence = torch.from_numpy(self.patch(number, size).presence(size))
-            averages = interpolate(presence[None, None], heatmap_size, mode="area")
-            averaged[row] = averages[0, 0].mul(255).round().numpy()
-        return averaged
+        presence = torch.from_numpy(self.patch(number, size).presence(size))
+        averages = interpolate(presence[None, None], heatmap_size, mode="area")[0, 0]
+        return averages.mul(255).round().to(torch.uint8).numpy()
 
 
 def draw_paste_plan(
@@ -95,9 +90,15 @@ class _PastedReader:
 
 
 def pasted_images(
-    images: ImageSet, id_images: Rows, paste_plan: PastePlan, transform: Transform
+    images: ImageSet,
+    id_images: Rows,
+    paste_plan: PastePlan,
+    transform: Transform,
+    heatmap_size: int,
 ) -> ImageSet:
     """Return the patched images as a set at the input size; rows are positions in the plan.
+
+    Their masks are the presence of the OOD images.
 
     Args:
         images: The OOD set. Digests are of its images only: the ID images are covered by the
@@ -105,6 +106,7 @@ def pasted_images(
         id_images: ``(N, 3, H, W)`` uint8 images of the index.
         paste_plan: Which image is pasted where.
         transform: Transform of the OOD images to the input size.
+        heatmap_size: Side of the masks in pixels.
     """
     return ImageSet(
         source=f"ID images with patches of {images.source}",
@@ -113,4 +115,5 @@ def pasted_images(
         classes=(),
         reader=_PastedReader(images, id_images, paste_plan, transform),
         listing=images.listing,
+        mask=partial(paste_plan.presence, size=transform.size, heatmap_size=heatmap_size),
     )

@@ -288,7 +288,7 @@ def _paste_all(
     """Paste, embed and write, shard by shard, as ``_pair_all`` does."""
     transform = forward.classifier.config.transform
     embedded = embed(
-        pasted_images(images, index.columns["images"], paste_plan, transform),
+        pasted_images(images, index.columns["images"], paste_plan, transform, size),
         [task.positions for task in tasks],
         forward,
         meter,
@@ -300,7 +300,7 @@ def _paste_all(
     columns = columns_from_index(index, size)
     with BackgroundWriter(stage, meter) as writer:
         for task, shard in zip(tasks, embedded, strict=True):
-            make_arrays = partial(_make_patched_arrays, shard, paste_plan, index, size)
+            make_arrays = partial(_make_patched_arrays, shard, paste_plan, index)
             writer.write(task, make_arrays, columns, content=shard.content)
 
 
@@ -352,14 +352,14 @@ def _make_paired_arrays(
 
 
 def _make_patched_arrays(
-    shard: Embedded, paste_plan: PastePlan, index: Index, size: int
+    shard: Embedded, paste_plan: PastePlan, index: Index
 ) -> dict[str, NDArray[Any]]:
     """Return the datasets of one shard of patched images, each paired with the ID image in it."""
     row = index.row[paste_plan.position[shard.rows]]
     pairs = Nearest(row, _distances_to(index, row, shard), np.ones(len(row), dtype=bool))
     id_images = index.columns["images"].take(index.positions(row))
-    presence = paste_plan.presence(shard.rows, index.size, size)
-    return _make_arrays(shard, paste_plan.row[shard.rows], pairs, id_images, presence, patched=True)
+    ood_row = paste_plan.row[shard.rows]
+    return _make_arrays(shard, ood_row, pairs, id_images, shard.masks, patched=True)
 
 
 def _make_arrays(

@@ -244,7 +244,7 @@ def _check_patched(index: Index, targets: Targets, sample: NDArray[np.int64]) ->
             pasted = patch.paste(id_image[0], ood_image[0])[None]
             if not np.array_equal(difference(id_image, pasted)[0], stored["heatmap"]):
                 raise DamagedCacheError(f"{name}: its heatmap is not the change made by the patch.")
-        presence = paste_plan.presence(number[None], index.size, targets.heatmap_size)[0]
+        presence = paste_plan.presence(int(number), index.size, targets.heatmap_size)
         if PRESENCE in stored:
             message = f"{name}: its presence is not the opacity of the patch"
             _check_presence(stored[PRESENCE], presence, message)

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import active_children
 
 import numpy as np
@@ -62,6 +63,17 @@ def test_processes_yield_the_batches_of_threads_in_order(images, monkeypatch):
     for batch in processes:
         assert batch.pixels.flags.writeable
         assert batch.seconds > 0
+
+
+@linux
+@pytest.mark.parametrize("workers", [1, 3])
+def test_masks_are_those_of_the_images_that_could_be_read(images, workers):
+    masked = replace(images, mask=lambda row: np.full((2, 2), row, np.uint8))
+    batches = list(iter_batches(masked, CHUNKS, TRANSFORM, workers=workers, skip_unreadable=True))
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert rows.tolist() == [row for row in range(23) if row != 17]
+    masks = np.concatenate([batch.masks for batch in batches])
+    np.testing.assert_array_equal(masks, np.tile(rows[:, None, None], (1, 2, 2)))
 
 
 def recording(pids: set[int]) -> Callable[..., Iterator[Batch]]:

@@ -304,7 +304,7 @@ def test_names_of_patched_images_are_looked_up_only_when_asked_for(finished_run)
     images = replace(from_array(np.zeros((3, 16, 16, 3), np.uint8)), names=Names("abc"))
     plan = PastePlan(np.arange(4), np.array([2, 0, 1, 2]), seed=0)
     columns = open_index(finished_run).columns
-    pasted = pasted_images(images, columns["images"], plan, Transform(16))
+    pasted = pasted_images(images, columns["images"], plan, Transform(16), 8)
     assert (len(pasted), asked) == (4, [])
     assert list(pasted.names) == ["c", "a", "b", "c"]
 
@@ -356,8 +356,8 @@ def test_presence_is_how_much_of_the_ood_image_is_seen(data, run, patch_shapes):
 
 def test_presence_of_a_smaller_heatmap_is_the_average_of_an_area(run):
     plan = draw_paste_plan(20, 50, np.arange(30), seed=1)
-    found = plan.presence(np.array([3, 0, 19]), 32, 8)
-    for presence, number in zip(found, (3, 0, 19), strict=True):
+    for number in (3, 0, 19):
+        presence = plan.presence(number, 32, 8)
         opacity = draw_patch(32, 1, number).presence(32).astype(np.float64)
         wanted = 255 * opacity.reshape(8, 4, 8, 4).mean(axis=(1, 3))
         np.testing.assert_allclose(presence, wanted, atol=0.501)
