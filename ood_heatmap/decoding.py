@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -85,7 +84,7 @@ class Batch:
     rows: NDArray[np.int64]
     pixels: NDArray[np.uint8]
     digests: bytes
-    masks: NDArray[np.uint8] = field(default_factory=partial(np.empty, 0, np.uint8))
+    masks: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0), np.uint8))
     modes: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     skipped: tuple[Unreadable, ...] = ()
