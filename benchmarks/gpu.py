@@ -21,11 +21,13 @@ import torch
 import train
 from harness import Setting, hardware, versions
 from PIL import Image
+from search import clusters
 from torch.profiler import ProfilerActivity, profile
 
 from ood_heatmap import decoding
-from ood_heatmap.cache.neighbours import FlatBank, unit_length
+from ood_heatmap.cache.neighbours import Bank, FlatBank, order_by_class, unit_length
 from ood_heatmap.cache.shards import Rows
+from ood_heatmap.combined import KnnDistance, make_bank
 from ood_heatmap.decoding import iter_batches
 from ood_heatmap.devices import choose_device
 from ood_heatmap.images import Transform
@@ -129,7 +131,56 @@ def search(setting: Setting) -> Iterator[str]:
     yield f"1,024 queries: {1000 * (time.perf_counter() - start):.0f} ms"
 
 
-FIGURES = {"steps": steps, "classifier": classifier, "decode": decode, "search": search}
+def classes(setting: Setting) -> Iterator[str]:
+    """Search the nearest ID features within the predicted class, in calls of two sizes."""
+    # so many that no class is without a row: its queries would be searched for in all
+    num_rows = setting.pick(quick=20_000, cpu=50_000, gpu=400_000)
+    num_queries = setting.pick(quick=256, cpu=8_192)
+    width = setting.pick(quick=16, cpu=512, gpu=2_048)
+    for num_classes in (10, 1_000):
+        features, label = clusters(num_classes, num_rows + num_queries, width)
+        row = order_by_class(label[:num_rows], np.arange(num_rows))
+        bank = Bank(features[row], label[row], row, device=setting.device)
+        queries, query_label = features[num_rows:], label[num_rows:]
+        # opens the classes
+        bank.nearest(queries, query_label)
+        for size in (256, 2_048):
+            start = time.perf_counter()
+            for first in range(0, num_queries, size):
+                part = slice(first, first + size)
+                bank.nearest(queries[part], query_label[part])
+            rate = num_queries / (time.perf_counter() - start)
+            about = f"{num_rows:,} x {width:,} features, {num_classes:,} classes"
+            yield f"{about}, {size:,} queries a call: {rate:,.0f} queries/s"
+
+
+def knn_distance(setting: Setting) -> Iterator[str]:
+    """Compute the kNN distance of the combined score, on batches that are on the device."""
+    num_rows = setting.pick(quick=2_000, cpu=50_000)
+    for width in (512, 2_048):
+        generator = torch.Generator().manual_seed(0)
+        features = torch.rand(num_rows, width, generator=generator)
+        module = KnnDistance(make_bank(features)).to(setting.device)
+        queries = torch.rand(256, width, generator=generator).to(setting.device)
+        passes = setting.pick(quick=1, cpu=3, gpu=100)
+        module(queries, 50)[0].item()
+        start = time.perf_counter()
+        for _ in range(passes):
+            found = module(queries, 50)
+        # waits for the device
+        found[0].item()
+        milliseconds = 1000 * (time.perf_counter() - start) / passes
+        yield f"256 of {num_rows:,} x {width:,} features: {milliseconds:.2f} ms"
+
+
+FIGURES = {
+    "steps": steps,
+    "classifier": classifier,
+    "decode": decode,
+    "search": search,
+    "classes": classes,
+    "knn": knn_distance,
+}
 
 
 def main() -> None:

@@ -76,11 +76,11 @@ def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
     return Row(name, quotients(times["reference"].wall, times["ours"].wall), BAR, note)
 
 
-def clusters(num_classes: int, count: int) -> tuple[Float32, Int64]:
+def clusters(num_classes: int, count: int, width: int = WIDTH) -> tuple[Float32, Int64]:
     """Return features like those after a ReLU, in low-dimensional clusters, and their classes."""
     generator = np.random.default_rng(num_classes)
-    centres = generator.normal(0, 1, (num_classes, WIDTH)).astype(np.float32)
-    mix = generator.normal(0, LATENT**-0.5, (LATENT, WIDTH)).astype(np.float32)
+    centres = generator.normal(0, 1, (num_classes, width)).astype(np.float32)
+    mix = generator.normal(0, LATENT**-0.5, (LATENT, width)).astype(np.float32)
     label = generator.integers(num_classes, size=count)
     latent = generator.normal(0, 1, (count, LATENT)).astype(np.float32)
     return np.maximum(centres[label] + latent @ mix, 0), label
