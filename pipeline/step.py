@@ -180,8 +180,8 @@ def make_step(
         return kind, step
     if on_gpu and num_ranks > 1:
         log.info(
-            "step: eager (a CUDA graph is for one process); each of %d GPUs takes %d images of "
-            "--batch-size %d: a larger one uses them better",
+            "step: eager (a CUDA graph is for one process, so one GPU alone may train faster); "
+            "each of %d GPUs takes %d images of --batch-size %d: a larger one uses them better",
             *(num_ranks, config.batch_size // num_ranks, config.batch_size),
         )
     return "eager", eager
