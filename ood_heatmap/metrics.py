@@ -6,6 +6,7 @@ them, so it uses vectorized formulas over groups of ties, which tests compare to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 _Float64: TypeAlias = NDArray[np.float64]
+_Int32: TypeAlias = NDArray[np.int32]
+_Int64: TypeAlias = NDArray[np.int64]
 _Scores: TypeAlias = NDArray[np.floating[Any]]
 METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95_id_pos", "fpr95_ood_pos")
 _CHUNK_BYTES = 32 << 20
@@ -81,78 +84,138 @@ def _fpr95(is_positive: NDArray[np.integer[Any]], scores: _Float64) -> float:
     return float(fpr[np.argmax(tpr >= 0.95)])
 
 
-def weighted_metrics(
-    id_scores: _Scores, ood_scores: _Scores, id_weights: _Float64, ood_weights: _Float64
-) -> dict[str, _Float64]:
-    """Compute the ``METRICS`` for R weightings of the same scores, vectorized.
+@dataclass(frozen=True)
+class RankedScores:
+    """The scores of a set of images, sorted once for all weightings.
 
     Args:
-        id_scores: ``(N,)``.
-        ood_scores: ``(M,)``.
-        id_weights: ``(R, N)`` integer-valued, how often each image counts.
-        ood_weights: ``(R, M)``, likewise.
+        values: ``(G,)`` distinct scores, ascending.
+        order: ``(N,)`` positions of the images, by score.
+        starts: ``(G + 1,)`` number of images with a score below each, and of all images.
+    """
+
+    values: _Scores
+    order: _Int64
+    starts: _Int64
+
+    @staticmethod
+    def rank(scores: _Scores) -> "RankedScores":
+        """Rank scores ``(N,)``."""
+        order = np.argsort(scores, kind="stable")
+        values, starts = np.unique(scores[order], return_index=True)
+        return RankedScores(values, order, np.append(starts, len(order)))
+
+    def count(self, weights: _Int32) -> "_Counts":
+        """Count the images of each score for weights ``(R, N)``."""
+        up = np.zeros((len(self.order) + 1, len(weights)), np.int32)
+        # integers: a cumulative sum of floats waits for each addition
+        np.cumsum(weights.T.take(self.order, axis=0), axis=0, dtype=np.int32, out=up[1:])
+        return _Counts(self.values, up.take(self.starts, axis=0))
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How often the images of each score count, for R weightings.
+
+    Args:
+        values: ``(G,)`` distinct scores, ascending.
+        up: ``(G + 1, R)`` cumulative counts from the lowest score: 0 first, all last.
+    """
+
+    values: _Scores
+    up: _Int32
+
+    @property
+    def total(self) -> _Int32:
+        """Number of images, ``(R,)``."""
+        total: _Int32 = self.up[-1]
+        return total
+
+    @cached_property
+    def num(self) -> _Int32:
+        """Number of images of each score, ``(G, R)``."""
+        num: _Int32 = np.diff(self.up, axis=0)
+        return num
+
+    @cached_property
+    def accepts(self) -> _Int64:
+        """Position of the lowest score up to which 95 % of the images are, ``(R,)``."""
+        accepts: _Int64 = np.argmax(self.up[1:] / self.total >= 0.95, axis=0)
+        return accepts
+
+
+def weighted_metrics(
+    id_scores: RankedScores,
+    ood_scores: Sequence[RankedScores],
+    id_weights: _Int32,
+    ood_weights: Sequence[_Int32],
+) -> _Float64:
+    """Compute the ``METRICS`` of a score for R weightings of the images, vectorized.
+
+    Args:
+        id_scores: Of N images.
+        ood_scores: Of each OOD set, M images.
+        id_weights: ``(R, N)`` how often each image counts.
+        ood_weights: ``(R, M)`` of each OOD set, likewise.
 
     Returns:
-        ``(R,)`` for each metric; equal to ``detection_metrics`` of the repeated scores.
+        ``(R, OOD sets, METRICS)``; equal to ``detection_metrics`` of the repeated scores.
     """
-    step = max(1, _CHUNK_BYTES // (8 * (len(id_scores) + len(ood_scores))))
-    chunks = [
-        _group_metrics(
-            *_group_ties(id_scores, id_weights[start : start + step]),
-            *_group_ties(ood_scores, ood_weights[start : start + step]),
-        )
-        for start in range(0, len(id_weights), step)
-    ]
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in METRICS}
+    largest = len(id_scores.order) + max(len(scores.order) for scores in ood_scores)
+    step = max(1, _CHUNK_BYTES // (8 * largest))
+    chunks = []
+    for start in range(0, len(id_weights), step):
+        chunk = slice(start, start + step)
+        id_counts = id_scores.count(id_weights[chunk])
+        metrics = [
+            _count_metrics(id_counts, scores.count(weights[chunk]))
+            for scores, weights in zip(ood_scores, ood_weights, strict=True)
+        ]
+        chunks.append(np.stack(metrics, axis=1))
+    return np.concatenate(chunks)
 
 
-def _group_ties(scores: _Scores, weights: _Float64) -> tuple[_Scores, _Float64]:
-    """Return the ``(G,)`` distinct scores, ascending, and the total weight ``(G, R)`` of each."""
-    order = np.argsort(scores, kind="stable")
-    values, starts = np.unique(scores[order], return_index=True)
-    summed = weights.T[order]
-    if len(starts) < len(order):
-        summed = np.add.reduceat(summed, starts, axis=0)
-    return values, summed
+def _count_metrics(id_set: _Counts, ood_set: _Counts) -> _Float64:
+    """Compute the metrics ``(R, METRICS)`` of counted scores.
 
-
-def _group_metrics(
-    id_values: _Scores, num_id: _Float64, ood_values: _Scores, num_ood: _Float64
-) -> dict[str, _Float64]:
-    """Compute the metrics from the distinct scores ``(G,)`` and their counts ``(G, R)``.
-
-    ``*_up`` are cumulative counts from the lowest score, ``*_down`` from the highest.
+    ``*_up_to`` are cumulative counts from the lowest score, ``*_down`` from the highest.
     """
-    zero = np.zeros((1, num_id.shape[1]))
-    id_up = np.concatenate([zero, num_id.cumsum(axis=0)])
-    ood_up = np.concatenate([zero, num_ood.cumsum(axis=0)])
-    all_id, all_ood = id_up[-1], ood_up[-1]
-    id_below = id_up[np.searchsorted(id_values, ood_values, side="left")]
-    id_up_to = id_up[np.searchsorted(id_values, ood_values, side="right")]
-    ood_up_to = ood_up[np.searchsorted(ood_values, id_values, side="right")]
+    all_id, all_ood = id_set.total, ood_set.total
+    # counts of ID images below each OOD score, and up to it
+    below = np.searchsorted(id_set.values, ood_set.values, side="left")
+    id_below = id_set.up.take(below, axis=0)
+    id_up_to = id_set.up.take(np.searchsorted(id_set.values, ood_set.values, side="right"), axis=0)
+    # counts of OOD images up to each ID score
+    steps = np.diff(below, prepend=0, append=len(id_set.values))
+    ood_up_to = np.repeat(ood_set.up, steps, axis=0)
     # counts of scores at least as high as each OOD score
-    id_down, ood_down = all_id - id_below, all_ood - ood_up[:-1]
+    id_down, ood_down = all_id - id_below, all_ood - ood_set.up[:-1]
     # a score that was not drawn has precision 0 / 0, and weight 0
-    with np.errstate(invalid="ignore"):
-        precision_in = np.nan_to_num(id_up[1:] / (id_up[1:] + ood_up_to))
-        precision_out = np.nan_to_num(ood_down / (ood_down + id_down))
+    precision_in = id_set.up[1:] / np.maximum(id_set.up[1:] + ood_up_to, 1)
+    precision_out = ood_down / np.maximum(ood_down + id_down, 1)
+    flags = len(ood_down) - 1 - np.argmax((ood_down / all_ood >= 0.95)[::-1], axis=0)
     column = np.arange(len(all_id))
-    accepts = np.argmax(id_up[1:] / all_id >= 0.95, axis=0)
-    flags = len(ood_values) - 1 - np.argmax((ood_down / all_ood >= 0.95)[::-1], axis=0)
-    return {
-        "auroc": (num_ood * (id_below + id_up_to)).sum(axis=0) / (2 * all_id * all_ood),
-        "aupr_in": (num_id * precision_in).sum(axis=0) / all_id,
-        "aupr_out": (num_ood * precision_out).sum(axis=0) / all_ood,
-        "fpr95_id_pos": ood_up_to[accepts, column] / all_ood,
+    metrics = {
+        "auroc": _sum_products(ood_set.num, id_below + id_up_to) / (2.0 * all_id * all_ood),
+        "aupr_in": _sum_products(id_set.num, precision_in) / all_id,
+        "aupr_out": _sum_products(ood_set.num, precision_out) / all_ood,
+        "fpr95_id_pos": ood_up_to[id_set.accepts, column] / all_ood,
         "fpr95_ood_pos": id_down[flags, column] / all_id,
     }
+    return np.stack([metrics[key] for key in METRICS], axis=1)
 
 
-def bootstrap_weights(count: int, num_resamples: int, generator: np.random.Generator) -> _Float64:
+def _sum_products(counts: _Int32, values: NDArray[Any]) -> _Float64:
+    """Return the sum of products over all scores, ``(R,)``, of two ``(G, R)``."""
+    products: _Float64 = np.einsum("gr,gr->r", counts, values, dtype=np.float64)
+    return products
+
+
+def bootstrap_weights(count: int, num_resamples: int, generator: np.random.Generator) -> _Int32:
     """Draw ``(R, count)`` bootstrap counts: how often each of ``count`` images is drawn."""
     drawn = generator.multinomial(count, np.full(count, 1 / count), num_resamples)
     # column-major, as it is read image by image: several times faster
-    return drawn.astype(np.float64, order="F")
+    return drawn.astype(np.int32, order="F")
 
 
 def interval(resampled: _Float64, level: float = 0.95) -> tuple[float, float]:

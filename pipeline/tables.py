@@ -14,6 +14,7 @@ from ood_heatmap.baselines import METHODS
 from ood_heatmap.calibration import Calibration, num_needed
 from ood_heatmap.metrics import (
     METRICS,
+    RankedScores,
     bootstrap_weights,
     detection_metrics,
     intervals,
@@ -170,6 +171,9 @@ def _bootstrap(
     All methods share the resampled images, and all sets share the ID images: methods can then be
     compared, and means over sets have the right variance.
     """
+    ranked = {
+        name: [RankedScores.rank(values[key]) for key in columns] for name, values in scores.items()
+    }
     ood = [name for name in scores if name != ID]
 
     def resample(chunk: int) -> _Float64:
@@ -178,14 +182,11 @@ def _bootstrap(
             name: bootstrap_weights(len(values[HEATMAP]), _CHUNK, generator)
             for name, values in scores.items()
         }
-        metrics = np.empty((_CHUNK, len(columns), len(ood), len(METRICS)))
-        for column, key in enumerate(columns):
-            for number, name in enumerate(ood):
-                found = weighted_metrics(
-                    scores[ID][key], scores[name][key], weights[ID], weights[name]
-                )
-                metrics[:, column, number] = np.stack(list(found.values()), axis=1)
-        return metrics
+        metrics = [
+            weighted_metrics(id_scores, of_sets, weights[ID], [weights[name] for name in ood])
+            for id_scores, *of_sets in zip(ranked[ID], *(ranked[name] for name in ood), strict=True)
+        ]
+        return np.stack(metrics, axis=1)
 
     num_chunks = -(-config.resamples // _CHUNK)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

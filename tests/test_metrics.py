@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ood_heatmap.metrics import (
     METRICS,
+    RankedScores,
     bootstrap_weights,
     detection_metrics,
     interval,
@@ -57,20 +58,43 @@ def test_every_figure_equals_its_definition(id_scores, ood_scores):
         assert getattr(found, key) == pytest.approx(value, abs=1e-12), key
 
 
-@given(tied_scores, tied_scores, st.integers(0, 1000))
+@given(tied_scores, st.lists(tied_scores, min_size=1, max_size=3), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
-def test_weights_are_repetitions(id_scores, ood_scores, seed):
+def test_weights_are_repetitions(id_scores, ood_sets, seed):
     generator = np.random.default_rng(seed)
-    id_weights = bootstrap_weights(len(id_scores), 3, generator)
-    ood_weights = bootstrap_weights(len(ood_scores), 3, generator)
-    found = weighted_metrics(id_scores, ood_scores, id_weights, ood_weights)
-    for number in range(3):
-        wanted = detection_metrics(
-            np.repeat(id_scores, id_weights[number].astype(int)),
-            np.repeat(ood_scores, ood_weights[number].astype(int)),
-        )
-        for key in METRICS:
-            assert found[key][number] == pytest.approx(getattr(wanted, key), abs=1e-12), key
+    id_weights, *ood_weights = (
+        bootstrap_weights(len(scores), 3, generator) for scores in (id_scores, *ood_sets)
+    )
+    id_ranked, *ood_ranked = map(RankedScores.rank, (id_scores, *ood_sets))
+    found = weighted_metrics(id_ranked, ood_ranked, id_weights, ood_weights)
+    assert found.shape == (3, len(ood_sets), len(METRICS))
+    for number, row in enumerate(found):
+        repeated = np.repeat(id_scores, id_weights[number])
+        for of_set, scores, weights in zip(row, ood_sets, ood_weights, strict=True):
+            wanted = detection_metrics(repeated, np.repeat(scores, weights[number]))
+            for key, value in zip(METRICS, of_set, strict=True):
+                assert value == pytest.approx(getattr(wanted, key), abs=1e-12), key
+
+
+def test_resamples_in_parts_are_those_at_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    sets = [generator.normal(mean, 1, count).round(1) for mean, count in ((0, 50), (1, 30), (2, 9))]
+    weights, *ood_weights = (bootstrap_weights(len(scores), 7, generator) for scores in sets)
+    id_scores, *ood_scores = map(RankedScores.rank, sets)
+    at_once = weighted_metrics(id_scores, ood_scores, weights, ood_weights)
+    # two resamples of 50 + 30 images in 8 bytes each
+    monkeypatch.setattr("ood_heatmap.metrics._CHUNK_BYTES", 2 * 8 * 80)
+    in_parts = weighted_metrics(id_scores, ood_scores, weights, ood_weights)
+    np.testing.assert_array_equal(in_parts, at_once)
+
+
+def test_counts_of_many_images_do_not_overflow():
+    """60,000 ID and 60,000 OOD images are 3.6e9 pairs: more than 32 bits hold."""
+    id_scores, ood_scores = np.zeros(60_000), np.ones(60_000)
+    weights = np.ones((1, 60_000), np.int32)
+    ranked = [RankedScores.rank(scores) for scores in (id_scores, ood_scores)]
+    found = weighted_metrics(ranked[0], ranked[1:], weights, [weights])
+    assert found[0, 0].tolist() == [1, 1, 1, 0, 0]
 
 
 def test_the_two_conventions_of_fpr95_differ_and_are_named():
@@ -100,7 +124,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     for seed in range(100):
         generator = np.random.default_rng(seed)
         id_scores, ood_scores = generator.normal(0, 1, 150), generator.normal(1, 1, 100)
-        weights = (bootstrap_weights(count, 200, generator) for count in (150, 100))
-        low, high = interval(weighted_metrics(id_scores, ood_scores, *weights)["auroc"])
+        weights = [bootstrap_weights(count, 200, generator) for count in (150, 100)]
+        ranked = [RankedScores.rank(scores) for scores in (id_scores, ood_scores)]
+        found = weighted_metrics(ranked[0], ranked[1:], weights[0], weights[1:])
+        low, high = interval(found[:, 0, METRICS.index("auroc")])
         covered += low <= truth <= high
     assert 88 <= covered <= 100
