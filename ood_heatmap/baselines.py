@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_ood.detector import ASH, ReAct, ViM
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
@@ -253,6 +252,9 @@ def vim(features: _Float32, head: nn.Linear) -> _FeatureScore:
         dimension of the principal space follows the authors' code, and is D / 2 where that has no
         rule.
     """
+    # here: with torchvision it takes more than a second, and only fitting and scoring need it
+    from pytorch_ood.detector import ViM
+
     width = features.shape[1]
     size = 1000 if width >= 2048 else 512 if width > 512 else width // 2
     detector = ViM(None, size, head.weight, _head_bias(head))
@@ -266,6 +268,8 @@ def react(features: _Float32, head: nn.Linear) -> _FeatureScore:
     Source: Sun et al., ReAct: Out-of-distribution Detection With Rectified Activations, NeurIPS
         2021.
     """
+    from pytorch_ood.detector import ReAct
+
     detector = ReAct(None, head, percentile=_REACT_PERCENTILE)
     detector.fit_feature_maps(torch.from_numpy(features), torch.zeros(len(features)))
     return partial(_score_arrays, detector.predict_feature_maps)
@@ -282,6 +286,8 @@ def ash(head: nn.Linear) -> _FeatureScore:
 
 def _ash_score(head: nn.Linear, features: _Float32) -> _Float32:
     """Return the energy of the logits of pruned and sharpened features."""
+    from pytorch_ood.detector import ASH
+
     detector = ASH(None, lambda maps: head(maps.flatten(1)), "ash-s", _ASH_PERCENTILE)
     scores = _score_arrays(detector.predict_feature_maps, features[:, :, None, None])
     # all features 0: the scale is 0 / 0

@@ -11,10 +11,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +31,12 @@ def logistic_regression(
         id_features: ``(N, D)``.
         ood_features: ``(M, D)``.
     """
+    # here: it takes most of a second, and only fitting needs it
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     both = np.concatenate([id_features, ood_features])
     is_ood = np.repeat([0, 1], [len(id_features), len(ood_features)])

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.metrics import roc_curve
 
 from ood_heatmap.errors import printable
 
@@ -125,6 +124,8 @@ def roc_points(
     Returns:
         False positive rates and true positive rates; OOD is the positive class.
     """
+    from sklearn.metrics import roc_curve
+
     is_ood = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
     fpr, tpr, _ = roc_curve(is_ood, np.r_[id_scores, ood_scores])
     # monotonically increasing from 0 to 2

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 _Float64: TypeAlias = NDArray[np.float64]
 _Int32: TypeAlias = NDArray[np.int32]
@@ -58,6 +57,9 @@ def detection_metrics(id_scores: _Scores, ood_scores: _Scores) -> DetectionMetri
     Raises:
         ValueError: A set is empty, or a score is not finite.
     """
+    # here: most of a second, and `localize` needs only the bootstrap
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if not (len(id_scores) and len(ood_scores)):
         raise ValueError(f"both sets need images, got {len(id_scores)} ID, {len(ood_scores)} OOD")
     scores = np.concatenate([id_scores, ood_scores]).astype(np.float64)
@@ -80,6 +82,8 @@ def _fpr95(is_positive: NDArray[np.integer[Any]], scores: _Float64) -> float:
     No interpolation. ``drop_intermediate`` would drop thresholds of tied scores and shift the
     result by some percentage points.
     """
+    from sklearn.metrics import roc_curve
+
     fpr, tpr, _ = roc_curve(is_positive, scores, drop_intermediate=False)
     return float(fpr[np.argmax(tpr >= 0.95)])
 

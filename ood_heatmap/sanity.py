@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from ood_heatmap.calibration import num_needed
 from ood_heatmap.images import class_orders
@@ -214,6 +213,9 @@ def _check_class_order(
 
 def _best_assignment(confusion: _Int64) -> tuple[list[int], list[int], float]:
     """Return the assignment of labels to predictions with the highest accuracy, and the latter."""
+    # here: a third of a second, and most stages make no assignment
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(confusion, maximize=True)
     return rows.tolist(), columns.tolist(), float(confusion[rows, columns].sum() / confusion.sum())
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from ood_heatmap.baselines import METHODS
 from ood_heatmap.calibration import Calibration, num_needed
@@ -255,6 +254,9 @@ def _share(flagged: NDArray[np.bool_]) -> dict[str, Any]:
 
     Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits, Biometrika 1934.
     """
+    # here: a third of a second
+    from scipy.stats import binomtest
+
     count, total = int(flagged.sum()), len(flagged)
     ends = binomtest(count, total).proportion_ci(0.95, method="exact")
     return {

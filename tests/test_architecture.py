@@ -115,6 +115,18 @@ def test_opening_a_run_loads_no_training_code():
     assert not makers & set(output)
 
 
+def test_libraries_that_take_seconds_are_loaded_where_they_are_used():
+    """Several stages import these modules for a constant; torchvision alone takes a second."""
+    stages = ", ".join(f"ood_heatmap.pipeline.{name}" for name in sorted(STAGES))
+    code = f"import sys, {stages}; print(*sorted(sys.modules))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "ood_heatmap.baselines" in output
+    slow = {"pandas", "pytorch_ood", "scipy.optimize", "scipy.stats", "sklearn", "torchvision"}
+    assert not slow & set(output)
+
+
 def test_only_the_command_line_configures_the_allocator_of_the_process():
     """By no module that a library's user imports, directly or through the stages' device."""
     for folder in FOLDERS:
