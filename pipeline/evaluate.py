@@ -140,7 +140,7 @@ def evaluate(
             path = stage.directory / COMBINATION
             scorer = read_combination(path) if HELD_OUT in scored else None
             decoder = open_decoder(run, index.manifest, device)
-            detector = make_detector(index, decoder, device, scorer)
+            detector = make_detector(index, decoder, device, scorer, detectors[0].classifier)
             _publish(stage, scored, subsets, decoders, detector, index, targets, config)
             draw_page(run)
         barrier()

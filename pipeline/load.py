@@ -11,6 +11,7 @@ from safetensors.torch import load
 from ood_heatmap.bundle import read_bundle
 from ood_heatmap.cache.manifest import MANIFEST, Manifest
 from ood_heatmap.calibration import Calibration
+from ood_heatmap.classifier import Classifier
 from ood_heatmap.combined import BANK, CombinedParts, CombinedScorer
 from ood_heatmap.detector import HeatmapDetector
 from ood_heatmap.devices import choose_device
@@ -75,6 +76,7 @@ def make_detector(
     trained: TrainedDecoder,
     device: torch.device,
     scorer: CombinedScorer | None = None,
+    classifier: Classifier | None = None,
 ) -> HeatmapDetector:
     """Make the uncalibrated detector of an opened index and decoder.
 
@@ -83,13 +85,14 @@ def make_detector(
         trained: The decoder.
         device: Device of both.
         scorer: The combined score; None for the score of the decoder.
+        classifier: The classifier on this device; restored with the feature maps in use if None.
     """
     num_maps = len(trained.decoder.config.map_shapes)
     if scorer is not None:
         num_maps = max(num_maps, *(number + 1 for number in (-1, *scorer.layers)))
         scorer.to(device)
     return HeatmapDetector(
-        index.classifier(device, num_maps=num_maps),
+        classifier or index.classifier(device, num_maps=num_maps),
         trained.decoder,
         scorer=scorer,
         classes=index.results.classes,

@@ -335,10 +335,10 @@ def _to_output(embedded: Embedded, rows: slice, device: torch.device, num_maps: 
 def open_detectors(
     runs: Sequence[Path], index: Index, device: torch.device
 ) -> list[HeatmapDetector]:
-    """Return the detector of each run; they share a classifier."""
-    first = make_detector(index, open_decoder(runs[0], index.manifest, device), device)
-    decoders = [open_decoder(run, index.manifest, device).decoder for run in runs[1:]]
-    return [first, *(HeatmapDetector(first.classifier, decoder) for decoder in decoders)]
+    """Return the detector of each run; they share a classifier, with all feature maps."""
+    classifier = index.classifier(device)
+    decoders = (open_decoder(run, index.manifest, device) for run in runs)
+    return [make_detector(index, decoder, device, classifier=classifier) for decoder in decoders]
 
 
 def make_detection_methods(
@@ -347,8 +347,6 @@ def make_detection_methods(
     """Fit every method, on rank 0 for all ranks."""
     detector = detectors[0]
     classifier, num_maps = detector.classifier, len(detector.decoder.config.map_shapes)
-    if len(classifier.map_shapes) < len(index.results.map_shapes):
-        classifier = index.classifier(classifier.device)
     fitted = None
     if is_main():
         fitted = fit_methods(fit_data(index, targets, classifier, num_maps, config.seed))

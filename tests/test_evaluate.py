@@ -310,6 +310,18 @@ def test_the_images_of_the_report_are_classified_in_batches_too(data, run, monke
     assert max(sizes) == CONFIG.batch_size
 
 
+def test_the_classifier_is_restored_once(data, run, monkeypatch):
+    restored, restore = [], Index.classifier
+    monkeypatch.setattr(
+        Index,
+        "classifier",
+        lambda *arguments, **options: restored.append(arguments) or restore(*arguments, **options),
+    )
+    config = replace(CONFIG, overwrite=True)
+    evaluate(run, open_images(str(data / "test")), sets_of(data), CPU, config)
+    assert len(restored) == 1
+
+
 def test_controls_do_not_take_patched_id_images_for_ood(data, run):
     def auxiliary():
         index = open_index(run)
