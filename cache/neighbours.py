@@ -9,7 +9,7 @@ lowest row. Results therefore do not depend on batch size, threads or device.
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -175,21 +175,19 @@ class Bank:
         device: torch.device | None = None,
     ) -> None:
         self.features, self.row = features, row
+        # class number i has label classes[i] and the rows starts[i] to ends[i]
         self.classes: NDArray[np.integer[Any]]
-        self.classes, starts = np.unique(prediction, return_index=True)
-        self.slices = dict(
-            zip(
-                self.classes.tolist(),
-                map(slice, starts.tolist(), [*starts[1:].tolist(), len(features)]),
-                strict=True,
-            )
-        )
-        # positions searched within each class: of identical rows only the lowest
-        self.unique: dict[int, _Int64] = {}
-        self.means: dict[int, _Float64] = {}
+        self.classes, self.starts = np.unique(prediction, return_index=True)
+        self.ends = np.append(self.starts[1:], len(features))
+        num_classes = len(self.classes)
+        # positions searched in class i, from starts[i]: of identical rows only the lowest
+        self.searched = np.empty(len(features), np.int64)
+        # their number; 0 before the class is opened
+        self.num_searched = np.zeros(num_classes, np.int64)
+        self.means = np.empty((num_classes, features.shape[1]))
         # largest norm among the centred rows of each class
-        self.longest: dict[int, float] = {}
-        self.blocks = _Blocks(self.slices, self._centred, device or torch.device("cpu"))
+        self.longest = np.empty(num_classes)
+        self.blocks = _Blocks(range(num_classes), self._centred, device or torch.device("cpu"))
 
     def __len__(self) -> int:
         return len(self.features)
@@ -199,34 +197,43 @@ class Bank:
         """Device that is searched on: the CPU if a GPU ran out of memory."""
         return self.blocks.device
 
-    def _open_class(self, label: int) -> None:
+    def _open_class(self, number: int) -> None:
         """Find the distinct rows and the mean of a class.
 
         Raises:
             DamagedCacheError: A feature is not finite.
         """
-        features = self.features[self.slices[label]]
+        start = self.starts[number]
+        features = self.features[start : self.ends[number]]
         mean = features.mean(axis=0, dtype=np.float64)
         if not np.isfinite(mean).all():
             raise DamagedCacheError(
-                f"the index contains NaN or infinite features (class {label}). "
+                f"the index contains NaN or infinite features (class {self.classes[number]}). "
                 "Run `ood-heatmap index` again with --overwrite."
             )
-        self.unique[label] = np.flatnonzero(_mark_first_occurrences(features))
-        self.means[label] = mean
+        distinct = np.flatnonzero(_mark_first_occurrences(features))
+        self.searched[start : start + len(distinct)] = start + distinct
+        self.means[number] = mean
+        # last: an interrupted class is opened again
+        self.num_searched[number] = len(distinct)
 
-    def _centred(self, label: int) -> _Float32:
+    def _positions(self, number: int) -> _Int64:
+        """Return the positions searched in a class, ascending."""
+        start = self.starts[number]
+        return self.searched[start : start + self.num_searched[number]]
+
+    def _centred(self, number: int) -> _Float32:
         """Return the searched rows of a class minus their mean, float32."""
-        if label not in self.means:
-            self._open_class(label)
-        rows, unique = self.features[self.slices[label]], self.unique[label]
-        centred = np.empty((len(unique), rows.shape[1]), np.float32)
+        if not self.num_searched[number]:
+            self._open_class(number)
+        positions, width = self._positions(number), self.features.shape[1]
+        centred = np.empty((len(positions), width), np.float32)
         start = 0
-        for chunk in _chunks(unique, 8 * rows.shape[1]):
-            centred[start : start + len(chunk)] = rows[chunk] - self.means[label]
+        for chunk in _chunks(positions, 8 * width):
+            centred[start : start + len(chunk)] = self.features[chunk] - self.means[number]
             start += len(chunk)
         squared = np.einsum("nd,nd->n", centred, centred)
-        self.longest[label] = float(np.sqrt(squared.max()))
+        self.longest[number] = np.sqrt(squared.max())
         return centred
 
     def nearest(self, queries: _Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
@@ -236,49 +243,12 @@ class Bank:
             queries: ``(B, D)`` float32, finite.
             prediction: ``(B,)`` predicted class of each query.
         """
-        row = np.full(len(queries), -1, np.int64)
-        squared = np.full(len(queries), np.inf)
-        same_class = np.isin(prediction, self.classes)
-        proven = scanned = 0
-        queries_by_class = self._group_by_class(prediction, np.flatnonzero(~same_class))
-        # enqueue the searches of all classes on a GPU before waiting for the first result
-        searches = {
-            label: self._search(label, queries[selected])
-            for label, selected in queries_by_class.items()
-        }
-        for label, selected in queries_by_class.items():
-            found, distance, num_proven, num_scanned = self._nearest_in(
-                label, queries[selected], searches.pop(label)
-            )
-            # only queries whose class is empty are searched in more than one class
-            closer = (distance < squared[selected]) | (
-                (distance == squared[selected]) & (found < row[selected])
-            )
-            row[selected[closer]] = found[closer]
-            squared[selected[closer]] = distance[closer]
-            proven, scanned = proven + num_proven, scanned + num_scanned
-        assert (row >= 0).all(), "every query has a result"
-        return Nearest(row, np.sqrt(squared), same_class, proven, scanned)
-
-    def _group_by_class(
-        self, prediction: NDArray[np.integer[Any]], without_class: _Int64
-    ) -> dict[int, _Int64]:
-        """Return the queries to search for in each class: its own, and those without a class."""
-        order = np.argsort(prediction, kind="stable")
-        starts = np.searchsorted(prediction[order], self.classes, side="left")
-        ends = np.searchsorted(prediction[order], self.classes, side="right")
-        groups = {
-            label: np.concatenate([order[start:end], without_class])
-            for label, start, end in zip(self.slices, starts, ends, strict=True)
-        }
-        return {label: selected for label, selected in groups.items() if len(selected)}
+        return self._nearest(queries, self._numbers(prediction))
 
     def nearest_of_all(self, queries: _Float32, prediction: NDArray[np.integer[Any]]) -> Nearest:
         """Find the nearest row over all classes; ``same_class`` as in ``nearest``."""
-        # a class without rows: all are searched
-        empty_class = np.full(len(queries), self.classes.min() - 1)
-        found = self.nearest(queries, empty_class)
-        return replace(found, same_class=np.isin(prediction, self.classes))
+        found = self._nearest(queries, np.full(len(queries), -1))
+        return replace(found, same_class=self._numbers(prediction) >= 0)
 
     def k_nearest(
         self, queries: _Float32, prediction: NDArray[np.integer[Any]], k: int
@@ -296,18 +266,10 @@ class Bank:
         """
         row = np.full((len(queries), k), -1, np.int64)
         squared = np.full((len(queries), k), np.inf)
-        without_class = np.flatnonzero(~np.isin(prediction, self.classes))
-        for label, selected in self._group_by_class(prediction, without_class).items():
-            search = self._search(label, queries[selected], max(k, _NUM_CANDIDATES))
-            candidates = self.unique[label][_to_numpy(search.positions)] + self.slices[label].start
-            exact = squared_distances(queries[selected, None], self.features[candidates])
-            exact[_to_numpy(search.positions) < 0] = np.inf
-            # queries of an empty class are searched in all
-            squared_so_far = np.concatenate([squared[selected], exact], axis=1)
-            row_so_far = np.concatenate([row[selected], self.row[candidates]], axis=1)
-            nearest = np.lexsort((row_so_far, squared_so_far))[:, :k]
-            squared[selected] = np.take_along_axis(squared_so_far, nearest, axis=1)
-            row[selected] = np.take_along_axis(row_so_far, nearest, axis=1)
+        for found in self._search(queries, self._numbers(prediction), max(k, _NUM_CANDIDATES)):
+            for pairs, exact in self._recompute(found, np.arange(len(found.query))):
+                near = self.row[found.position[pairs]]
+                _keep_nearest(row, squared, found.query[pairs], near, exact)
         return np.where(np.isinf(squared), -1, row), np.sqrt(squared)
 
     def random(
@@ -317,94 +279,151 @@ class Bank:
 
         The draw depends only on the seed and the query's own row, not on its batch.
         """
-        all_rows = slice(0, len(self))
-        position = np.empty(len(queries), np.int64)
-        for i, (label, row) in enumerate(zip(prediction.tolist(), rows.tolist(), strict=True)):
-            drawn_from = self.slices.get(label, all_rows)
-            generator = np.random.default_rng([seed, row])
-            position[i] = generator.integers(drawn_from.start, drawn_from.stop)
+        number, position = self._numbers(prediction), np.empty(len(queries), np.int64)
+        start = np.where(number < 0, 0, self.starts[number])
+        end = np.where(number < 0, len(self), self.ends[number])
+        for i, row in enumerate(rows.tolist()):
+            position[i] = np.random.default_rng([seed, row]).integers(start[i], end[i])
         squared = squared_distances(queries, self.features[position])
-        return Nearest(self.row[position], np.sqrt(squared), np.isin(prediction, self.classes))
+        return Nearest(self.row[position], np.sqrt(squared), number >= 0)
 
-    def _nearest_in(
-        self, label: int, queries: _Float32, search: "_Search"
-    ) -> tuple[_Int64, _Float64, int, int]:
-        """Turn the float32 candidates of one class into exact results.
+    def _numbers(self, prediction: NDArray[np.integer[Any]]) -> _Int64:
+        """Return the number of each predicted class, -1 where it has no row."""
+        number = np.searchsorted(self.classes, prediction).clip(max=len(self.classes) - 1)
+        return np.where(self.classes[number] == prediction, number, -1)
 
-        Returns:
-            Row and squared distance of the nearest, ``(B,)`` each; number of queries proven; number
-            of queries scanned.
+    def _nearest(self, queries: _Float32, number: _Int64) -> Nearest:
+        """Find the nearest row in a class for each query, or in all where its number is -1."""
+        row = np.full((len(queries), 1), -1, np.int64)
+        squared = np.full((len(queries), 1), np.inf)
+        proven = scanned = 0
+        for found in self._search(queries, number, _NUM_CANDIDATES):
+            position, num_proven, num_scanned = self._prove(found)
+            exact = squared_distances(found.features, self.features[position])
+            _keep_nearest(row, squared, found.query, self.row[position, None], exact[:, None])
+            proven, scanned = proven + num_proven, scanned + num_scanned
+        assert (row >= 0).all(), "every query has a result"
+        return Nearest(row[:, 0], np.sqrt(squared[:, 0]), number >= 0, proven, scanned)
+
+    def _search(self, queries: _Float32, number: _Int64, k: int) -> "Iterator[_Search]":
+        """Search each query in a class, or in all where its number is -1, chunk by chunk.
+
+        A chunk has many classes: what is done once for it costs little for each of them.
         """
-        unique, in_class = self.unique[label], self.slices[label]
-        rounded, candidates = (_to_numpy(item) for item in (search.squared, search.positions))
-        rounded, bound = rounded.astype(np.float64), search.bound
-        best = candidates[:, 0].copy()
-        # the gap to the second candidate exceeds twice the rounding error: they cannot be swapped
-        clear = np.ones(len(queries), dtype=bool)
-        if candidates.shape[1] > 1:
-            clear = rounded[:, 1] - rounded[:, 0] > 2 * bound
-        scanned = 0
-        for chunk in _chunks(np.flatnonzero(~clear), 16 * candidates.shape[1] * queries.shape[1]):
-            near = candidates[chunk]
-            exact = squared_distances(queries[chunk, None], self.features[in_class][unique[near]])
-            exact[near < 0] = np.inf
-            lowest = np.where(exact == exact.min(axis=1, keepdims=True), near, len(unique)).min(
-                axis=1
-            )
-            best[chunk] = lowest
-            # a row that is not a candidate is at least (last candidate - bound) away
-            proven = exact.min(axis=1) < rounded[chunk, -1] - bound[chunk]
-            # FAISS returns -1 where the squares overflow float32
-            unproven = chunk[(near < 0).any(axis=1) | (near.shape[1] < len(unique)) & ~proven]
-            for query in unproven:
-                best[query] = self._scan(label, queries[query])
-            scanned += len(unproven)
-        position = in_class.start + unique[best]
-        assert ((position >= in_class.start) & (position < in_class.stop)).all(), "another class"
-        exact = np.empty(len(queries))
-        for chunk in _chunks(np.arange(len(queries)), 16 * queries.shape[1]):
-            exact[chunk] = squared_distances(queries[chunk], self.features[position[chunk]])
-        return self.row[position], exact, int(clear.sum()), scanned
+        # queries without a class (-1) come first, and are the first to be searched in every class
+        order = np.argsort(number, kind="stable")
+        counts = np.bincount(number + 1, minlength=len(self.classes) + 1)
+        num_pairs = counts[1:] + counts[0]
+        ends = num_pairs.cumsum()
+        step = max(1, _CHUNK_BYTES // (32 * queries.shape[1]))
+        for start in range(0, ends[-1], step):
+            pair = np.arange(start, min(start + step, ends[-1]))
+            searched = np.searchsorted(ends, pair, side="right")
+            place = pair - (ends - num_pairs)[searched]
+            query = order[np.where(place < counts[0], place, pair - counts[0] * searched)]
+            yield self._search_pairs(queries[query], query, searched, k)
 
-    def _search(
-        self, label: int, queries: _Float32, num_candidates: int = _NUM_CANDIDATES
-    ) -> "_Search":
-        """Search a class in float32, and bound the rounding error of its distances.
+    def _search_pairs(self, features: _Float32, query: _Int64, number: _Int64, k: int) -> "_Search":
+        """Search queries in classes in float32, and bound the rounding error of the distances.
 
         The error of a float32 sum of D products is at most ``D u |q| |b|`` (u: unit roundoff) for
         any order of summation; three such sums, their difference and the rounding of the centred
         values give ``(D + 8) u (|q| + |b|)^2``.
         """
-        if label not in self.means:
-            self._open_class(label)
-        centred_queries = (queries - self.means[label]).astype(np.float32)
-        ((squared, positions),) = self.blocks.search([label], centred_queries, num_candidates)
-        norms = np.linalg.norm(centred_queries.astype(np.float64), axis=1) + self.longest[label]
-        bound = 1.001 * (queries.shape[1] + 8) * _UNIT_ROUNDOFF * norms**2
-        return _Search(squared, positions, bound)
+        numbers, starts = np.unique(number, return_index=True)
+        for closed in numbers[self.num_searched[numbers] == 0].tolist():
+            self._open_class(closed)
+        centred = np.empty(features.shape, np.float32)
+        np.subtract(features, self.means[number], out=centred, casting="same_kind")
+        slices = map(slice, starts.tolist(), [*starts[1:].tolist(), len(number)])
+        parts = list(zip(numbers.tolist(), slices, strict=True))
+        squared, nearest = self.blocks.search(parts, centred, k)
+        assert (nearest < self.num_searched[number, None]).all(), "another class"
+        position = self.searched[self.starts[number, None] + nearest.clip(min=0)]
+        norms = np.sqrt(np.einsum("nd,nd->n", centred, centred, dtype=np.float64))
+        norms += self.longest[number]
+        bound = 1.001 * (features.shape[1] + 8) * _UNIT_ROUNDOFF * norms**2
+        rounded = squared.astype(np.float64)
+        return _Search(features, query, number, position, nearest >= 0, rounded, bound)
 
-    def _scan(self, label: int, query: _Float32) -> int:
+    def _prove(self, found: "_Search") -> tuple[_Int64, int, int]:
+        """Turn float32 candidates into exact results.
+
+        Returns:
+            Position of the nearest row, ``(n,)``; number of pairs proven; number of pairs scanned.
+        """
+        num_rows, num_candidates = self.num_searched[found.number], found.position.shape[1]
+        best = found.position[:, 0].copy()
+        # the gap to the second candidate exceeds twice the rounding error: they cannot be swapped
+        clear = found.squared[:, 1] - found.squared[:, 0] > 2 * found.bound
+        scanned = 0
+        for pairs, exact in self._recompute(found, np.flatnonzero(~clear)):
+            lowest = exact.min(axis=1, keepdims=True)
+            best[pairs] = np.where(exact == lowest, found.position[pairs], len(self)).min(axis=1)
+            # a row that is not a candidate is at least (last candidate - bound) away
+            proven = lowest[:, 0] < found.squared[pairs, -1] - found.bound[pairs]
+            # FAISS finds fewer where the squares overflow float32
+            missing = found.present[pairs].sum(axis=1) < num_rows[pairs].clip(max=num_candidates)
+            unproven = pairs[missing | (num_candidates < num_rows[pairs]) & ~proven]
+            for pair in unproven.tolist():
+                best[pair] = self._scan(int(found.number[pair]), found.features[pair])
+            scanned += len(unproven)
+        return best, int(clear.sum()), scanned
+
+    def _recompute(self, found: "_Search", pairs: _Int64) -> Iterator[tuple[_Int64, _Float64]]:
+        """Yield chunks of the pairs and their candidates' squared distances in float64."""
+        for chunk in _chunks(pairs, 16 * found.position.shape[1] * found.features.shape[1]):
+            near = self.features[found.position[chunk]]
+            exact = squared_distances(found.features[chunk, None], near)
+            yield chunk, np.where(found.present[chunk], exact, np.inf)
+
+    def _scan(self, number: int, query: _Float32) -> int:
         """Return the position of the nearest row of a class in float64; ties go to the lowest."""
-        rows, unique = self.features[self.slices[label]], self.unique[label]
-        distances = np.concatenate(
-            [squared_distances(query, rows[chunk]) for chunk in _chunks(unique, 16 * rows.shape[1])]
-        )
-        return int(distances.argmin())
+        positions = self._positions(number)
+        chunks = _chunks(positions, 16 * len(query))
+        distances = [squared_distances(query, self.features[chunk]) for chunk in chunks]
+        return int(positions[np.concatenate(distances).argmin()])
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Float32 candidates of one class for B queries: NumPy arrays, or tensors on a GPU.
+    """Float32 candidates for n pairs of a query and a class to search.
 
     Args:
-        squared: ``(B, K)`` float32 squared distances, ascending.
-        positions: ``(B, K)`` int64 positions among the class's searched rows, -1 where none.
-        bound: ``(B,)`` float64 bound on the rounding error of a squared distance.
+        features: ``(n, D)`` float32 features of the query.
+        query: ``(n,)`` int64 number of the query.
+        number: ``(n,)`` int64 number of the class, ascending.
+        position: ``(n, K)`` int64 positions of the candidates in the bank.
+        present: ``(n, K)`` bool, False where there is no candidate.
+        squared: ``(n, K)`` float64 of the float32 squared distances, ascending; infinity beyond the
+            class's number of rows.
+        bound: ``(n,)`` float64 bound on the rounding error of a squared distance.
     """
 
-    squared: Any
-    positions: Any
+    features: _Float32
+    query: _Int64
+    number: _Int64
+    position: _Int64
+    present: NDArray[np.bool_]
+    squared: _Float64
     bound: _Float64
+
+
+def _keep_nearest(
+    row: _Int64, squared: _Float64, query: _Int64, near: _Int64, near_squared: _Float64
+) -> None:
+    """Merge rows ``(n, K)`` near n queries into the nearest ``(B, k)`` of all, in place.
+
+    A query without a class has candidates of several classes. Ties go to the lowest row.
+    """
+    k, changed = row.shape[1], np.unique(query)
+    owner = np.concatenate([changed.repeat(k), query.repeat(near.shape[1])])
+    rows = np.concatenate([row[changed].ravel(), near.ravel()])
+    distances = np.concatenate([squared[changed].ravel(), near_squared.ravel()])
+    order = np.lexsort((rows, distances, owner))
+    owner = owner[order]
+    first = order[np.arange(len(order)) - np.searchsorted(owner, owner) < k]
+    row[changed], squared[changed] = rows[first].reshape(-1, k), distances[first].reshape(-1, k)
 
 
 class FlatBank:
@@ -445,9 +464,11 @@ class FlatBank:
             Euclidean distance, ascending, and position among the rows, ``(B, k)`` each.
         """
         nearest = faiss.ResultHeap(len(queries), min(k, len(self.rows)))
-        found = self.blocks.search(self.starts, self.prepare(queries), k)
-        for start, (squared, positions) in zip(self.starts, found, strict=True):
-            nearest.add_result(_to_numpy(squared), _to_numpy(positions) + start)
+        parts = [(start, slice(None)) for start in self.starts]
+        found = self.blocks.search(parts, self.prepare(queries), k)
+        by_block = (item.reshape(len(parts), len(queries), k) for item in found)
+        for start, squared, positions in zip(self.starts, *by_block, strict=True):
+            nearest.add_result(squared, positions + start)
         nearest.finalize()
         return np.sqrt(np.maximum(nearest.D, 0)), nearest.I
 
@@ -469,6 +490,7 @@ class _Blocks:
         self.resources: Any = None
         self.on_gpu: dict[int, torch.Tensor] = {}
         self.host_cache: dict[int, _Float32] = {}
+        self.host_room = _max_cached_bytes()
         if device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
             self._enter_gpu(keys)
 
@@ -493,37 +515,41 @@ class _Blocks:
         self.device = torch.device("cpu")
         torch.cuda.empty_cache()
 
-    def search(self, keys: Sequence[int], queries: _Float32, k: int) -> list[tuple[Any, Any]]:
-        """Search the k nearest rows within each of several blocks.
+    def search(
+        self, parts: Sequence[tuple[int, slice]], queries: _Float32, k: int
+    ) -> tuple[_Float32, _Int64]:
+        """Search the k nearest rows of some of the queries in each of several blocks.
 
         Returns:
-            For each block the squared distances, ascending, and the positions in it, ``(B, min(k,
-            N))`` each: arrays, or tensors that a GPU computes asynchronously.
+            Squared distances, ascending, and positions in the block, part after part, ``(n, k)``
+            each; infinity and -1 beyond the block's number of rows.
         """
         if self.on_gpu and k <= _MAX_GPU_NEIGHBOURS:
             try:
-                return _retry_once(partial(self._search_on_gpu, keys, queries, k))
+                return _retry_once(partial(self._search_on_gpu, parts, queries, k))
             except torch.OutOfMemoryError:
                 self._leave_gpu()
-        return [
-            faiss.knn(queries, rows, min(k, len(rows))) for rows in map(self._load_on_host, keys)
-        ]
+        found = []
+        for key, selected in parts:
+            rows = self._load_on_host(key)
+            found.append(faiss.knn(queries[selected], rows, min(k, len(rows))))
+        return _join(found, k, np.concatenate)
 
     def _search_on_gpu(
-        self, keys: Sequence[int], queries: _Float32, k: int
-    ) -> list[tuple[Any, Any]]:
-        """Enqueue the search of each block."""
+        self, parts: Sequence[tuple[int, slice]], queries: _Float32, k: int
+    ) -> tuple[_Float32, _Int64]:
+        """Enqueue the searches of all parts before waiting for their results."""
         pinned = torch.from_numpy(queries).pin_memory()
         # FAISS uses the current stream of the current device
         with torch.cuda.device(self.device):
             uploaded = pinned.to(self.device, non_blocking=True)
-            return [
-                faiss.knn_gpu(
-                    *(self.resources, uploaded, self.on_gpu[key], min(k, len(self.on_gpu[key]))),
-                    device=self.device.index,
-                )
-                for key in keys
-            ]
+            found = []
+            for key, selected in parts:
+                rows = self.on_gpu[key]
+                arguments = (self.resources, uploaded[selected], rows, min(k, len(rows)))
+                found.append(faiss.knn_gpu(*arguments, device=self.device.index))
+            # joined on the GPU: a download of each would wait each time
+            return _join(found, k, lambda items: torch.cat(items).cpu().numpy())
 
     def _load_on_host(self, key: int) -> _Float32:
         """Return the rows of a block from a cache of limited size.
@@ -532,9 +558,9 @@ class _Blocks:
         """
         if key not in self.host_cache:
             rows = self.make(key)
-            cached_bytes = sum(item.nbytes for item in self.host_cache.values())
-            if cached_bytes + rows.nbytes > _max_cached_bytes():
+            if rows.nbytes > self.host_room:
                 return rows
+            self.host_room -= rows.nbytes
             self.host_cache[key] = rows
         return self.host_cache[key]
 
@@ -585,10 +611,17 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def _to_numpy(item: Any) -> NDArray[Any]:
-    """Return an array or tensor as a NumPy array; waits for a tensor on a GPU."""
-    array: NDArray[Any] = item.cpu().numpy() if isinstance(item, torch.Tensor) else item
-    return array
+def _join(
+    found: Sequence[tuple[Any, Any]], k: int, concatenate: Callable[[list[Any]], NDArray[Any]]
+) -> tuple[_Float32, _Int64]:
+    """Join distances and positions of searches, of up to k columns each, to arrays of k."""
+    num_rows, num_columns = np.array([item.shape for item, _ in found]).T
+    present = np.arange(k) < num_columns.repeat(num_rows)[:, None]
+    squared = np.full(present.shape, np.inf, np.float32)
+    positions = np.full(present.shape, -1, np.int64)
+    squared[present] = concatenate([item.ravel() for item, _ in found])
+    positions[present] = concatenate([item.ravel() for _, item in found])
+    return squared, positions
 
 
 def _chunks(items: _Int64, bytes_each: int) -> Sequence[_Int64]:

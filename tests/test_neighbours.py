@@ -7,6 +7,8 @@ import contextlib
 import importlib.metadata
 import subprocess
 import sys
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -105,6 +107,27 @@ def test_ties_and_duplicates_go_to_the_lowest_row(device):
     np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
 
 
+def test_a_tie_of_two_rows_is_settled_among_the_candidates(device):
+    bank = np.eye(30, dtype="f4") * np.float32(10)
+    bank[[3, 7]] /= 2
+    found = bank_of(bank, np.zeros(30, int), device).nearest(
+        np.zeros((2, 30), "f4"), np.zeros(2, int)
+    )
+    assert found.row.tolist() == [3, 3]
+    assert (found.num_proven, found.num_scanned) == (0, 0)
+
+
+def test_rows_far_from_the_query_on_all_sides_are_told_apart_in_float64(device):
+    """Beside a class of rows near it, with a far smaller rounding error."""
+    generator = np.random.default_rng(0)
+    half = 1e3 * unit_length(generator.normal(size=(50, 8)).astype("f4"))
+    bank = np.concatenate([half, -half, 1e-3 * half])
+    query = (2e-5 * generator.normal(size=(200, 8))).astype("f4")
+    query_class, bank_class = np.arange(200) % 2, np.repeat([1, 0], [100, 50])
+    found = bank_of(bank, bank_class, device).nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
+
+
 def test_two_tight_clusters_in_one_class_need_and_get_a_float64_scan(device):
     generator = np.random.default_rng(0)
     centres = np.stack([np.full(32, 10.0), np.full(32, -10.0)])
@@ -135,14 +158,14 @@ def test_the_answer_does_not_depend_on_the_batch(spread, batch_size, device):
 def test_values_whose_squares_do_not_fit_into_float32_are_compared_in_float64():
     generator = np.random.default_rng(0)
     for num_rows in (1, 5, 40):
-        bank = (1e30 * generator.normal(size=(num_rows, 6))).astype("f4")
+        # and a class of one row
+        bank = (1e30 * generator.normal(size=(num_rows + 1, 6))).astype("f4")
         query = (1e30 * generator.normal(size=(20, 6))).astype("f4")
-        one_class = np.zeros(num_rows, int)
+        bank_class, query_class = np.arange(num_rows + 1) == 2, np.arange(20) % 3 == 2
         with np.errstate(over="ignore", invalid="ignore"):
-            found = bank_of(bank, one_class).nearest(query, np.zeros(20, int))
-        np.testing.assert_array_equal(
-            found.row, brute_force(query, np.zeros(20, int), bank, one_class)
-        )
+            found = bank_of(bank, 1 * bank_class).nearest(query, 1 * query_class)
+        wanted = brute_force(query, query_class, bank, bank_class)
+        np.testing.assert_array_equal(found.row, wanted)
 
 
 def test_centred_rows_are_kept_up_to_a_limit_and_the_answer_is_the_same(monkeypatch):
@@ -174,7 +197,89 @@ def test_only_the_classes_that_are_queried_are_opened():
     found = searched.nearest(query[some], query_class[some])
     wanted = brute_force(query[some], query_class[some], bank, bank_class)
     np.testing.assert_array_equal(found.row, wanted)
-    assert [*searched.unique] == [*searched.blocks.host_cache] == [2]
+    assert searched.classes[searched.num_searched > 0].tolist() == [2]
+    assert [*searched.blocks.host_cache] == [2]
+
+
+def test_a_class_whose_opening_was_interrupted_is_opened_again(monkeypatch):
+    query, query_class, bank, bank_class = clusters(0.2)
+    searched = bank_of(bank, bank_class)
+    mark, calls = neighbours._mark_first_occurrences, []
+
+    def interrupt_the_third(features):
+        calls.append(len(features))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return mark(features)
+
+    monkeypatch.setattr(neighbours, "_mark_first_occurrences", interrupt_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        searched.nearest(query, query_class)
+    found = searched.nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
+    assert len(calls) == 7
+
+
+def many_classes():
+    """Return a query for each of 60 classes, of which every fifth has no row.
+
+    The others have 1 to 30 rows: normal, on a grid where distances tie, identical, or of two tight
+    clusters whose nearest row only float64 can tell.
+    """
+    generator = np.random.default_rng(0)
+    bank, bank_class, query = [], [], []
+    for label in range(60):
+        size = 1 + label % 30
+        rows = generator.normal(size=(size + 1, 8))
+        if label % 4 == 1:
+            rows = generator.integers(-1, 2, (size + 1, 8)).astype(float)
+        if label % 4 == 2:
+            rows[:] = rows[0]
+        if label % 4 == 3:
+            rows = 1e-5 * rows + 10 * generator.choice([-1, 1], (size + 1, 1))
+        query.append(rows[-1])
+        if label % 5:
+            bank.append(rows[:-1])
+            bank_class += [label] * size
+    order, query_class = generator.permutation(len(bank_class)), generator.permutation(60)
+    rows, queries = np.concatenate(bank)[order], np.array(query)[query_class]
+    return queries.astype("f4"), query_class, rows.astype("f4"), np.array(bank_class)[order]
+
+
+@pytest.mark.parametrize("chunk_bytes", [64 << 20, 32 * 8 * 7])
+def test_one_query_in_each_of_many_classes_answers_as_brute_force(chunk_bytes, monkeypatch, device):
+    """All at once, and seven at a time; among them ties, scans, and classes without a row."""
+    query, query_class, bank, bank_class = many_classes()
+    monkeypatch.setattr(neighbours, "_CHUNK_BYTES", chunk_bytes)
+    searched = bank_of(bank, bank_class, device)
+    found = searched.nearest(query, query_class)
+    np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
+    np.testing.assert_array_equal(found.same_class, query_class % 5 > 0)
+    exact = ((query.astype("f8") - bank[found.row]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(found.distance**2, exact, rtol=1e-12)
+    alone = [searched.nearest(query[[i]], query_class[[i]]) for i in range(60)]
+    for name in ("num_proven", "num_scanned"):
+        assert getattr(found, name) == sum(getattr(one, name) for one in alone) > 0
+    of_all = searched.nearest_of_all(query, query_class)
+    np.testing.assert_array_equal(of_all.row, brute_force(query, [-1] * 60, bank, bank_class))
+    np.testing.assert_array_equal(of_all.same_class, found.same_class)
+
+
+def test_the_memory_of_a_search_in_all_classes_does_not_grow_with_their_number(monkeypatch):
+    generator = np.random.default_rng(0)
+    bank, query = (generator.normal(size=(count, 8)).astype("f4") for count in (2000, 400))
+    searched = bank_of(bank, np.arange(2000) % 200)
+    wanted = brute_force(query, [-1] * 400, bank, np.zeros(2000))
+    monkeypatch.setattr(neighbours, "_CHUNK_BYTES", 1 << 18)
+    tracemalloc.start()
+    try:
+        found = searched.nearest_of_all(query, np.zeros(400, int))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found.row, wanted)
+    # the candidates of all pairs of a query and a class would be 400 * 200 * 8 * 12 bytes, 7.7 MB
+    assert peak < 3e6
 
 
 @settings(max_examples=60, deadline=None)
@@ -366,11 +471,13 @@ class SimulatedGpu:
         room: Tensors that fit into its memory.
         opening: What taking the memory of FAISS raises, attempt by attempt.
         searching: What each search raises.
+        copying: What each copy of queries to it and of results from it raises.
     """
 
-    def __init__(self, room=100, opening=(), searching=()) -> None:
+    def __init__(self, room=100, opening=(), searching=(), copying=()) -> None:
         self.room, self.opening, self.searching = room, [*opening], [*searching]
-        self.searches = self.freed = self.opened = 0
+        self.copying = [*copying]
+        self.searches = self.freed = self.opened = self.copies = 0
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         self.room -= 1
@@ -378,8 +485,15 @@ class SimulatedGpu:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return tensor
 
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.copying and (error := self.copying.pop(0)):
+            raise error
+        self.copies += 1
+        return tensor
+
     def knn(self, resources, queries, bank, k: int, *, device: int):
         assert (resources.ready, device) == (True, 3)
+        assert queries.is_contiguous()
         if self.searching and (error := self.searching.pop(0)):
             raise error
         self.searches += 1
@@ -413,7 +527,8 @@ class SimulatedGpu:
                 self.ready = not self.failed
 
         monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: self.take(tensor))
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: self.copy(tensor))
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor, *_: self.copy(tensor))
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
@@ -431,6 +546,7 @@ NO_SCRATCH = RuntimeError(
 NO_PINNED = RuntimeError(
     "failed to cudaHostAlloc 268435456 bytes for CPU <-> GPU async copy buffer"
 )
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 SAYS = "cuda:3 is out of memory for the search: falling back to the CPU"
 
 
@@ -443,8 +559,12 @@ SAYS = "cuda:3 is out of memory for the search: falling back to the CPU"
         ({"opening": [NO_PINNED]}, 1, 6, ""),
         ({"opening": [NO_SCRATCH] * 2}, 0, 0, SAYS),
         ({"searching": [NO_SCRATCH]}, 1, 6, ""),
-        ({"searching": [None, NO_SCRATCH]}, 1, 6, ""),
+        ({"searching": [None, NO_SCRATCH]}, 1, 7, ""),
         ({"searching": [None, NO_SCRATCH, NO_SCRATCH]}, 1, 1, SAYS),
+        ({"copying": [NO_PINNED]}, 1, 6, ""),
+        ({"copying": [NO_PINNED] * 2}, 1, 0, SAYS),
+        ({"copying": [None, None, NO_MEMORY]}, 1, 12, ""),
+        ({"copying": [None, None, NO_MEMORY] * 2}, 1, 12, SAYS),
     ],
     ids=[
         "enough memory",
@@ -455,6 +575,10 @@ SAYS = "cuda:3 is out of memory for the search: falling back to the CPU"
         "too little for the first search until PyTorch frees its cache",
         "too little for a search until PyTorch frees its cache",
         "too little for a search",
+        "too little pinned memory for queries until PyTorch frees its cache",
+        "too little pinned memory for queries",
+        "too little for results until PyTorch frees its cache",
+        "too little for results",
     ],
 )
 def test_a_gpu_with_and_without_memory_answers_as_brute_force(
@@ -470,6 +594,18 @@ def test_a_gpu_with_and_without_memory_answers_as_brute_force(
     assert (gpu.opened, gpu.searches) == (opened, searches)
     assert caplog.messages == ([says] if says else [])
     assert searched.device == (torch.device("cpu") if says else torch.device("cuda:3"))
+
+
+def test_a_gpu_gets_all_queries_and_returns_all_results_at_once(monkeypatch):
+    query, query_class, bank, bank_class = many_classes()
+    gpu = SimulatedGpu()
+    gpu.install(monkeypatch)
+    searched = bank_of(bank, bank_class, torch.device("cuda"))
+    for function in (searched.nearest, partial(searched.k_nearest, k=3)):
+        gpu.searches = gpu.copies = 0
+        function(query, query_class)
+        # the queries; distances and positions of 48 classes that have rows
+        assert (gpu.searches, gpu.copies) == (48, 3)
 
 
 @pytest.mark.parametrize(
