@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ood_heatmap.devices import at_most_threads
+
 _Float32: TypeAlias = NDArray[np.float32]
 _Classes: TypeAlias = NDArray[np.integer[Any]]
 
 _WIDTH, _BATCH_SIZE, _LR = 256, 256, 1e-3
 # as few epochs as give this many steps, within these bounds
 _STEPS, _EPOCHS = 1500, (5, 30)
+_INPUTS_PER_THREAD = 512
 
 
 def logistic_regression(
@@ -85,7 +88,8 @@ def mlp(
     counts = torch.tensor([len(inputs[0]), len(ood_inputs[0])])
     is_ood = torch.repeat_interleave(torch.tensor([0.0, 1.0]), counts)
     weight = torch.repeat_interleave(len(both) / (2 * counts), counts)
-    with torch.random.fork_rng([]):
+    # products are small: more threads would mostly wait for each other
+    with at_most_threads(1 + both.shape[1] // _INPUTS_PER_THREAD), torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = _Network(both.shape[1], num_classes)
         _train(network, both, classes.long(), is_ood, weight, noise)

@@ -196,6 +196,17 @@ def one_blas_thread() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def at_most_threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute in at most so many threads for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def describe_environment(device: torch.device, *, deterministic: bool) -> dict[str, Any]:
     """Return what the rounding of a result depends on, for a manifest: JSON."""
     return {

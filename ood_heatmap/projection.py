@@ -1,7 +1,6 @@
 """A fixed linear projection of feature maps to fewer channels, fitted on ID images."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from ood_heatmap.devices import at_most_threads
 from ood_heatmap.errors import DamagedCacheError
 
 
@@ -38,7 +38,8 @@ def fit_projection(batches: Iterable[Tensor], num_channels: int) -> Projection:
         batches: ``(B, C, h, w)`` float32 each, on the CPU.
         num_channels: Number of components, less than C.
     """
-    with _one_thread():
+    # results must not depend on how many threads add up their parts
+    with at_most_threads(1):
         count, total, products = 0, torch.zeros(()), torch.zeros(())
         for maps in batches:
             vectors = maps.flatten(2).transpose(1, 2).flatten(0, 1)
@@ -52,17 +53,6 @@ def fit_projection(batches: Iterable[Tensor], num_channels: int) -> Projection:
         # a principal component has no sign: that of its largest entry
         largest = weight.gather(1, weight.abs().argmax(dim=1, keepdim=True))
         return Projection((weight * largest.sign()).float().contiguous(), mean.float())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: results do not depend on how many threads add up their parts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:

@@ -106,10 +106,9 @@ def _read_outputs(
         column = columns[map_column(number)]
         statistics = np.empty((len(rows), 2, width), np.float32)
         for start in range(0, len(rows), _ROWS_PER_CHUNK):
-            maps = column.take(rows[start : start + _ROWS_PER_CHUNK])
-            # a copy: PyTorch warns about read-only memory maps
-            found = spatial_statistics(torch.from_numpy(maps.astype(np.float32)))
-            statistics[start : start + _ROWS_PER_CHUNK] = found.numpy()
+            # PyTorch converts float16 in a tenth of NumPy's time
+            maps = torch.from_numpy(column.take(rows[start : start + _ROWS_PER_CHUNK]))
+            statistics[start : start + _ROWS_PER_CHUNK] = spatial_statistics(maps).numpy()
         spatial.append(statistics)
     features, prediction = (columns[name].take(rows) for name in ("features", "prediction"))
     return to_outputs(features, prediction, spatial, shapes, num_maps)

@@ -92,6 +92,20 @@ def test_the_mlp_is_the_same_for_the_same_seed_and_noise_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_small_products_of_the_mlp_use_few_threads(monkeypatch):
+    threads, before = [], torch.get_num_threads()
+    monkeypatch.setattr(controls, "_train", lambda *_: threads.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(4)
+        for width in (6, 1024, 4096):
+            pair = np.zeros((2, width), np.float32), np.zeros(2, np.int64)
+            controls.mlp(pair, pair, NUM_CLASSES, noise=0, seed=0)
+        assert threads == [1, 3, 4]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_noise_makes_the_mlp_less_certain():
     id_set, ood_set, queries = draw(300), draw(300, 1.0, 1), draw(50, 0.5, 2)
     certain, uncertain = (abs(mlp(id_set, ood_set, noise)(*queries)).mean() for noise in (0, 2))
