@@ -12,6 +12,8 @@ from sklearn.metrics.pairwise import euclidean_distances
 from ood_heatmap.cache.neighbours import Bank, order_by_class
 
 BAR = 20
+# a call of so many queries, in many classes, is compared with one of all queries
+SMALL_CALL, MANY_CLASSES, BAR_SMALL_CALL = 256, 1000, 3
 WIDTH, LATENT = 512, 32
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -20,13 +22,13 @@ Int64 = NDArray[np.int64]
 def rows(setting: Setting) -> Iterator[Row]:
     """Compare at 10, 100 and 1000 classes, on the CPU and on the GPU if there is one."""
     devices = dict.fromkeys((torch.device("cpu"), setting.device))
-    for num_classes in (10, 100, 1000):
+    for num_classes in (10, 100, MANY_CLASSES):
         for device in devices:
-            yield search(setting, num_classes, device)
+            yield from search(setting, num_classes, device)
 
 
-def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
-    """Compare at one number of classes."""
+def search(setting: Setting, num_classes: int, device: torch.device) -> Iterator[Row]:
+    """Compare at one number of classes; at many of them also small calls with one large."""
     num_bank, num_queries = (
         setting.pick(quick=10_000, cpu=50_000),
         setting.pick(quick=2_000, cpu=10_000),
@@ -45,6 +47,12 @@ def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
         bank.nearest(queries, query_label)
         return num_queries
 
+    def small_calls() -> int:
+        for start in range(0, num_queries, SMALL_CALL):
+            call = slice(start, start + SMALL_CALL)
+            bank.nearest(queries[call], query_label[call])
+        return num_queries
+
     def reference() -> int:
         start = next(starts)
         sample = slice(start, start + num_sample)
@@ -60,9 +68,8 @@ def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
         each: (features[:num_bank][bank_label == each], row[bank_label == each])
         for each in np.unique(bank_label).tolist()
     }
-    times = interleaved(
-        {"ours": ours, "reference": reference, "build": build}, setting.windows, device
-    )
+    variants = {"ours": ours, "small": small_calls, "reference": reference, "build": build}
+    times = interleaved(variants, setting.windows, device)
     whole, built = (float(np.median(times[name].wall)) for name in ("ours", "build"))
     with_build = float(np.median(times["reference"].wall)) / built
     note = (
@@ -72,8 +79,14 @@ def search(setting: Setting, num_classes: int, device: torch.device) -> Row:
         f"building the bank once {figure(with_build)} "
         f"(building takes {figure(built / whole - 1)} of the search)"
     )
-    name = f"search, {num_classes} classes, on {device.type}: reference / ours"
-    return Row(name, quotients(times["reference"].wall, times["ours"].wall), BAR, note)
+    name = f"search, {num_classes} classes, on {device.type}"
+    ratios = quotients(times["reference"].wall, times["ours"].wall)
+    yield Row(f"{name}: reference / ours", ratios, BAR, note)
+    if num_classes == MANY_CLASSES:
+        name += f": calls of {SMALL_CALL} queries / one call"
+        ratios = quotients(times["small"].wall, times["ours"].wall)
+        note = f"{num_queries:,} queries; {cpu_note(times['small'], times['ours'])}"
+        yield Row(name, ratios, BAR_SMALL_CALL, note, at_most=True)
 
 
 def clusters(num_classes: int, count: int, width: int = WIDTH) -> tuple[Float32, Int64]:
