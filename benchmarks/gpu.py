@@ -25,7 +25,8 @@ from search import clusters
 from torch.profiler import ProfilerActivity, profile
 
 from ood_heatmap import decoding
-from ood_heatmap.cache.neighbours import Bank, FlatBank, order_by_class, unit_length
+from ood_heatmap.cache.flat import FlatBank, unit_length
+from ood_heatmap.cache.neighbours import Bank, order_by_class
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.combined import KnnDistance, make_bank
 from ood_heatmap.decoding import iter_batches

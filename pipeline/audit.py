@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ood_heatmap.cache.flat import FlatBank, k_nearest, unit_length
 from ood_heatmap.cache.manifest import MANIFEST, Manifest
-from ood_heatmap.cache.neighbours import FlatBank, k_nearest, unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.duplicates import AuditedSet, find_overlaps, hash_pixels, relative_difference
 from ood_heatmap.images import ImageSet, apply_transform

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ood_heatmap.cache.files import hash_file, make_directory, save_tensors
+from ood_heatmap.cache.flat import check_faiss, describe_backend, write_index
 from ood_heatmap.cache.manifest import Manifest, hash_json
-from ood_heatmap.cache.neighbours import check_faiss, describe_backend, order_by_class, write_index
+from ood_heatmap.cache.neighbours import order_by_class
 from ood_heatmap.cache.shards import Column, Rows, bytes_per_row, map_shard
 from ood_heatmap.checks import library_versions
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier

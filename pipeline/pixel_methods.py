@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ood_heatmap.cache.neighbours import Bank, FlatBank
+from ood_heatmap.cache.flat import FlatBank
+from ood_heatmap.cache.neighbours import Bank
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.decoder import Decoder

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ood_heatmap.cache import manifest as manifests
+from ood_heatmap.cache.flat import read_index, write_index
 from ood_heatmap.cache.manifest import Manifest, abbreviate
-from ood_heatmap.cache.neighbours import Bank, order_by_class, read_index, write_index
+from ood_heatmap.cache.neighbours import Bank, order_by_class
 from ood_heatmap.cache.shards import Column, Rows, open_rows
 from ood_heatmap.cache.stamps import check_unstamped, current_stamps
 from ood_heatmap.classifier import Classifier, ClassifierConfig, restore_classifier

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from ood_heatmap.baselines import Outputs, Score, ScoreInputs, fit_methods
+from ood_heatmap.cache.flat import FlatBank, unit_length
 from ood_heatmap.cache.manifest import HASH_THREADS, hash_json
-from ood_heatmap.cache.neighbours import FlatBank, unit_length
 from ood_heatmap.classifier import Classifier, Output
 from ood_heatmap.combined import BANK, WEIGHTS, Combination, CombinedParts, KnnDistance, make_bank
 from ood_heatmap.decoder_base import Decoder

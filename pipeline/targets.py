@@ -15,14 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ood_heatmap.cache.flat import check_faiss, describe_backend
 from ood_heatmap.cache.manifest import Manifest
-from ood_heatmap.cache.neighbours import (
-    Bank,
-    Nearest,
-    check_faiss,
-    describe_backend,
-    squared_distances,
-)
+from ood_heatmap.cache.neighbours import Bank, Nearest, squared_distances
 from ood_heatmap.cache.shards import Column, Rows, bytes_per_row
 from ood_heatmap.cores import local_world_size
 from ood_heatmap.devices import describe_environment, kernel_selection, one_blas_thread

@@ -11,7 +11,7 @@ from sklearn.covariance import ledoit_wolf
 from torch import nn
 
 from ood_heatmap import baselines
-from ood_heatmap.cache.neighbours import k_nearest, unit_length
+from ood_heatmap.cache.flat import k_nearest, unit_length
 
 NUM_FEATURES, NUM_CLASSES = 12, 4
 

@@ -25,8 +25,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from ood_heatmap import __version__
 from ood_heatmap.baselines import METHODS as BASELINES
 from ood_heatmap.baselines import Score, choose_neighbours, fit_methods
+from ood_heatmap.cache.flat import unit_length
 from ood_heatmap.cache.manifest import FileRecord, write_manifest
-from ood_heatmap.cache.neighbours import unit_length
 from ood_heatmap.cache.shards import Rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.classifier import Classifier, load_classifier

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ood_heatmap.cache.neighbours import read_index
+from ood_heatmap.cache.flat import read_index
 from ood_heatmap.cache.shards import open_rows
 from ood_heatmap.calibration import Calibration
 from ood_heatmap.detector import HeatmapDetector
