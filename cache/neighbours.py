@@ -24,6 +24,8 @@ _NUM_CANDIDATES = 8
 # unit roundoff of float32; FAISS does not use TF32 unless asked to
 _UNIT_ROUNDOFF = 2.0**-24
 _CHUNK_BYTES = 64 << 20
+# of a processor: arrays beyond it are computed at half the speed
+_CACHE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,11 @@ class Bank:
         proven = scanned = 0
         for found in self._search(queries, number, _NUM_CANDIDATES):
             position, num_proven, num_scanned = self._prove(found)
-            exact = squared_distances(found.features, self.features[position])
-            _keep_nearest(row, squared, found.query, self.row[position, None], exact[:, None])
+            exact = np.empty((len(position), 1))
+            for some in _cached_slices(found.features):
+                near = self.features[position[some]]
+                exact[some, 0] = squared_distances(found.features[some], near)
+            _keep_nearest(row, squared, found.query, self.row[position, None], exact)
             proven, scanned = proven + num_proven, scanned + num_scanned
         assert (row >= 0).all(), "every query has a result"
         return Nearest(row[:, 0], np.sqrt(squared[:, 0]), number >= 0, proven, scanned)
@@ -282,14 +287,16 @@ class Bank:
         numbers, starts = np.unique(number, return_index=True)
         for closed in numbers[self.num_searched[numbers] == 0].tolist():
             self._open_class(closed)
-        centred = np.empty(features.shape, np.float32)
-        np.subtract(features, self.means[number], out=centred, casting="same_kind")
+        centred, norms = np.empty(features.shape, np.float32), np.empty(len(number))
+        for some in _cached_slices(features):
+            part, means = centred[some], self.means[number[some]]
+            np.subtract(features[some], means, out=part, casting="same_kind")
+            norms[some] = np.sqrt(np.einsum("nd,nd->n", part, part, dtype=np.float64))
         slices = map(slice, starts.tolist(), [*starts[1:].tolist(), len(number)])
         parts = list(zip(numbers.tolist(), slices, strict=True))
         squared, nearest = self.blocks.search(parts, centred, k)
         assert (nearest < self.num_searched[number, None]).all(), "another class"
         position = self.searched[self.starts[number, None] + nearest.clip(min=0)]
-        norms = np.sqrt(np.einsum("nd,nd->n", centred, centred, dtype=np.float64))
         norms += self.longest[number]
         bound = 1.001 * (features.shape[1] + 8) * _UNIT_ROUNDOFF * norms**2
         rounded = squared.astype(np.float64)
@@ -379,3 +386,9 @@ def _chunks(items: _Int64, bytes_each: int) -> Sequence[_Int64]:
     """Split items into chunks of about ``_CHUNK_BYTES`` working memory."""
     step = max(1, _CHUNK_BYTES // bytes_each)
     return [items[start : start + step] for start in range(0, len(items), step)]
+
+
+def _cached_slices(features: _Float32) -> Iterator[slice]:
+    """Return slices of rows that stay in a processor's cache with their float64 copies."""
+    step = max(1, _CACHE_BYTES // (32 * features.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(features), step))

@@ -236,6 +236,7 @@ def test_one_query_in_each_of_many_classes_answers_as_brute_force(chunk_bytes, m
     """All at once, and seven at a time; among them ties, scans, and classes without a row."""
     query, query_class, bank, bank_class = many_classes()
     monkeypatch.setattr(neighbours, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(neighbours, "_CACHE_BYTES", chunk_bytes // 3)
     searched = bank_of(bank, bank_class, device)
     found = searched.nearest(query, query_class)
     np.testing.assert_array_equal(found.row, brute_force(query, query_class, bank, bank_class))
