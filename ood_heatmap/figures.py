@@ -21,6 +21,8 @@ from PIL import Image
 from ood_heatmap.errors import printable
 
 COLORMAP = "inferno"
+# for panels without axes: the layout would measure the ticks of each all the same
+NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
 _Scores = Mapping[str, NDArray[np.float32]]
 
 
@@ -162,7 +164,7 @@ def example_grid(examples: Sequence[Card], color_max: float, columns: int = 2) -
     """Plot image, heatmap and nearest ID image of each example on a shared colour scale."""
     rows = -(-len(examples) // columns)
     figure = Figure(figsize=(4.6 * columns, 1.45 * rows + 0.6), layout="constrained")
-    panels = np.atleast_2d(figure.subplots(rows, 3 * columns))
+    panels = np.atleast_2d(figure.subplots(rows, 3 * columns, subplot_kw=NO_TICKS))
     for axes in panels.flat:
         axes.set_axis_off()
     heatmap: Any = None

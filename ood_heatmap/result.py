@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -166,7 +167,7 @@ class Result:
     images: Sequence[ImageLike] = ()
     is_transformed: bool = False
 
-    @property
+    @cached_property
     def pixel_score(self) -> NDArray[np.float32]:
         """``(B, H, W)`` in [0, 1], maximum of |heatmap| over channels; larger is more OOD."""
         return pixel_score(torch.from_numpy(self.heatmap)).numpy()

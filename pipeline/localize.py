@@ -350,7 +350,8 @@ def _plot_examples(examples: Sequence[_Example], color_max: float) -> Figure:
     """Plot image, patch outline, heatmap and controls; heatmaps share a colour scale."""
     methods = list(examples[0].pixel_scores)
     figure = Figure(figsize=(1.5 * (len(methods) + 1), 1.55 * len(examples)), layout="constrained")
-    panels = np.atleast_2d(figure.subplots(len(examples), len(methods) + 1))
+    shape = len(examples), len(methods) + 1
+    panels = np.atleast_2d(figure.subplots(*shape, subplot_kw=figures.NO_TICKS))
     top = {
         method: color_max
         if method in (HEATMAP, SHUFFLED, SWAPPED)

@@ -56,6 +56,14 @@ def test_any_class_name_can_be_drawn(name):
     assert Image.open(io.BytesIO(to_png(figure))).width > 100
 
 
+def test_no_tick_of_the_example_grid_is_measured():
+    """They are not drawn, and took half of the time of the figure."""
+    *panels, colorbar = example_grid([make_card("cat"), make_card("dog")], 0.5).axes
+    assert len(panels) == 6
+    assert [len(axes.get_xticks()) + len(axes.get_yticks()) for axes in panels] == [0] * 6
+    assert len(colorbar.get_yticks()) > 1
+
+
 def test_a_dollar_sign_is_no_mathematics():
     assert title_png("$x$") != title_png("x")
     assert title_png("a\nb") == title_png(r"a\nb")

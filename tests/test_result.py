@@ -48,6 +48,14 @@ def test_a_result_is_a_sequence_of_detections():
             result[other]
 
 
+def test_the_pixel_scores_of_all_images_are_computed_once():
+    """A loop that takes those of one image after another must not compute all each time."""
+    result = make_result()
+    np.testing.assert_array_equal(result.pixel_score, np.abs(result.heatmap).max(axis=1))
+    assert result.pixel_score is result.pixel_score
+    np.testing.assert_array_equal(result[2:].pixel_score, result.pixel_score[2:])
+
+
 @pytest.mark.parametrize(
     ("selected", "rows"),
     [
