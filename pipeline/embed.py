@@ -191,7 +191,7 @@ def _concatenate(
         chunk = slice(count, count + len(batch.rows))
         rows[chunk], images[chunk] = batch.rows, batch.pixels
         digests.append(batch.digests)
-        masks.append(batch.masks)
+        masks.extend(batch.masks)
         for output in outputs:
             chunk = slice(count, count + len(output.features))
             features[chunk], logits[chunk] = output.features, output.logits
@@ -207,6 +207,6 @@ def _concatenate(
         logits[:count],
         tuple(values[:count] for values in maps),
         content_hash(b"".join(digests)),
-        np.concatenate([item for item in masks if len(item)] or masks),
+        np.array(masks, np.uint8),
         tuple(values[:count] for values in spatial),
     )
